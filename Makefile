@@ -1,0 +1,40 @@
+# Two commands: `make demo` and `make test`. Both create .venv on their first run and reuse it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+CONSTRAINTS ?= constraints.txt
+PIP_ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+# One thread a process: ranks share the cores, and worlds are forked (OpenMP threads do not survive a fork).
+RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
+
+.PHONY: demo test test-long lint clean
+
+demo: $(STAMP)
+	@$(RUN) $(BIN)/skymoe demo
+
+test: $(STAMP)
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/pyright
+	@$(RUN) $(BIN)/pytest -m "not long"
+
+test-long: $(STAMP)
+	@$(RUN) $(BIN)/pytest
+
+lint: $(STAMP)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/pyright
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@uname -sm | grep -qx 'Linux x86_64' || { echo "nemo_skymoe needs Linux on x86-64, this is $$(uname -sm)."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+	    { echo "nemo_skymoe needs Python 3.11 or 3.12, '$(PYTHON)' is another: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into .venv: about 4 minutes and 3 GB, once."
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) $(PIP_ARGS) \
+	    --editable '.[nemo,dev]' 
+	@touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,1 @@
+"""Upcycling and conversion of checkpoints."""

@@ -1,0 +1,1 @@
+"""The demo: the story of the report on a laptop."""

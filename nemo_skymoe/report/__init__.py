@@ -1,0 +1,1 @@
+"""Figures and an HTML page from the logs of a run."""

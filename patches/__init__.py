@@ -1,0 +1,1 @@
+"""Cures for upstream defects and missing platforms. Nothing here acts on import; callers apply."""
