@@ -1,0 +1,89 @@
+"""`torch.cuda` without a GPU: device, streams, events and the random generator."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class Stream:
+    """Inert stand-in for a CUDA stream or event: on the CPU work is finished when its call returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.device = torch.device("cpu")
+
+    def record(self, *_: Any) -> None: ...
+
+    def record_event(self, *_: Any) -> "Stream":
+        return self
+
+    def synchronize(self) -> None: ...
+
+    def wait(self, *_: Any) -> None: ...
+
+    def wait_event(self, *_: Any) -> None: ...
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, *_: Any) -> float:
+        return 0.0
+
+
+_STREAM = Stream()
+
+
+@contextlib.contextmanager
+def _stream_context(_: Any = None) -> Iterator[None]:
+    yield
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
+
+
+def current_device() -> None:
+    """`torch.cuda.current_device()` raises: p2p_communication.py, mappings.py and more take their device from it."""
+    setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))  # noqa: B010
+    for name in ("set_device", "synchronize", "empty_cache"):
+        setattr(torch.cuda, name, _nothing)
+
+
+def streams() -> None:
+    """Streams and events raise: NeMo's init_model_parallel, param_and_grad_buffer.py and token_dispatcher.py use them."""
+    for name, stand_in in {
+        "Stream": Stream,
+        "Event": Stream,
+        "stream": _stream_context,
+        "set_stream": _nothing,
+        "current_stream": lambda *_: _STREAM,
+        "default_stream": lambda *_: _STREAM,
+    }.items():
+        setattr(torch.cuda, name, stand_in)
+    setattr(torch.Tensor, "record_stream", _nothing)  # noqa: B010
+
+
+def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _manual_seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+
+
+def random_generator() -> None:
+    """tensor_parallel/random.py forks the CUDA generator for dropout and recomputation: here the CPU generator."""
+    for module in (torch.cuda, torch.cuda.random):
+        setattr(module, "get_rng_state", _get_rng_state)  # noqa: B010
+        setattr(module, "set_rng_state", _set_rng_state)  # noqa: B010
+        setattr(module, "manual_seed", _manual_seed)  # noqa: B010
+        setattr(module, "manual_seed_all", _manual_seed)  # noqa: B010
+
+
+SUBSTITUTIONS = (current_device, streams, random_generator)

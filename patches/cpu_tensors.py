@@ -1,0 +1,100 @@
+"""Tensor creation and movement: what asks for "cuda" gets the CPU.
+
+Factories are wrapped one by one. A `torch.overrides.TorchFunctionMode` would be shorter, but it
+adds 1 to 2 microseconds to every torch call (`.shape` included) and ends with its thread; a
+wrapped factory costs nothing elsewhere and holds in every thread and fork.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _device
+
+CPU = torch.device("cpu")
+_NEW = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
+_LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
+
+
+def names_cuda(device: Any) -> bool:
+    """Whether `device` (a name, an index, a `torch.device` or None) means a CUDA device."""
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda"))
+
+
+def _without_cuda(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if names_cuda(kwargs.get("device")):
+        kwargs["device"] = CPU
+    kwargs.pop("pin_memory", None)
+    return kwargs
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **_without_cuda(kwargs)) if kwargs else function(*args)
+
+    return on_cpu
+
+
+def factories() -> None:
+    """`torch.zeros(..., device="cuda")`: schedules.py, optimizer.py, clip_grads.py and others name the device."""
+    # `with torch.device("meta")` looks constructors up in this cached set; fill it while they are torch's own.
+    constructors = _device._device_constructors()
+    for constructor in constructors:
+        name = constructor.__name__
+        if getattr(torch, name, None) is constructor:
+            setattr(torch, name, _on_cpu(constructor))
+    for name in _LIKE:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for name in _NEW:
+        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+
+
+def tensor_to() -> None:
+    """`tensor.to("cuda")`: NeMo's megatron_strategy.py and data_sampler.py log through it."""
+    to = torch.Tensor.to
+
+    @functools.wraps(to)
+    def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and names_cuda(args[0]):
+            args = (CPU, *args[1:])
+        return to(self, *args, **(_without_cuda(kwargs) if kwargs else kwargs))
+
+    setattr(torch.Tensor, "to", to_cpu)  # noqa: B010
+
+
+def tensor_cuda() -> None:
+    """`tensor.cuda()`: tensor_parallel/data.py and NeMo's gpt_data_step move batches with it."""
+
+    def cuda(self: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return self.to(CPU)
+
+    setattr(torch.Tensor, "cuda", cuda)  # noqa: B010
+
+
+def tensor_pin_memory() -> None:
+    """`tensor.pin_memory()` raises without an accelerator: dist_checkpointing and data loaders call it."""
+
+    def pin_memory(self: torch.Tensor, *_: Any) -> torch.Tensor:
+        return self
+
+    setattr(torch.Tensor, "pin_memory", pin_memory)  # noqa: B010
+
+
+def tensor_type() -> None:
+    """`tensor.type() == "torch.cuda.FloatTensor"`: clip_grads.py, optimizer.py and distrib_optimizer.py compare it."""
+    type_of = torch.Tensor.type
+
+    @functools.wraps(type_of)
+    def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return type_of(self, *args, **kwargs)
+        return type_of(self).replace("torch.", "torch.cuda.", 1)
+
+    setattr(torch.Tensor, "type", cuda_type)  # noqa: B010
+
+
+SUBSTITUTIONS = (factories, tensor_to, tensor_cuda, tensor_pin_memory, tensor_type)
