@@ -5,6 +5,7 @@ milliseconds instead of the 20 seconds that its import takes. The ranks see the 
 that `torchrun` would give them.
 """
 
+import ctypes
 import multiprocessing
 import os
 import pickle
@@ -14,12 +15,23 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 
 class RankFailed(RuntimeError):
     """A rank raised, died or ran out of time; the message names it."""
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank sends home: its result, or how it ended and when (seconds of the shared clock)."""
+
+    succeeded: bool
+    value: Any
+    moment: float = 0.0
 
 
 def run_ranks(
@@ -32,7 +44,7 @@ def run_ranks(
     """Call `function(*args)` on every rank of a new world and return the results in rank order.
 
     Args:
-        function: Runs in each forked process; what it returns must pickle.
+        function: Runs in each forked process, on one thread; what it returns must pickle.
         world_size: Number of ranks on this machine.
         args: Passed to every rank alike.
         timeout: Seconds until the world is killed.
@@ -44,59 +56,85 @@ def run_ranks(
     """
     fork = multiprocessing.get_context("fork")
     port = _free_port()
+    processes: list[BaseProcess] = []
     pipes: dict[Connection, int] = {}
-    processes = []
-    for rank in range(world_size):
-        reader, writer = fork.Pipe(duplex=False)
-        variables = {**_torchrun_environment(rank, world_size, port), **(env or {})}
-        process = fork.Process(target=_child, args=(writer, variables, function, args))
-        process.start()
-        writer.close()
-        pipes[reader] = rank
-        processes.append(process)
     try:
-        return _collect(pipes, world_size, timeout)
+        for rank in range(world_size):
+            reader, writer = fork.Pipe(duplex=False)
+            variables = {**_torchrun_environment(rank, world_size, port), **(env or {})}
+            process = fork.Process(target=_child, args=(writer, variables, function, args))
+            process.start()
+            writer.close()
+            pipes[reader] = rank
+            processes.append(process)
+        return _collect(pipes, processes, timeout)
     finally:
         for process in processes:
-            if process.is_alive():
-                process.kill()
+            process.kill()
+        for process in processes:
             process.join()
 
 
-def _collect(pipes: dict[Connection, int], world_size: int, timeout: float) -> list[Any]:
-    results: list[Any] = [None] * world_size
+def _collect(pipes: dict[Connection, int], processes: list[BaseProcess], timeout: float) -> list[Any]:
+    results: list[Any] = [None] * len(processes)
     deadline = time.monotonic() + timeout
     while pipes:
         ready = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RankFailed(f"ranks {sorted(pipes.values())} of {world_size} did not end within {timeout:g} s")
+            raise RankFailed(
+                f"ranks {sorted(pipes.values())} of {len(processes)} did not end within {timeout:g} s"
+            )
+        failures: list[tuple[float, int, str]] = []
         for reader in ready:
             assert isinstance(reader, Connection)
             rank = pipes.pop(reader)
-            try:
-                succeeded, value = pickle.loads(reader.recv_bytes())
-            except EOFError:
-                raise RankFailed(f"rank {rank} of {world_size} died without a word") from None
-            if not succeeded:
-                raise RankFailed(f"rank {rank} of {world_size} failed:\n{value}")
-            results[rank] = value
+            report = _receive(reader, processes[rank])
+            results[rank] = report.value
+            if not report.succeeded:
+                failures.append((report.moment, rank, report.value))
+        if failures:
+            # One rank's fault breaks its partners' collectives: the earliest is the cause.
+            _, rank, ending = min(failures)
+            raise RankFailed(f"rank {rank} of {len(processes)} {ending}")
     return results
 
 
-def _child(writer: Connection, env: dict[str, str], function: Callable[..., Any], args: tuple) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ.update(env)
+def _receive(reader: Connection, process: BaseProcess) -> _Report:
     try:
-        message = (True, function(*args))
+        return pickle.loads(reader.recv_bytes())
+    except (EOFError, OSError):  # nothing, or half a message
+        process.join(timeout=1.0)
+        code = process.exitcode
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return _Report(False, f"died without a word ({how})")
+
+
+def _child(writer: Connection, env: dict[str, str], function: Callable[..., Any], args: tuple) -> None:
+    _follow_the_parent()
+    os.environ.update(env)
+    if "torch" in sys.modules:
+        # OpenMP's workers do not survive a fork: a parallel region would wait for them forever.
+        sys.modules["torch"].set_num_threads(1)
+    try:
+        # Plain pickle: torch would hand tensors over in shared memory that dies with this process.
+        message = pickle.dumps(_Report(True, function(*args)))
     except BaseException:
-        message = (False, traceback.format_exc())
-    # Plain pickle: torch would hand tensors over in shared memory that dies with this process.
-    writer.send_bytes(pickle.dumps(message))
-    writer.close()
+        message = pickle.dumps(_Report(False, f"failed:\n{traceback.format_exc()}", time.monotonic()))
+    # Before the report, which allows the parent to end this process.
     sys.stdout.flush()
     sys.stderr.flush()
+    writer.send_bytes(message)
     # Skip interpreter shutdown: it would run the parent's atexit hooks and wait for collectives.
-    os._exit(0 if message[0] else 1)
+    os._exit(0)
+
+
+def _follow_the_parent() -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the parent, and die with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # <linux/prctl.h>
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -108,6 +146,7 @@ def _torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, st
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
         # What makes Lightning take these ranks as launched already.
         "TORCHELASTIC_RUN_ID": "local",
         "TORCHELASTIC_RESTART_COUNT": "0",

@@ -1,0 +1,229 @@
+"""`run_ranks`: order, environment, and every way in which a rank can end badly."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_skymoe import ranks
+from nemo_skymoe.ranks import RankFailed, run_ranks
+
+FOREVER = 600.0
+PROMPT = 10.0  # seconds, on a busy machine; waiting for the stuck ranks would take FOREVER
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def running(pid: int) -> bool:
+    """Whether the process exists at all: a zombie counts."""
+    return Path(f"/proc/{pid}").exists()
+
+
+def alive(pid: int) -> bool:
+    """Like `running`, but an orphan that its new parent has yet to reap is over."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def record_pid(directory: Path) -> None:
+    (directory / str(rank())).write_text(str(os.getpid()))
+
+
+def recorded_pids(directory: Path, count: int) -> list[int]:
+    deadline = time.monotonic() + PROMPT
+    while time.monotonic() < deadline:
+        pids = [int(text) for file in directory.iterdir() if (text := file.read_text())]
+        if len(pids) == count:
+            return pids
+        time.sleep(0.02)
+    raise AssertionError(f"{count} ranks did not start")
+
+
+def test_results_come_in_rank_order_whoever_ends_first():
+    def square(base: int) -> int:
+        time.sleep(0.1 * (3 - rank()))
+        return base + rank() ** 2
+
+    assert run_ranks(square, 4, 10) == [10, 11, 14, 19]
+
+
+def test_environment_is_what_torchrun_gives():
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "EXTRA"]
+    before = dict(os.environ)
+    worlds = run_ranks(lambda: [os.environ[name] for name in names], 2, env={"EXTRA": "yes"})
+    port = worlds[0][5]
+    assert worlds == [[str(r), str(r), "2", "2", "127.0.0.1", port, "yes"] for r in range(2)]
+    assert dict(os.environ) == before
+
+
+def test_gloo_finds_its_world():
+    def add() -> torch.Tensor:
+        torch.distributed.init_process_group("gloo")
+        total = torch.tensor([2.0 ** rank()])
+        torch.distributed.all_reduce(total)
+        return total
+
+    assert [total.item() for total in run_ranks(add, 3, timeout=60)] == [7.0] * 3
+
+
+def test_tensors_come_back_equal():
+    def tensors() -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(rank())
+        large = torch.randn(1000, 1000, generator=generator)  # far beyond a pipe's buffer
+        return {
+            "large": large,
+            "bf16": large[:5].bfloat16(),
+            "view": large.t()[3:7, ::2],
+            "nan": large[0] / 0.0,
+        }
+
+    for r, result in enumerate(run_ranks(tensors, 2)):
+        generator = torch.Generator().manual_seed(r)
+        large = torch.randn(1000, 1000, generator=generator)
+        assert torch.equal(result["large"], large)
+        assert torch.equal(result["bf16"], large[:5].bfloat16()) and result["bf16"].dtype == torch.bfloat16
+        assert torch.equal(result["view"], large.t()[3:7, ::2])
+        torch.testing.assert_close(result["nan"], large[0] / 0.0, rtol=0, atol=0, equal_nan=True)
+
+
+def test_exception_names_its_rank_and_kills_the_stuck_ones(tmp_path: Path):
+    def fail_on_one() -> None:
+        record_pid(tmp_path)
+        if rank() == 1:
+            recorded_pids(tmp_path, 3)
+            raise ZeroDivisionError("the reason")
+        time.sleep(FOREVER)
+
+    start = time.monotonic()
+    with pytest.raises(
+        RankFailed, match=r"^rank 1 of 3 failed:\n(?s:.*)in fail_on_one\n(?s:.*)ZeroDivisionError: the reason"
+    ):
+        run_ranks(fail_on_one, 3)
+    assert time.monotonic() - start < PROMPT
+    assert not any(running(pid) for pid in recorded_pids(tmp_path, 3))
+    assert multiprocessing.active_children() == []
+
+
+def test_the_cause_is_reported_not_its_consequence(monkeypatch: pytest.MonkeyPatch):
+    def break_the_collective() -> None:
+        time.sleep(0.1 * (2 - rank()))
+        raise ValueError("cause" if rank() == 2 else "consequence")
+
+    wait = ranks.wait
+
+    def look_late(*args, **kwargs):
+        time.sleep(1.0)
+        return wait(*args, **kwargs)
+
+    monkeypatch.setattr(ranks, "wait", look_late)
+    with pytest.raises(RankFailed, match=r"rank 2 of 3 failed:\n(?s:.*)ValueError: cause"):
+        run_ranks(break_the_collective, 3)
+
+
+@pytest.mark.parametrize(
+    ("die", "how"),
+    [(lambda: os._exit(3), "exit code 3"), (lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL")],
+)
+def test_rank_that_dies_is_named(die, how: str):
+    def die_on_one() -> None:
+        if rank() == 1:
+            die()
+        time.sleep(FOREVER)
+
+    start = time.monotonic()
+    with pytest.raises(RankFailed, match=rf"^rank 1 of 2 died without a word \({how}\)$"):
+        run_ranks(die_on_one, 2)
+    assert time.monotonic() - start < PROMPT
+
+
+def test_exit_is_a_failure():
+    with pytest.raises(RankFailed, match=r"^rank 0 of 1 failed:\n(?s:.*)SystemExit: 0"):
+        run_ranks(lambda: sys.exit(0), 1)
+
+
+def test_timeout_names_the_ranks_that_did_not_end(tmp_path: Path):
+    def hang() -> None:
+        record_pid(tmp_path)
+        if rank() != 1:
+            time.sleep(FOREVER)
+
+    with pytest.raises(RankFailed, match=r"^ranks \[0, 2\] of 3 did not end within 2 s$"):
+        run_ranks(hang, 3, timeout=2.0)
+    assert not any(running(pid) for pid in recorded_pids(tmp_path, 3))
+
+
+def test_result_that_does_not_pickle_is_a_failure():
+    with pytest.raises(RankFailed, match=r"^rank 0 of 1 failed:\n(?s:.*)pickle"):
+        run_ranks(lambda: lambda: None, 1)
+
+
+def test_nothing_is_left_behind(tmp_path: Path):
+    run_ranks(record_pid, 2, tmp_path)
+    descriptors = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        run_ranks(record_pid, 2, tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+    assert not any(running(pid) for pid in recorded_pids(tmp_path, 2))
+    assert multiprocessing.active_children() == []
+
+
+def test_what_a_rank_prints_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class SlowTerminal:
+        def flush(self) -> None:
+            time.sleep(0.3)
+            (tmp_path / str(rank())).write_text("flushed")
+
+    def speak() -> None:
+        monkeypatch.setattr(sys, "stdout", SlowTerminal())
+
+    run_ranks(speak, 2)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["flushed"] * 2
+
+
+def script(body: str, *arguments: str, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(body), *arguments], env={**os.environ, **env}
+    )
+
+
+def test_a_threaded_parent_does_not_hang_its_ranks():
+    """OpenMP waits forever in a forked child for the threads its parent had."""
+    body = """
+        import torch
+        from nemo_skymoe.ranks import run_ranks
+        parallel = lambda: torch.randn(2000, 2000).exp().sum().item()
+        parallel()
+        assert torch.get_num_threads() == 2
+        run_ranks(parallel, 2, timeout=20)
+    """
+    assert script(body, OMP_NUM_THREADS="2").wait(60) == 0
+
+
+def test_ranks_end_with_a_killed_parent(tmp_path: Path):
+    body = """
+        import os, pathlib, sys, time
+        from nemo_skymoe.ranks import run_ranks
+        def stuck():
+            (pathlib.Path(sys.argv[1]) / os.environ["RANK"]).write_text(str(os.getpid()))
+            time.sleep(600)
+        run_ranks(stuck, 2)
+    """
+    parent = script(body, str(tmp_path))
+    pids = recorded_pids(tmp_path, 2)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + PROMPT
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "the ranks outlived their parent"
+        time.sleep(0.02)
