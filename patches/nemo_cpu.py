@@ -1,6 +1,7 @@
 """NeMo on a CPU: what needs NeMo imported. Nothing acts on import, and nothing where CUDA is available."""
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -59,4 +60,12 @@ def restored_tensors() -> None:
     pl._fix_tensors_device = fix_tensors_device
 
 
-SUBSTITUTIONS = (random_seed, restored_tensors)
+def local_checkpoints() -> None:
+    """NeMo's nemo_logger.py asks of each checkpoint callback whether it is nvidia-resiliency-ext's, installed or not."""
+    from nemo.lightning import nemo_logger
+
+    if not nemo_logger.HAVE_RES:
+        nemo_logger.lcp = SimpleNamespace(LocalCheckpointCallback=())
+
+
+SUBSTITUTIONS = (random_seed, restored_tensors, local_checkpoints)
