@@ -1,5 +1,144 @@
-"""What a user sets (filled in below)."""
+"""What a user sets: options of plain values, mixed into Megatron's and NeMo's configuration classes.
+
+An option exists once, here, under a Megatron-style name; every bad value is refused here by that name.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+AUX_LOSS_FORMS = ("switch", "square")
+CAPACITY_SCOPES = ("rank", "edp")
+EDP_DISPATCHERS = ("auto", "replicated", "allgather", "alltoall")
 
 
 class ConfigurationError(ValueError):
     """A value the user gave cannot work; the message names the option and what was expected."""
+
+
+@dataclass
+class SkyworkOptions:
+    """Options of Skywork-MoE (arXiv 2406.06563) on top of a Megatron `TransformerConfig`.
+
+    Mix it in *before* the configuration class: `class MyConfig(SkyworkOptions, TransformerConfig)`.
+    `__post_init__` may run any number of times: NeMo calls it again after setting the parallel sizes.
+    """
+
+    moe_router_logit_norm_scale: float | None = 1.0
+    """lambda of eq. (6): the standard deviation of a token's gating logits after normalisation. None: off."""
+    moe_router_logit_norm_correction: int = 1
+    """1: sample standard deviation (the released weights); 0: population (eq. 6 as written)."""
+    moe_router_logit_norm_eps: float = 1e-6
+    """Rows whose standard deviation is not above this are left un-normalised: a uniform gate, finite gradients."""
+
+    moe_aux_loss_form: str = "switch"
+    """"switch": Megatron's n * sum_j f_j P_j; "square": the report's eq. (4), sum_j (1/n - P_j)^2.
+    At equal coefficients and balanced load the gradient of "switch" is n/2 times larger."""
+    moe_adaptive_aux_loss: bool = True
+    """Give every MoE layer its own coefficient that follows its token drop rate (eq. 7-9)."""
+    moe_adaptive_aux_loss_sensitivity: float = 0.2
+    """xi: coefficient per unit of drop rate."""
+    moe_adaptive_aux_loss_maximum: float = 0.01
+    """alpha_max."""
+    moe_adaptive_aux_loss_smoothing: float = 0.99
+    """beta: weight of the previous coefficient."""
+    moe_adaptive_aux_loss_initial: float | None = None
+    """alpha_0, which the report does not give. None: alpha_max, where its Figure 4 starts."""
+    moe_nominal_capacity_factor: float = 1.25
+    """Capacity factor of the *virtual* drop rate, used when training is dropless."""
+
+    moe_edp: bool = False
+    """Expert Data Parallelism (appendix B.1): the expert-parallel group is the tensor-parallel group."""
+    edp_dispatcher: str = "auto"
+    """Token dispatcher under EDP: "auto", "replicated", "allgather" or "alltoall"."""
+    moe_capacity_scope: str = "rank"
+    """Tokens over which an expert's capacity is counted: those of a "rank" or of the "edp" group."""
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_ranges()
+        parent: Any = super()
+        if hasattr(parent, "__post_init__"):
+            parent.__post_init__()
+        if getattr(self, "num_moe_experts", None):
+            self._check_against_megatron()
+
+    def _check_choices(self) -> None:
+        for option, choices in (
+            ("moe_aux_loss_form", AUX_LOSS_FORMS),
+            ("edp_dispatcher", EDP_DISPATCHERS),
+            ("moe_capacity_scope", CAPACITY_SCOPES),
+            ("moe_router_logit_norm_correction", (0, 1)),
+        ):
+            value = getattr(self, option)
+            if value not in choices:
+                raise ConfigurationError(
+                    f"{option} is {value!r}, expected one of {', '.join(map(str, choices))}"
+                )
+
+    def _check_ranges(self) -> None:
+        maximum = self.moe_adaptive_aux_loss_maximum
+        for option, least, most in (
+            ("moe_router_logit_norm_scale", 0.0, math.inf),
+            ("moe_router_logit_norm_eps", 0.0, math.inf),
+            ("moe_adaptive_aux_loss_sensitivity", 0.0, math.inf),
+            ("moe_adaptive_aux_loss_maximum", 0.0, math.inf),
+            ("moe_nominal_capacity_factor", 0.0, math.inf),
+        ):
+            value = getattr(self, option)
+            if value is not None and not least < value < most:
+                raise ConfigurationError(f"{option} is {value}, expected a finite number above {least:g}")
+        if not 0.0 <= self.moe_adaptive_aux_loss_smoothing < 1.0:
+            raise ConfigurationError(
+                f"moe_adaptive_aux_loss_smoothing is {self.moe_adaptive_aux_loss_smoothing}, expected 0 <= beta < 1"
+            )
+        initial = self.moe_adaptive_aux_loss_initial
+        if initial is not None and not 0.0 <= initial <= maximum:
+            raise ConfigurationError(
+                f"moe_adaptive_aux_loss_initial is {initial}, expected 0 <= alpha_0 <= moe_adaptive_aux_loss_maximum"
+                f" = {maximum}"
+            )
+
+    def _check_against_megatron(self) -> None:
+        config: Any = self
+        experts, topk = config.num_moe_experts, config.moe_router_topk
+        if topk > experts:
+            raise ConfigurationError(
+                f"moe_router_topk is {topk}, expected at most num_moe_experts = {experts}"
+            )
+        if (
+            topk == 1
+            and experts > 1
+            and config.moe_router_score_function == "softmax"
+            and not config.moe_router_pre_softmax
+        ):
+            raise ConfigurationError(
+                "moe_router_topk=1 with renormalised weights (eq. 2) gives every token weight 1 and the router no"
+                " gradient; set moe_router_topk=2 or moe_router_pre_softmax=True"
+            )
+        if experts % config.expert_model_parallel_size:
+            raise ConfigurationError(
+                f"num_moe_experts is {experts}, expected a multiple of expert_model_parallel_size ="
+                f" {config.expert_model_parallel_size}"
+            )
+        if self.moe_adaptive_aux_loss and config.moe_router_load_balancing_type != "aux_loss":
+            raise ConfigurationError(
+                f"moe_adaptive_aux_loss needs moe_router_load_balancing_type='aux_loss', got"
+                f" {config.moe_router_load_balancing_type!r}"
+            )
+        if self.moe_edp:
+            self._check_edp()
+
+    def _check_edp(self) -> None:
+        config: Any = self
+        tensor, expert = config.tensor_model_parallel_size, config.expert_model_parallel_size
+        if expert != tensor:
+            raise ConfigurationError(
+                f"moe_edp makes the expert group the tensor-parallel group: expert_model_parallel_size is {expert},"
+                f" expected tensor_model_parallel_size = {tensor}"
+            )
+        if config.expert_tensor_parallel_size not in (None, 1):
+            raise ConfigurationError(
+                f"moe_edp keeps every expert whole: expert_tensor_parallel_size is"
+                f" {config.expert_tensor_parallel_size} (Megatron's default is tensor_model_parallel_size), expected 1"
+            )
