@@ -65,11 +65,11 @@ def streams() -> None:
     setattr(torch.Tensor, "record_stream", _nothing)  # noqa: B010
 
 
-def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(state)
 
 
@@ -80,8 +80,8 @@ def _manual_seed(seed: int) -> None:
 def random_generator() -> None:
     """tensor_parallel/random.py forks the CUDA generator for dropout and recomputation: here the CPU generator."""
     for module in (torch.cuda, torch.cuda.random):
-        setattr(module, "get_rng_state", _get_rng_state)  # noqa: B010
-        setattr(module, "set_rng_state", _set_rng_state)  # noqa: B010
+        setattr(module, "get_rng_state", get_rng_state)  # noqa: B010
+        setattr(module, "set_rng_state", set_rng_state)  # noqa: B010
         setattr(module, "manual_seed", _manual_seed)  # noqa: B010
         setattr(module, "manual_seed_all", _manual_seed)  # noqa: B010
 

@@ -1,16 +1,33 @@
 """What Megatron-Core itself takes for granted and a CPU does not have."""
 
+import logging
+import multiprocessing
+import os
+import threading
+from multiprocessing.connection import wait
+from multiprocessing.managers import SyncManager
+from typing import Any
+
 import torch
+from megatron.core import optimizer
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe import moe_utils
 
-from nemo_skymoe.patches import cpu_cuda
+from . import cpu_cuda
+from .cpu_adam import FusedAdam
 
 
 def rng_tracker() -> None:
     """tensor_parallel/random.py sets generator states behind `_lazy_call`, which waits for CUDA for ever."""
-    setattr(random, "_get_cuda_rng_state", cpu_cuda._get_rng_state)  # noqa: B010
-    setattr(random, "_set_cuda_rng_state", cpu_cuda._set_rng_state)  # noqa: B010
+    setattr(random, "_get_cuda_rng_state", cpu_cuda.get_rng_state)  # noqa: B010
+    setattr(random, "_set_cuda_rng_state", cpu_cuda.set_rng_state)  # noqa: B010
+    # It also warns whenever a fork of the CUDA generator moves the CPU's: here they are one.
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
 
 
 def router_gemm() -> None:
@@ -24,4 +41,54 @@ def compilation() -> None:
     torch._dynamo.config.disable = True  # pyright: ignore
 
 
-SUBSTITUTIONS = (rng_tracker, router_gemm, compilation)
+def fused_adam() -> None:
+    """torch's AdamW, which optimizer/__init__.py falls back to, breaks distributed-optimizer checkpoints: see cpu_adam."""
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        distrib_optimizer.HAVE_APEX_OR_TE = True
+        distrib_optimizer.USING_APEX_OPTIMIZER = True
+        distrib_optimizer.Adam = FusedAdam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        optimizer.Adam = FusedAdam
+
+
+def batched_p2p() -> None:
+    """p2p_communication.py pairs the messages of a batch by their order alone: two stages that are each other's
+    neighbour on both sides (PP 2 with virtual stages) take activations for gradients, silently."""
+    setattr(p2p_communication, "_batched_p2p_ops", _ordered_p2p_ops)  # noqa: B010
+
+
+def _ordered_p2p_ops(**messages: Any) -> list[torch.distributed.Work]:
+    return list(p2p_communication._p2p_ops(**messages).values())
+
+
+def results_queue() -> None:
+    """filesystem_async.py spawns a manager process, as CUDA demands: 2 seconds and the whole main script run again
+    in each rank, and a process left behind where a rank dies. A fork has none of these."""
+    setattr(filesystem_async, "_get_write_results_queue", _forked_results_queue)  # noqa: B010
+
+
+_results_queues: dict[int, Any] = {}
+
+
+def _forked_results_queue() -> Any:
+    # By process: a rank forked from one that has saved already must not share its queue.
+    process = os.getpid()
+    if process not in _results_queues:
+        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+        manager.start(_end_with_the_parent)
+        _results_queues[process] = manager.Queue()
+    return _results_queues[process]
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+SUBSTITUTIONS = (rng_tracker, router_gemm, compilation, fused_adam, batched_p2p, results_queue)

@@ -14,7 +14,7 @@ def apply() -> list[str]:
     if torch.cuda.is_available():
         return []
     if not _applied:
-        from nemo_skymoe.patches import cpu_cuda, cpu_megatron, cpu_tensors
+        from . import cpu_cuda, cpu_megatron, cpu_tensors
 
         for module in (cpu_tensors, cpu_cuda, cpu_megatron):
             for substitution in module.SUBSTITUTIONS:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 import torch
 
-from nemo_skymoe.patches import cpu_runtime
+from . import cpu_runtime
 
 _applied: list[str] = []
 

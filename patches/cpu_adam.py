@@ -1,0 +1,46 @@
+"""Adam as Megatron-Core knows it from Apex and Transformer Engine, for the CPU.
+
+Without those two Megatron-Core falls back to torch's AdamW, which keeps a 0-dim `step` tensor
+beside the moments of each parameter. The distributed optimizer of 0.14 to 0.16 takes every such
+tensor for one of the parameter's shape, so that (optimizer/distrib_optimizer.py of 0.15.3)
+
+- saving fails: `AssertionError: (torch.Size([]), 0, 16384)` in `sharded_param_state_dp_reshardable`;
+- loading into a new optimizer fails: `assert len(steps) == 1` in `state_dict`, there is no state yet;
+- loading into a used one gives all parameters the same `step` tensor, which then advances once a
+  parameter and not once a step, and spoils Adam's bias correction silently.
+
+FusedAdam keeps the count in the parameter group instead, as Apex does; checkpoints of both
+optimizers then have the layout they have on a GPU.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+class FusedAdam(torch.optim.Adam):
+    """torch's Adam with the number of steps in `group["step"]`, where Apex's FusedAdam has it.
+
+    Args:
+        params: Parameters or parameter groups.
+        adam_w_mode: Decoupled weight decay (AdamW), else L2 regularisation.
+        kwargs: As for `torch.optim.Adam` (2.7 or later).
+    """
+
+    def __init__(self, params: Iterable[Any], adam_w_mode: bool = True, **kwargs: Any) -> None:
+        super().__init__(params, decoupled_weight_decay=adam_w_mode, **kwargs)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update; each parameter's step is lent to torch for its duration."""
+        for group in self.param_groups:
+            for state in self._states(group):
+                state.setdefault("step", torch.tensor(float(group.get("step", 0))))
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for state in self._states(group):
+                group["step"] = int(state.pop("step"))
+        return loss
+
+    def _states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        return [self.state[parameter] for parameter in group["params"] if self.state.get(parameter)]
