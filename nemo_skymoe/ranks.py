@@ -63,15 +63,16 @@ def run_ranks(
             reader, writer = fork.Pipe(duplex=False)
             variables = {**_torchrun_environment(rank, world_size, port), **(env or {})}
             process = fork.Process(target=_child, args=(writer, variables, function, args))
+            processes.append(process)
             process.start()
             writer.close()
             pipes[reader] = rank
-            processes.append(process)
         return _collect(pipes, processes, timeout)
     finally:
-        for process in processes:
+        started = [process for process in processes if process.pid is not None]
+        for process in started:
             process.kill()
-        for process in processes:
+        for process in started:
             process.join()
 
 

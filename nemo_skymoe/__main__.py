@@ -1,0 +1,5 @@
+"""`python -m nemo_skymoe` is `skymoe`."""
+
+from nemo_skymoe.cli import main
+
+main()

@@ -1,0 +1,151 @@
+"""What `skymoe doctor` shows: versions with remarks, the verdict, and the patches that apply here."""
+
+import ast
+import json
+import platform
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+
+from nemo_skymoe import doctor
+from nemo_skymoe.doctor import Verdict
+
+# The driver honours CUDA_VISIBLE_DEVICES as torch does, and answers without torch's import.
+# A process that has spoken to it can fork no ranks, hence a process of its own.
+_LIST_DEVICES = """
+import ctypes
+driver = ctypes.CDLL("libcuda.so.1")
+count, device, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
+if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+    for index in range(count.value):
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        driver.cuDeviceGetName(name, 256, device)
+        print(name.value.decode())
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `version` is None for what is absent."""
+
+    name: str
+    version: str | None
+    remark: str
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A substitution of `nemo_skymoe.patches`, and the upstream code that makes it necessary."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that `skymoe doctor` shows."""
+
+    rows: list[Row]
+    verdict: Verdict
+    patches: list[Patch]
+
+
+def diagnose() -> Diagnosis:
+    """Examine this installation without importing what it examines."""
+    versions = doctor.installed()
+    devices = cuda_devices() if versions["cuda"] else []
+    return Diagnosis(_rows(versions, devices), doctor.judge(versions), patches(versions, devices))
+
+
+def cuda_devices() -> list[str]:
+    """Names of the CUDA devices that this process may use."""
+    probe = [sys.executable, "-c", _LIST_DEVICES]
+    try:
+        return subprocess.run(probe, capture_output=True, text=True, timeout=3.0).stdout.splitlines()
+    except subprocess.TimeoutExpired:
+        return []
+
+
+def patches(versions: Mapping[str, str | None], devices: Sequence[str]) -> list[Patch]:
+    """What `nemo_skymoe.patches` substitutes here: all of it stands in for CUDA, so nothing where a device is.
+
+    Read from the sources: each module's `SUBSTITUTIONS` names functions whose docstrings give the reason.
+    """
+    if devices:
+        return []
+    files = [file for file in resources.files("nemo_skymoe.patches").iterdir() if file.name.endswith(".py")]
+    found: list[Patch] = []
+    for file in sorted(files, key=lambda file: file.name):
+        if versions.get("nemo-toolkit") or not file.name.startswith("nemo_"):
+            found += _substitutions(file.name.removesuffix(".py"), ast.parse(file.read_text()))
+    return found
+
+
+def _substitutions(module: str, tree: ast.Module) -> list[Patch]:
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SUBSTITUTIONS":
+            names = [name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)]
+            return [
+                Patch(f"{module}.{name}", _summary(functions[name])) for name in names if name in functions
+            ]
+    return []
+
+
+def _summary(function: ast.FunctionDef) -> str:
+    paragraph = (ast.get_docstring(function) or "").partition("\n\n")[0]
+    return " ".join(paragraph.split())
+
+
+def _rows(versions: Mapping[str, str | None], devices: Sequence[str]) -> list[Row]:
+    cuda = versions["cuda"]
+    names = ", ".join(f"{count} x {name}" for name, count in Counter(devices).items())
+    return [
+        Row("Python", versions["python"], ""),
+        Row("operating system", f"{platform.system()} {platform.release()}", platform.machine()),
+        *(Row(name, versions[name], _remark(name, versions)) for name in doctor.PACKAGES),
+        Row("CUDA", cuda, names or ("no device" if cuda else "torch is built without it")),
+    ]
+
+
+def _remark(name: str, versions: Mapping[str, str | None]) -> str:
+    if versions[name]:
+        if name == "transformer-engine" and not versions["cuda"]:
+            return "fails to load without CUDA, and NeMo with it: uninstall it"
+        return ""
+    return {
+        "torch": "needed",
+        "megatron-core": "needed",
+        "nemo-toolkit": "for recipes and the demo",
+        "transformer-engine": "Megatron's local layers take its place",
+        "apex": "optional",
+    }.get(name, "NeMo needs it")
+
+
+def show_json(diagnosis: Diagnosis) -> None:
+    """Print a diagnosis for programs: its fields `rows`, `verdict` and `patches`."""
+    print(json.dumps(asdict(diagnosis), indent=2))
+
+
+def show(diagnosis: Diagnosis) -> None:
+    """Print a diagnosis for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    versions = Table("", "version", "remark", box=None, pad_edge=False)
+    for row in diagnosis.rows:
+        versions.add_row(row.name, row.version or "absent", row.remark)
+    console = Console(highlight=False, markup=False)
+    console.print(versions)
+    console.print(f"\n{diagnosis.verdict.sentence}")
+    if not diagnosis.patches:
+        console.print("\nNo patch applies here.")
+        return
+    console.print("\nNo CUDA device, so these patches apply:")
+    substitutions = Table.grid(padding=(0, 2))
+    for patch in diagnosis.patches:
+        substitutions.add_row(patch.name, patch.reason)
+    console.print(substitutions)

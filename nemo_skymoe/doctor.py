@@ -1,0 +1,157 @@
+"""Which versions are installed and whether they work together.
+
+Nothing heavy is imported: versions are read from the files that an import would find.
+"""
+
+import platform
+import re
+import runpy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from nemo_skymoe.config import ConfigurationError
+
+PYTHON = ("3.11", "3.12")
+OLDEST_TORCH = "2.6"
+MEGATRON = ("0.14", "0.15", "0.16")
+NEMO = {"2.5": "0.14", "2.6": "0.15", "2.7": "0.15"}
+"""The megatron-core that each NeMo trains with."""
+TESTED = ("2.7", "0.15")
+PACKAGES = (
+    "torch",
+    "nemo-toolkit",
+    "nemo_run",
+    "megatron-core",
+    "lightning",
+    "pytorch-lightning",
+    "transformer-engine",
+    "apex",
+    "hydra-core",
+)
+_NEMO_IMPORTS = ("nemo_run", "lightning", "hydra-core")
+_VERSION_FILES = {
+    "torch": ("torch", "version.py"),
+    "nemo-toolkit": ("nemo", "package_info.py"),
+    "megatron-core": ("megatron.core", "package_info.py"),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a combination of versions is supported, and the sentence that says why."""
+
+    supported: bool
+    sentence: str
+
+
+def require_supported(*, nemo: bool = False) -> None:
+    """Refuse an installation that cannot work, before anything is built.
+
+    Args:
+        nemo: Whether the caller needs NeMo; otherwise Megatron-Core alone will do.
+
+    Raises:
+        ConfigurationError: A dependency is missing, too old, or does not work with another.
+    """
+    versions = installed()
+    verdict = judge(versions)
+    if not verdict.supported:
+        raise ConfigurationError(verdict.sentence)
+    if nemo and versions["nemo-toolkit"] is None:
+        raise ConfigurationError(f"nemo-toolkit is absent, expected {_either(NEMO)}.")
+
+
+def judge(versions: Mapping[str, str | None]) -> Verdict:
+    """Judge a combination of versions.
+
+    Args:
+        versions: By the names that `installed` gives; None or a missing name means an absent package.
+    """
+    nemo, megatron = versions.get("nemo-toolkit"), versions.get("megatron-core")
+    problem = _core_problem(versions) or (nemo and _nemo_problem(versions, nemo))
+    if problem:
+        return Verdict(False, f"Not supported: {problem}.")
+    if nemo is None:
+        return Verdict(True, f"Supported for plain Megatron-Core use: megatron-core {megatron} without NeMo.")
+    pair = f"nemo-toolkit {nemo} with megatron-core {megatron}"
+    if (_minor(nemo), _minor(megatron)) == TESTED:
+        return Verdict(True, f"Supported: {pair}, the pair that the tests run with.")
+    return Verdict(
+        True, f"Supported: {pair}, judged by their signatures (the tests run with {'/'.join(TESTED)})."
+    )
+
+
+def _core_problem(versions: Mapping[str, str | None]) -> str | None:
+    python, torch, megatron = (versions.get(name) for name in ("python", "torch", "megatron-core"))
+    if _minor(python) not in PYTHON:
+        return f"Python is {python}, expected {_either(PYTHON)}"
+    if _numbers(torch) < _numbers(OLDEST_TORCH):
+        return f"torch is {torch or 'absent'}, expected {OLDEST_TORCH} or later"
+    if _minor(megatron) not in MEGATRON:
+        return f"megatron-core is {megatron or 'absent'}, expected {_either(MEGATRON)}"
+    return None
+
+
+def _nemo_problem(versions: Mapping[str, str | None], nemo: str) -> str | None:
+    megatron, needed = versions.get("megatron-core"), NEMO.get(_minor(nemo))
+    if needed is None:
+        removed = " (3.0 removed nemo.collections.llm)" if _numbers(nemo) >= (3, 0) else ""
+        return f"nemo-toolkit is {nemo}, expected {_either(NEMO)}{removed}"
+    if _minor(megatron) != needed:
+        breaks = "does not import"
+        if needed == "0.15" and _minor(megatron) == "0.16":
+            breaks = (
+                "imports but does not train: NeMo passes no_weight_decay_cond, scale_lr_cond and lr_mult to"
+                " get_megatron_optimizer, which since 0.16 raises TypeError (NVIDIA-NeMo/Speech#15458)"
+            )
+        return f"nemo-toolkit {nemo} with megatron-core {megatron} {breaks}; expected megatron-core {needed}"
+    missing = [name for name in _NEMO_IMPORTS if versions.get(name) is None]
+    return f"nemo-toolkit {nemo} imports {' and '.join(missing)}, absent here" if missing else None
+
+
+def installed() -> dict[str, str | None]:
+    """Versions of "python", of `PACKAGES` and of the CUDA that torch was built for ("cuda"); None: absent."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions |= {name: _version(name) for name in PACKAGES}
+    return versions | {"cuda": _constants("torch").get("cuda")}
+
+
+def _version(name: str) -> str | None:
+    # First what would be imported: a source tree on PYTHONPATH has no metadata, or shadows what has.
+    if version := _constants(name).get("__version__"):
+        return version
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _constants(name: str) -> dict[str, str | None]:
+    """What the version file of `name` defines; these files import nothing of their package."""
+    if name not in _VERSION_FILES:
+        return {}
+    module, file = _VERSION_FILES[name]
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:
+        return {}
+    for location in (spec and spec.submodule_search_locations) or ():
+        if (path := Path(location, file)).exists():
+            return runpy.run_path(str(path))
+    return {}
+
+
+def _numbers(version: str | None) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version or "")[:2])
+
+
+def _minor(version: str | None) -> str:
+    return ".".join(map(str, _numbers(version)))
+
+
+def _either(versions: Iterable[str]) -> str:
+    *most, last = versions
+    return f"{', '.join(most)} or {last}"

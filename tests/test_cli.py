@@ -1,0 +1,157 @@
+"""The `skymoe` command as a user meets it: its speed, its exit codes and what it says when refused."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from nemo_skymoe import __version__
+from nemo_skymoe.cli import app
+
+SKYMOE = str(Path(sys.executable).with_name("skymoe"))
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def with_probe(body: str) -> list[str]:
+    """The real command line with one more command, `probe`, that runs `body`."""
+    lines = [
+        "from nemo_skymoe import cli",
+        "@cli.app.command()",
+        "def probe():",
+        textwrap.indent(textwrap.dedent(body), "    "),
+    ]
+    return [sys.executable, "-c", "\n".join([*lines, "cli.main()"]), "probe"]
+
+
+def processor_seconds(*command: str) -> float:
+    """User and system time of a command: its duration on an idle machine, whoever else is computing on this one."""
+    before = os.times()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    after = os.times()
+    return after.children_user - before.children_user + after.children_system - before.children_system
+
+
+def test_help_is_instant():
+    assert min(processor_seconds(SKYMOE, "--help") for _ in range(5)) < 0.5
+
+
+@pytest.mark.parametrize("command", ["doctor", "demo", "corpus", "report"])
+def test_help_of_a_command_imports_nothing_heavy(command: str):
+    code = f"""
+        import sys
+        from nemo_skymoe import cli
+        try:
+            cli.app([{command!r}, "--help"])
+        except SystemExit as exit:
+            assert exit.code == 0
+        heavy = {{"torch", "megatron", "nemo", "nemo_run", "lightning", "numpy", "matplotlib"}} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    answer = run(sys.executable, "-c", textwrap.dedent(code))
+    assert answer.returncode == 0, answer.stderr
+    assert command in answer.stdout
+
+
+@pytest.mark.parametrize("command", [(SKYMOE,), (sys.executable, "-m", "nemo_skymoe")])
+def test_version(command: tuple[str, ...]):
+    answer = run(*command, "--version")
+    assert (answer.returncode, answer.stdout) == (0, f"nemo-skymoe {__version__}\n")
+
+
+def test_every_command_is_listed():
+    listed = CliRunner().invoke(app, ["--help"]).output
+    assert all(f"\n  {command} " in listed for command in ("doctor", "demo", "corpus", "report"))
+
+
+def test_refused_configuration_is_one_sentence(tmp_path: Path):
+    answer = run(SKYMOE, "report", str(tmp_path))
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("skymoe: ") and str(tmp_path) in answer.stderr
+    assert answer.stderr.count("\n") == 1 and answer.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_rank_shows_its_traceback_and_no_other():
+    answer = run(
+        *with_probe("""
+            from nemo_skymoe.ranks import run_ranks
+            def divide():
+                return 1 / 0
+            run_ranks(divide, 1)
+        """)
+    )
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("skymoe: rank 0 of 1 failed:\nTraceback")
+    assert answer.stderr.count("Traceback") == 1 and "ZeroDivisionError" in answer.stderr
+
+
+def test_our_own_faults_keep_their_traceback():
+    answer = run(*with_probe("raise KeyError('unexpected')"))
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("Traceback") and "KeyError: 'unexpected'" in answer.stderr
+
+
+def test_interrupt_is_quiet_and_takes_the_ranks_along(tmp_path: Path):
+    body = f"""
+        import os, pathlib, time
+        from nemo_skymoe.ranks import run_ranks
+        def stuck():
+            pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch()
+            time.sleep(600)
+        run_ranks(stuck, 2)
+    """
+    process = subprocess.Popen(with_probe(body), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.iterdir())) < 2:
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "")
+    deadline = time.monotonic() + 10
+    while any(Path("/proc", rank.name).exists() for rank in tmp_path.iterdir()):
+        assert time.monotonic() < deadline, "a rank outlived the command"
+        time.sleep(0.02)
+
+
+def test_warnings_of_dependencies_are_shown_only_on_demand():
+    probe = with_probe("import warnings; warnings.warn('no GPU')")
+    assert run(*probe).stderr == ""
+    assert "no GPU" in run(probe[0], "-Wdefault", *probe[1:]).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["no-such-command"], ["report"], ["corpus", "somewhere", "--vocab-size", "many"]]
+)
+def test_usage_errors_exit_with_2(arguments: list[str]):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "Error: " in result.output and result.exc_info is not None and result.exc_info[0] is SystemExit
+
+
+def test_report_writes_its_page(tmp_path: Path):
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "run")) as writer:
+        for step in range(5):
+            writer.add_scalar("reduced_train_loss", 5.0 - step, step)
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "run"), "--output", str(tmp_path / "page")])
+    assert result.exit_code == 0, result.output
+    assert result.output == f"{tmp_path / 'page' / 'report.html'}\n"
+    assert (tmp_path / "page" / "report.html").stat().st_size > 1000
+
+
+def test_corpus_refuses_before_writing(tmp_path: Path):
+    result = CliRunner().invoke(app, ["corpus", str(tmp_path / "corpus"), "--vocab-size", "5"])
+    assert result.exit_code == 2
+    assert "skymoe: vocab_size is 5" in result.output
+    assert not (tmp_path / "corpus").exists()
