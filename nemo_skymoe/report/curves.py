@@ -1,0 +1,118 @@
+"""Scalar curves from the TensorBoard event files of a run."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nemo_skymoe.config import ConfigurationError
+
+TRAIN_LOSS = "reduced_train_loss"
+VALIDATION_LOSS = "val_loss"
+
+_LAYER_TAG = re.compile(r"moe/(?P<metric>\w+)_layer_(?P<layer>\d+)")
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """One scalar over a run: `steps` [N] int64, strictly increasing, and `values` [N] float64."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def from_points(cls, points: Mapping[int, float]) -> "Curve":
+        """A curve from values by step, in any order."""
+        steps = sorted(points)
+        return cls(np.array(steps, dtype=np.int64), np.array([points[s] for s in steps], dtype=np.float64))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def lost(self) -> int:
+        """How many values are not finite, and so cannot be drawn."""
+        return int(np.count_nonzero(~np.isfinite(self.values)))
+
+    @property
+    def last(self) -> float | None:
+        """The last finite value, None where there is none."""
+        finite = self.values[np.isfinite(self.values)]
+        return float(finite[-1]) if len(finite) else None
+
+    def smoothed(self, fraction: float = 0.04) -> "Curve":
+        """Mean over a centred window of that fraction of the points.
+
+        The window shrinks to the first point at the beginning, where a loss falls too fast to be
+        averaged, and is cut off at the end. Values that are not finite take no part and stay gaps.
+        """
+        index, half = np.arange(len(self)), round(fraction * len(self) / 2)
+        begin = index - np.minimum(half, index)
+        end = np.minimum(index + np.minimum(half, index) + 1, len(self))
+        finite = np.isfinite(self.values)
+        sums = np.concatenate([[0.0], np.cumsum(np.where(finite, self.values, 0.0))])
+        counts = np.concatenate([[0], np.cumsum(finite)])
+        means = (sums[end] - sums[begin]) / np.maximum(counts[end] - counts[begin], 1)
+        return Curve(self.steps, np.where(finite, means, np.nan))
+
+
+@dataclass(frozen=True, eq=False)
+class LossCurve:
+    """The losses of one labelled run; its step 0 is drawn at `offset` steps, so that phases can follow one another."""
+
+    label: str
+    train: Curve | None = None
+    validation: Curve | None = None
+    offset: int = 0
+
+    @classmethod
+    def of_run(cls, label: str, curves: Mapping[str, Curve], offset: int = 0) -> "LossCurve":
+        """The losses among the curves that `read_curves` returns."""
+        return cls(label, curves.get(TRAIN_LOSS), curves.get(VALIDATION_LOSS), offset)
+
+
+def read_curves(run_dir: Path) -> dict[str, Curve]:
+    """Every scalar logged anywhere below `run_dir`, by its TensorBoard tag.
+
+    The event files of a resumed run are merged step by step: where two hold the same step, the
+    file that was begun later wins.
+
+    Raises:
+        ConfigurationError: `run_dir` is no directory, or no event file below it holds a scalar.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ConfigurationError(f"RUN_DIR: {run_dir} is not a directory; expected the logs of a run.")
+    files = sorted(path for path in run_dir.rglob("*tfevents*") if path.is_file())
+    if not files:
+        raise ConfigurationError(f"RUN_DIR: no TensorBoard event file (*tfevents*) anywhere below {run_dir}.")
+    points: defaultdict[str, dict[int, float]] = defaultdict(dict)
+    for _, scalars in sorted(_read_files(files), key=lambda begun: begun[0]):
+        for tag, values in scalars.items():
+            points[tag].update(values)
+    if not points:
+        raise ConfigurationError(f"RUN_DIR: the {len(files)} event file(s) below {run_dir} hold no scalar.")
+    return {tag: Curve.from_points(values) for tag, values in sorted(points.items())}
+
+
+def layer_curves(telemetry: Mapping[str, Curve], metric: str) -> dict[int, Curve]:
+    """The curves `moe/<metric>_layer_<number>` among `telemetry`, by global layer number from 1, early to late."""
+    matches = ((_LAYER_TAG.fullmatch(tag), curve) for tag, curve in telemetry.items())
+    layers = {int(m["layer"]): curve for m, curve in matches if m and m["metric"] == metric and len(curve)}
+    return dict(sorted(layers.items()))
+
+
+def _read_files(files: Iterable[Path]) -> Iterable[tuple[float, dict[str, dict[int, float]]]]:
+    """When each file was begun (seconds since the epoch) and its values by tag and step."""
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    for path in files:
+        events = EventAccumulator(str(path), size_guidance={SCALARS: 0})
+        events.Reload()
+        tags = events.Tags()[SCALARS]
+        if tags:
+            scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
+            yield events.FirstEventTimestamp() or 0.0, scalars
