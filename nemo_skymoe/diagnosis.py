@@ -70,34 +70,44 @@ def cuda_devices() -> list[str]:
 
 
 def patches(versions: Mapping[str, str | None], devices: Sequence[str]) -> list[Patch]:
-    """What `nemo_skymoe.patches` substitutes here: all of it stands in for CUDA, so nothing where a device is.
+    """What `nemo_skymoe.patches` substitutes here, read from its sources without importing them.
 
-    Read from the sources: each module's `SUBSTITUTIONS` names functions whose docstrings give the reason.
+    A module there either lists functions as `SUBSTITUTIONS`, whose docstrings give the reason, or is one
+    patch itself, whose docstring says "Upstream: ...".
     """
-    if devices:
-        return []
-    files = [file for file in resources.files("nemo_skymoe.patches").iterdir() if file.name.endswith(".py")]
     found: list[Patch] = []
-    for file in sorted(files, key=lambda file: file.name):
-        if versions.get("nemo-toolkit") or not file.name.startswith("nemo_"):
-            found += _substitutions(file.name.removesuffix(".py"), ast.parse(file.read_text()))
+    for file in sorted(resources.files("nemo_skymoe.patches").iterdir(), key=lambda file: file.name):
+        module, _, suffix = file.name.rpartition(".")
+        if suffix == "py" and _applies(module, versions, devices):
+            found += _declared(module, ast.parse(file.read_text("utf-8")))
     return found
 
 
-def _substitutions(module: str, tree: ast.Module) -> list[Patch]:
+def _applies(module: str, versions: Mapping[str, str | None], devices: Sequence[str]) -> bool:
+    if module == "router_without_te":
+        return not versions["transformer-engine"]
+    # All others stand in for CUDA; those named after NeMo do so in NeMo.
+    return not devices and (bool(versions["nemo-toolkit"]) or not module.startswith("nemo_"))
+
+
+def _declared(module: str, tree: ast.Module) -> list[Patch]:
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SUBSTITUTIONS":
             names = [name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)]
             return [
-                Patch(f"{module}.{name}", _summary(functions[name])) for name in names if name in functions
+                Patch(f"{module}.{name}", _paragraph(functions[name])) for name in names if name in functions
             ]
-    return []
+    upstream = _paragraph(tree, after="Upstream: ")
+    return [Patch(module, upstream)] if upstream else []
 
 
-def _summary(function: ast.FunctionDef) -> str:
-    paragraph = (ast.get_docstring(function) or "").partition("\n\n")[0]
-    return " ".join(paragraph.split())
+def _paragraph(documented: ast.Module | ast.FunctionDef, after: str = "") -> str:
+    """The first paragraph of a docstring that begins with `after`, without it and on one line."""
+    for paragraph in (ast.get_docstring(documented) or "").split("\n\n"):
+        if paragraph.startswith(after):
+            return " ".join(paragraph.removeprefix(after).split())
+    return ""
 
 
 def _rows(versions: Mapping[str, str | None], devices: Sequence[str]) -> list[Row]:
@@ -141,10 +151,7 @@ def show(diagnosis: Diagnosis) -> None:
     console = Console(highlight=False, markup=False)
     console.print(versions)
     console.print(f"\n{diagnosis.verdict.sentence}")
-    if not diagnosis.patches:
-        console.print("\nNo patch applies here.")
-        return
-    console.print("\nNo CUDA device, so these patches apply:")
+    console.print(f"\nPatches that apply here: {len(diagnosis.patches) or 'none'}")
     substitutions = Table.grid(padding=(0, 2))
     for patch in diagnosis.patches:
         substitutions.add_row(patch.name, patch.reason)

@@ -56,21 +56,31 @@ def test_unsupported_combination_exits_with_1(tmp_path: Path):
     assert json.loads(skymoe_doctor("--json", path=tmp_path).stdout)["verdict"]["supported"] is False
 
 
-def test_no_patch_where_cuda_is():
-    assert diagnosis.patches(doctor.installed(), ["NVIDIA A800-SXM4-80GB"]) == []
+def test_with_cuda_only_a_missing_transformer_engine_needs_a_patch():
+    gpu = ["NVIDIA A800-SXM4-80GB"]
+    assert diagnosis.patches({**NO_NEMO, "transformer-engine": "2.9"}, gpu) == []
+    assert names(diagnosis.patches({**NO_NEMO, "transformer-engine": None}, gpu)) == ["router_without_te"]
+
+
+def names(patches: list[diagnosis.Patch]) -> list[str]:
+    return sorted(patch.name for patch in patches)
 
 
 def test_listed_patches_are_those_applied():
     """Against what the patches themselves report, in a process of their own."""
 
     def apply() -> list[str]:
-        from nemo_skymoe.patches import cpu_runtime
+        from megatron.core.transformer.moe import moe_utils
 
-        return cpu_runtime.apply()
+        from nemo_skymoe.patches import cpu_runtime, router_without_te
+
+        moe_utils.__dict__.pop("te_general_gemm", None)  # this process may be the child of a patched one
+        alone = ["router_without_te"] if router_without_te.apply() else []
+        return alone + cpu_runtime.apply()
 
     [applied] = run_ranks(apply, 1, env={"CUDA_VISIBLE_DEVICES": ""})
     listed = diagnosis.patches(NO_NEMO, [])
-    assert applied and sorted(patch.name for patch in listed) == sorted(applied)
+    assert len(applied) > 1 and names(listed) == sorted(applied)
     assert all(patch.reason for patch in listed)
 
 
@@ -82,7 +92,8 @@ def test_listed_patches_are_those_applied_with_nemo():
         return nemo_cpu.apply()
 
     [applied] = run_ranks(apply, 1, env={"CUDA_VISIBLE_DEVICES": ""})
-    assert sorted(patch.name for patch in diagnosis.patches(doctor.installed(), [])) == sorted(applied)
+    listed = names(diagnosis.patches(doctor.installed(), []))
+    assert [name for name in listed if name != "router_without_te"] == sorted(applied)
 
 
 def test_remarks(monkeypatch: pytest.MonkeyPatch):
@@ -102,7 +113,7 @@ def test_devices_are_counted_by_kind(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(diagnosis, "cuda_devices", lambda: ["NVIDIA A800"] * 8)
     found = diagnosis.diagnose()
     assert (found.rows[-1].version, found.rows[-1].remark) == ("12.8", "8 x NVIDIA A800")
-    assert found.patches == []
+    assert names(found.patches) == ["router_without_te"]
 
 
 def test_devices_are_those_torch_sees():

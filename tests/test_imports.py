@@ -1,0 +1,184 @@
+"""The shape of the tree: who may import whom, what is light, and what every file owes its reader."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Imports point down this list, or sideways; a module belongs to the longest name that it begins with.
+LAYERS = {
+    "nemo_skymoe": 0,
+    "nemo_skymoe.config": 0,
+    "nemo_skymoe.ranks": 0,
+    "nemo_skymoe.doctor": 1,
+    "nemo_skymoe.diagnosis": 1,
+    "nemo_skymoe.moe": 1,
+    "nemo_skymoe.pipeline": 1,
+    "nemo_skymoe.checkpoint": 1,
+    "nemo_skymoe.report": 1,
+    "nemo_skymoe.patches": 1,
+    "nemo_skymoe.nemo": 2,
+    "nemo_skymoe.recipes": 3,
+    "nemo_skymoe.demo": 4,
+    "nemo_skymoe.cli": 5,
+    "nemo_skymoe.nemo.cli": 5,
+    "nemo_skymoe.__main__": 6,
+}
+# What must outlive NeMo, and what must work before it is installed.
+WITHOUT_NEMO = {name for name, height in LAYERS.items() if height <= 1} - {"nemo_skymoe.patches"}
+NEMO = {"nemo", "nemo_run", "lightning", "pytorch_lightning", "fiddle"}
+LIGHT = ("", ".config", ".ranks", ".doctor", ".diagnosis", ".cli", ".__main__")
+HEAVY = {"torch", "megatron", "numpy", "matplotlib", "rich"} | NEMO
+
+
+def python_files(*folders: str) -> Iterator[Path]:
+    for folder in folders:
+        for place, _, names in os.walk(ROOT / folder):  # does not follow links: nemo_skymoe/recipes is one
+            yield from (Path(place, name) for name in names if name.endswith(".py"))
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "nemo_skymoe" else ("nemo_skymoe", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in python_files("nemo_skymoe", "recipes", "patches")}
+modules = pytest.mark.parametrize("module", sorted(MODULES))
+
+
+def layer(module: str) -> tuple[str, int]:
+    """The longest entry of LAYERS that `module` begins with, and its height."""
+    name = module
+    while name not in LAYERS or (name == "nemo_skymoe" and name != module):
+        assert "." in name, f"{module} has no place in LAYERS: add it, in agreement with the design"
+        name = name.rpartition(".")[0]
+    return name, LAYERS[name]
+
+
+def imported(module: str, *, on_import: bool = False) -> set[str]:
+    """Modules that `module` imports anywhere, or only those that load when it is imported itself."""
+    tree = ast.parse(MODULES[module].read_text())
+    nodes = at_module_level(tree.body) if on_import else ast.walk(tree)
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {origin(module, node, alias.name) for alias in node.names}
+    return names
+
+
+def at_module_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        for inner in ("body", "orelse", "finalbody"):
+            if isinstance(node, ast.If | ast.Try | ast.With):
+                yield from at_module_level(getattr(node, inner, []))
+        for handler in getattr(node, "handlers", []):
+            yield from at_module_level(handler.body)
+
+
+def origin(module: str, node: ast.ImportFrom, name: str) -> str:
+    """What `from X import name` loads: the submodule X.name where it is one of ours, else X."""
+    source = node.module or ""
+    if node.level:
+        is_package = MODULES[module].name == "__init__.py"
+        parents = module.split(".")[: len(module.split(".")) - node.level + is_package]
+        source = ".".join([*parents, *([source] if source else [])])
+    return f"{source}.{name}" if f"{source}.{name}" in MODULES else source
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name.partition(".")[0] == "nemo_skymoe"}
+
+
+def foreign(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names} - {"nemo_skymoe"}
+
+
+@modules
+def test_imports_point_down(module: str):
+    _, height = layer(module)
+    assert [name for name in ours(imported(module)) if layer(name)[1] > height] == []
+
+
+@modules
+def test_only_nemo_and_what_is_above_it_imports_nemo(module: str):
+    if layer(module)[0] in WITHOUT_NEMO:
+        assert foreign(imported(module)) & NEMO == set()
+
+
+@modules
+def test_patches_are_imported_only_where_they_are_applied(module: str):
+    patches = {name for name in ours(imported(module)) if name.startswith("nemo_skymoe.patches")}
+    if layer(module)[0] == "nemo_skymoe.patches":
+        assert ours(imported(module)) - patches <= {"nemo_skymoe.config"}
+        return
+    source = MODULES[module].read_text()
+    assert [name for name in patches if f"{name.rpartition('.')[2]}.apply()" not in source] == []
+    if layer(module)[0] in WITHOUT_NEMO:
+        assert [name for name in patches if foreign(imported(name)) & NEMO] == []
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_load_only_the_standard_library_and_each_other(name: str):
+    on_import = imported(f"nemo_skymoe{name}", on_import=True)
+    allowed = {"typer"} if name == ".cli" else set()
+    assert foreign(on_import) - sys.stdlib_module_names <= allowed
+    assert ours(on_import) <= {f"nemo_skymoe{light}" for light in LIGHT}
+
+
+@pytest.mark.parametrize("name", [name for name in LIGHT if name != ".__main__"])
+def test_light_modules_load_nothing_heavy(name: str):
+    code = f"import sys, nemo_skymoe{name}; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert HEAVY & set(loaded) == set()
+
+
+def test_importing_the_package_is_instant():
+    code = "import time; start = time.perf_counter(); import nemo_skymoe; print(time.perf_counter() - start)"
+    command = [sys.executable, "-c", code]
+    runs = [
+        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5)
+    ]
+    assert min(runs) < 0.050
+
+
+@pytest.mark.parametrize("file", sorted(python_files("recipes")), ids=lambda file: file.name)
+def test_recipes_keep_their_annotations(file: Path):
+    """NeMo-Run evaluates the annotations of factories; as strings they take the whole entry point down."""
+    futures = [
+        n
+        for n in ast.walk(ast.parse(file.read_text()))
+        if isinstance(n, ast.ImportFrom) and n.module == "__future__"
+    ]
+    assert [alias.name for node in futures for alias in node.names if alias.name == "annotations"] == []
+
+
+def test_no_file_is_longer_than_400_lines():
+    lengths = {
+        str(file.relative_to(ROOT)): len(file.read_text().splitlines())
+        for file in python_files("nemo_skymoe", "recipes", "patches", "conf", "benchmarks", "tests")
+    }
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+@modules
+def test_what_is_public_is_documented(module: str):
+    tree = ast.parse(MODULES[module].read_text())
+    definitions = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]
+    bare = [node.name for node in definitions if not ast.get_docstring(node)]
+    assert ast.get_docstring(tree), f"{module} has no docstring"
+    assert [name for name in bare if not name.startswith("_")] == []
