@@ -112,7 +112,7 @@ class AuxLossController:
 
     def coefficient_by_layer(self) -> dict[int, float]:
         """The coefficient in force in each local MoE layer, by global layer number."""
-        return {n: router.get_aux_loss_coeff(router.routing_type) for n, router in self._routers.items()}
+        return {n: router.get_aux_loss_coeff("aux_loss") for n, router in self._routers.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Coefficients of the whole model keyed by global layer number: gathered over the pipeline, so every rank calls."""

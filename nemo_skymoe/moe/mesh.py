@@ -4,16 +4,24 @@ Megatron's documentation uses "EDP" for the expert-*data-parallel* group; here i
 Expert Data Parallelism, the layout in which the expert-parallel group is the tensor-parallel group.
 """
 
+from typing import cast
+
 import torch
 from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
 
 from nemo_skymoe.config import ConfigurationError
 
 
 def check_edp_groups() -> None:
     """Refuse process groups that are not EDP's: on this rank EP and TP must list the same ranks in the same order."""
-    tensor = torch.distributed.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
-    expert = torch.distributed.get_process_group_ranks(parallel_state.get_expert_model_parallel_group())
+    tensor, expert = (
+        torch.distributed.get_process_group_ranks(cast(ProcessGroup, group()))
+        for group in (
+            parallel_state.get_tensor_model_parallel_group,
+            parallel_state.get_expert_model_parallel_group,
+        )
+    )
     if tensor != expert:
         raise ConfigurationError(
             f"moe_edp needs the expert-parallel group to be the tensor-parallel group, on rank"

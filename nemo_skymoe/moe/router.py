@@ -60,7 +60,7 @@ class SkyworkRouter(TopKRouter):
         if options.moe_adaptive_aux_loss:
             initial = options.moe_adaptive_aux_loss_initial
             self.aux_loss_coefficient = options.moe_adaptive_aux_loss_maximum if initial is None else initial
-        self.statistics = RouterStatistics(self.config.num_moe_experts, self.topk)
+        self.statistics = RouterStatistics(cast(int, self.config.num_moe_experts), self.topk)
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits [S, B, E] of the router's input [S, B, H]: z~ = lambda (z - mean) / std (eq. 6)."""
@@ -76,10 +76,8 @@ class SkyworkRouter(TopKRouter):
     def _raw_gating(self, input: Tensor) -> Tensor:
         double = input.dtype == torch.float64 or self.config.moe_router_dtype == "fp64"
         dtype = torch.float64 if double else torch.float32
-        bias = getattr(self, "bias", None)
-        operands = (
-            (input, self.weight, dtype) if not hasattr(self, "bias") else (input, self.weight, bias, dtype)
-        )
+        # Megatron 0.14 knows no gate bias.
+        operands: list[Any] = [input, self.weight, *([self.bias] if hasattr(self, "bias") else []), dtype]
         return moe_utils.router_gating_linear(*operands)
 
     def _normalize(self, logits_SBE: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""`pretrain`: NeMo's own, after the checks and the platform's cures that have to come before it."""
+# No `from __future__ import annotations`: NeMo-Run reads these signatures.
+
+from pathlib import Path
+from typing import Any, Optional
+
+import lightning.pytorch as pl
+from nemo.collections import llm
+from nemo.lightning import AutoResume, NeMoLogger, OptimizerModule, Trainer
+
+from nemo_skymoe.config import ConfigurationError, SkyworkOptions
+from nemo_skymoe.nemo.callbacks import SkyworkMoECallback
+from nemo_skymoe.patches import nemo_cpu
+
+
+def pretrain(
+    model: pl.LightningModule,
+    data: pl.LightningDataModule,
+    trainer: Trainer,
+    log: Optional[NeMoLogger] = None,
+    resume: Optional[AutoResume] = None,
+    optim: Optional[OptimizerModule] = None,
+) -> Path:
+    """Pretrain with NeMo; arguments and result are those of `nemo.collections.llm.pretrain`.
+
+    Where CUDA is absent the CPU runtime is applied first. A Skywork-MoE model gets the callback that runs
+    its adaptive auxiliary loss, unless the trainer has one already.
+
+    Raises:
+        ConfigurationError: The world size does not match, or the checkpoint to start from is missing.
+    """
+    nemo_cpu.apply()
+    check_world_size(trainer)
+    check_warm_start(resume)
+    callbacks: Any = trainer
+    if isinstance(getattr(model, "config", None), SkyworkOptions) and not any(
+        isinstance(callback, SkyworkMoECallback) for callback in callbacks.callbacks
+    ):
+        callbacks.callbacks.append(SkyworkMoECallback())
+    return llm.pretrain(model=model, data=data, trainer=trainer, log=log, resume=resume, optim=optim)
+
+
+def check_world_size(trainer: Any) -> None:
+    """Refuse a number of ranks that the parallel sizes do not divide."""
+    strategy = trainer.strategy
+    world = trainer.num_devices * trainer.num_nodes
+    sizes = {
+        "tensor_model_parallel_size": strategy.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": strategy.pipeline_model_parallel_size,
+        "context_parallel_size": strategy.context_parallel_size,
+    }
+    product = 1
+    for size in sizes.values():
+        product *= size
+    if world % product:
+        factors = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigurationError(
+            f"trainer.devices x trainer.num_nodes is {world} ranks, expected a multiple of {factors} = {product}"
+        )
+
+
+def check_warm_start(resume: Any) -> None:
+    """Refuse a checkpoint to start from that is not there."""
+    path = getattr(getattr(resume, "restore_config", None), "path", None)
+    if path and "://" not in str(path) and not (Path(path) / "weights").is_dir():
+        raise ConfigurationError(
+            f"the checkpoint to start from, '{path}', has no weights folder: `skymoe demo` makes one for the tiny"
+            " recipes, `skymoe upcycle` one from any dense checkpoint"
+        )

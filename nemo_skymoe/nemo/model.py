@@ -1,0 +1,115 @@
+"""NeMo model and configuration classes. Checkpoints name them by module path: they never move."""
+# No `from __future__ import annotations`: NeMo-Run and NeMo's serialisation read these annotations.
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Optional
+
+import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
+from nemo.collections.llm.gpt.model.base import GPTModel
+from nemo.collections.llm.gpt.model.llama import LlamaConfig
+from nemo.collections.llm.utils import Config
+from nemo.lightning import OptimizerModule
+from torch import nn
+
+from nemo_skymoe.config import SkyworkOptions
+from nemo_skymoe.moe.layer import get_skywork_block_spec, have_transformer_engine
+
+_TE = have_transformer_engine()
+_CUDA = torch.cuda.is_available()
+
+
+def skywork_layer_spec(config: Any, vp_stage: Optional[int] = None) -> Any:
+    """The layer spec NeMo calls when it builds a model; a module-level function so that recipes serialise."""
+    return get_skywork_block_spec(config, vp_stage)
+
+
+@dataclass
+class SkyworkConfig(LlamaConfig):
+    """The architecture of Skywork-13B: a Llama with untied head, RoPE, RMSNorm, SwiGLU and no biases.
+
+    What only Transformer Engine or a GPU can do is off where they are absent, and only there.
+    """
+
+    transformer_layer_spec: ModuleSpec | Callable[..., Any] = skywork_layer_spec
+    layernorm_epsilon: float = 1e-6
+    init_method_std: float = 0.02
+    use_cpu_initialization: bool = not _CUDA
+    persist_layer_norm: bool = _TE
+    apply_rope_fusion: bool = _TE
+    masked_softmax_fusion: bool = _CUDA
+    bias_activation_fusion: bool = _CUDA
+    bias_dropout_fusion: bool = _CUDA
+    cross_entropy_loss_fusion: bool = _CUDA
+
+
+@dataclass
+class SkyworkMoEDefaults(SkyworkOptions):
+    """What makes a dense configuration a Skywork-MoE: 16 experts of the dense MLP's size, two a token (Table 2).
+
+    A mixin without Megatron's fields, so that it goes in front of any dense configuration and leaves its sizes.
+    """
+
+    num_moe_experts: Optional[int] = 16
+    moe_router_topk: int = 2
+    moe_router_load_balancing_type: str = "aux_loss"
+    moe_router_dtype: Optional[str] = "fp32"
+    moe_aux_loss_coeff: float = 1e-2
+    moe_token_dispatcher_type: str = "alltoall" if _CUDA else "allgather"
+    moe_grouped_gemm: bool = _TE
+    moe_permute_fusion: bool = _TE
+    moe_edp: bool = True
+
+
+@dataclass
+class SkyworkMoEConfig(SkyworkMoEDefaults, SkyworkConfig):
+    """Skywork-MoE; the sizes are the caller's."""
+
+
+@dataclass
+class SkyworkTinyConfig(SkyworkConfig):
+    """Skywork-13B's architecture at about 2M parameters, for a laptop."""
+
+    num_layers: int = 4
+    hidden_size: int = 160
+    ffn_hidden_size: int = 432
+    num_attention_heads: int = 4
+    seq_length: int = 256
+
+
+@dataclass
+class SkyworkMoETinyConfig(SkyworkMoEDefaults, SkyworkTinyConfig):
+    """`SkyworkTinyConfig` upcycled: 16 experts, top-2, an MoE in every layer."""
+
+    moe_expert_capacity_factor: Optional[float] = 1.25
+
+
+class SkyworkModel(GPTModel):
+    """A NeMo GPT model whose configuration is a `SkyworkConfig`."""
+
+    def __init__(
+        self,
+        config: Annotated[Optional[SkyworkConfig], Config[SkyworkConfig]] = None,
+        optim: Optional[OptimizerModule] = None,
+        tokenizer: Optional[Any] = None,
+        model_transform: Optional[Callable[[nn.Module], nn.Module]] = None,
+    ):
+        super().__init__(
+            config or SkyworkConfig(), optim=optim, tokenizer=tokenizer, model_transform=model_transform
+        )
+
+
+class SkyworkMoEModel(SkyworkModel):
+    """A NeMo GPT model whose configuration is a `SkyworkMoEConfig`."""
+
+    def __init__(
+        self,
+        config: Annotated[Optional[SkyworkConfig], Config[SkyworkMoEConfig]] = None,
+        optim: Optional[OptimizerModule] = None,
+        tokenizer: Optional[Any] = None,
+        model_transform: Optional[Callable[[nn.Module], nn.Module]] = None,
+    ):
+        super().__init__(
+            config or SkyworkMoEConfig(), optim=optim, tokenizer=tokenizer, model_transform=model_transform
+        )

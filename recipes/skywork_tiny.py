@@ -1,0 +1,57 @@
+"""`skywork_tiny`: Skywork-13B's architecture at about 2M parameters, pretrained on the demonstration corpus."""
+
+from typing import Optional
+
+import lightning.pytorch as pl
+import nemo_run as run
+from nemo.collections.llm import pretrain
+
+from nemo_skymoe.nemo.api import pretrain as skywork_pretrain
+from nemo_skymoe.nemo.corpus import corpus_data
+from nemo_skymoe.nemo.model import SkyworkModel, SkyworkTinyConfig
+from nemo_skymoe.recipes._common import adam_with_cosine, logger, resume_from, small_trainer
+
+NAME = "skywork_tiny"
+
+
+@run.cli.factory(name=f"{NAME}_model")
+def model() -> run.Config[pl.LightningModule]:
+    """The dense model."""
+    return run.Config(SkyworkModel, config=run.Config(SkyworkTinyConfig))
+
+
+@run.cli.factory(target=pretrain, name=NAME)
+def pretrain_recipe(
+    dir: Optional[str] = "runs",
+    name: str = NAME,
+    corpus: str = "runs/corpus",
+    resume_path: Optional[str] = None,
+    devices: int = 1,
+    max_steps: int = 300,
+    seq_length: int = 256,
+    global_batch_size: int = 8,
+    micro_batch_size: int = 4,
+    max_lr: float = 3e-3,
+    min_lr: float = 3e-4,
+    warmup_steps: int = 20,
+    val_check_interval: int = 100,
+    limit_val_batches: int = 8,
+) -> run.Partial:
+    """Pretrain on `corpus` (`skymoe corpus DIRECTORY` makes one), on one CPU rank unless `devices` says more."""
+    return run.Partial(
+        skywork_pretrain,
+        model=model(),
+        data=run.Config(
+            corpus_data,
+            corpus=corpus,
+            seq_length=seq_length,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+        ),
+        trainer=small_trainer(
+            max_steps, devices, val_check_interval=val_check_interval, limit_val_batches=limit_val_batches
+        ),
+        log=logger(dir, name, save_every_n_steps=max_steps),
+        optim=adam_with_cosine(max_lr, min_lr, warmup_steps, max_steps),
+        resume=resume_from(resume_path),
+    )
