@@ -68,4 +68,31 @@ def local_checkpoints() -> None:
         nemo_logger.lcp = SimpleNamespace(LocalCheckpointCallback=())
 
 
-SUBSTITUTIONS = (random_seed, restored_tensors, local_checkpoints)
+def mock_attention_mask() -> None:
+    """NeMo's data/mock.py passes `create_attention_mask` where its dataset takes the seed, so that no batch has the
+    mask which attention without Transformer Engine needs."""
+    from nemo.collections.llm.gpt.data import mock
+
+    class MockGPTDataset(mock._MockGPTDataset):
+        def __init__(
+            self, tokenizer: Any, name: str, num_samples: int, seq_length: int, masked: bool = False
+        ):
+            super().__init__(tokenizer, name, num_samples, seq_length, create_attention_mask=masked)
+
+    mock._MockGPTDataset = MockGPTDataset
+
+
+def progress_timers() -> None:
+    """NeMo's progress_printer.py gathers Megatron's timers on rank 0 alone, by default none of them. NCCL drops the
+    empty message; gloo counts it, pairs every later collective of the world with the wrong one, and all ranks wait for
+    ever in the next (`ModelCheckpoint.file_exists` at the first save). Here rank 0 prints its own times."""
+    from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
+
+    def log_megatron_timers(self: ProgressPrinter, timers: Any) -> str | None:
+        seconds = {name: timers(name).elapsed() / self.log_interval for name in timers._timers}
+        return "".join(f"    {name}: {1000 * value:.2f} ms\n" for name, value in seconds.items()) or None
+
+    ProgressPrinter.log_megatron_timers = log_megatron_timers
+
+
+SUBSTITUTIONS = (random_seed, restored_tensors, local_checkpoints, mock_attention_mask, progress_timers)

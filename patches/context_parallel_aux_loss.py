@@ -1,0 +1,42 @@
+"""Auxiliary losses under context parallelism.
+
+Upstream: megatron/core/pipeline_parallel/schedules.py, 0.14 and 0.15 (fixed in 0.16): `forward_step_calc_loss`
+scales the load-balancing and z-losses by 1 / micro-batches alone. The gradients of the ranks that share a sequence
+add up to the whole, but DDP averages over them, so both losses act context_parallel_size times too weakly.
+"""
+
+import functools
+import inspect
+from typing import Any
+
+
+def apply() -> bool:
+    """Make up for the average; says whether that was needed and not done yet."""
+    from megatron.core.package_info import MAJOR, MINOR
+    from megatron.core.pipeline_parallel import schedules
+
+    original = schedules.forward_step_calc_loss
+    if (MAJOR, MINOR) >= (0, 16) or hasattr(original, "__wrapped__"):
+        return False
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward_step_calc_loss(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        arguments = signature.bind(*args, **kwargs).arguments
+        _scale_by_context_ranks(arguments["config"], arguments.get("cp_group_size"))
+        return result
+
+    schedules.forward_step_calc_loss = forward_step_calc_loss
+    return True
+
+
+def _scale_by_context_ranks(config: Any, size: int | None) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    # Per-token losses are summed, not averaged.
+    if getattr(config, "num_moe_experts", None) is None or config.calculate_per_token_loss:
+        return
+    size = parallel_state.get_context_parallel_world_size() if size is None else size
+    MoEAuxLossAutoScaler.set_loss_scale(MoEAuxLossAutoScaler.main_loss_backward_scale * size)
