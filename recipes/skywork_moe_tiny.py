@@ -42,6 +42,7 @@ def pretrain_recipe(
     expert_capacity_factor: Optional[float] = 1.25,
     val_check_interval: int = 100,
     limit_val_batches: int = 8,
+    data_seed: int = 1,
     similarity_interval: int = 20,
 ) -> run.Partial:
     """Pretrain with Expert Data Parallelism: the `edp` ranks of a tensor-parallel group share the experts.
@@ -57,6 +58,7 @@ def pretrain_recipe(
             seq_length=seq_length,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
+            seed=data_seed,
         ),
         trainer=small_trainer(
             max_steps,

@@ -36,6 +36,7 @@ def pretrain_recipe(
     warmup_steps: int = 20,
     val_check_interval: int = 100,
     limit_val_batches: int = 8,
+    data_seed: int = 1,
 ) -> run.Partial:
     """Pretrain on `corpus` (`skymoe corpus DIRECTORY` makes one), on one CPU rank unless `devices` says more."""
     return run.Partial(
@@ -47,6 +48,7 @@ def pretrain_recipe(
             seq_length=seq_length,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
+            seed=data_seed,
         ),
         trainer=small_trainer(
             max_steps, devices, val_check_interval=val_check_interval, limit_val_batches=limit_val_batches

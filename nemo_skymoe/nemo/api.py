@@ -10,6 +10,7 @@ from nemo.lightning import AutoResume, NeMoLogger, OptimizerModule, Trainer
 
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.nemo.callbacks import SkyworkMoECallback
+from nemo_skymoe.nemo.checkpoint import check_architecture
 from nemo_skymoe.patches import nemo_cpu
 
 
@@ -31,7 +32,7 @@ def pretrain(
     """
     nemo_cpu.apply()
     check_world_size(trainer)
-    check_warm_start(resume)
+    check_warm_start(resume, getattr(model, "config", None))
     callbacks: Any = trainer
     if isinstance(getattr(model, "config", None), SkyworkOptions) and not any(
         isinstance(callback, SkyworkMoECallback) for callback in callbacks.callbacks
@@ -59,11 +60,14 @@ def check_world_size(trainer: Any) -> None:
         )
 
 
-def check_warm_start(resume: Any) -> None:
-    """Refuse a checkpoint to start from that is not there."""
+def check_warm_start(resume: Any, config: Any) -> None:
+    """Refuse a checkpoint to start from that is not there or is of another architecture than `config`."""
     path = getattr(getattr(resume, "restore_config", None), "path", None)
-    if path and "://" not in str(path) and not (Path(path) / "weights").is_dir():
+    if not path or "://" in str(path):
+        return
+    if not (Path(path) / "weights").is_dir():
         raise ConfigurationError(
             f"the checkpoint to start from, '{path}', has no weights folder: `skymoe demo` makes one for the tiny"
             " recipes, `skymoe upcycle` one from any dense checkpoint"
         )
+    check_architecture(Path(path), config)

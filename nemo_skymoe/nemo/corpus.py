@@ -222,6 +222,7 @@ def corpus_data(
     global_batch_size: int = 8,
     micro_batch_size: int = 4,
     num_workers: int = 0,
+    seed: int = 1,
     index_cache: Optional[str] = None,
 ) -> "PreTrainingDataModule":
     """NeMo's pre-training data module on the corpus in the directory `corpus`, for `run.Config(corpus_data, ...)`.
@@ -235,6 +236,7 @@ def corpus_data(
         global_batch_size: Samples per optimizer step.
         micro_batch_size: Samples per forward pass of one data-parallel rank.
         num_workers: Loader processes per rank; 0 loads in the training process.
+        seed: Of the order of the training samples.
         index_cache: Folder for Megatron's sample indices; default: `index` in the corpus directory.
 
     Raises:
@@ -254,6 +256,7 @@ def corpus_data(
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
         num_workers=num_workers,
+        seed=seed,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         # Megatron names an index by its path, not by its content: a rebuilt corpus must not find the old one.

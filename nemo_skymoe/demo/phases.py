@@ -1,0 +1,77 @@
+"""The demo's phases, each a function that runs on every rank of a world of its own."""
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+import nemo_run as run
+
+from nemo_skymoe.demo.progress import TerminalProgress, redirect_output
+from nemo_skymoe.moe.mesh import edp_mesh_rows
+from nemo_skymoe.nemo.checkpoint import upcycle_checkpoint
+from nemo_skymoe.nemo.corpus import Corpus, validation_batches
+from nemo_skymoe.nemo.evaluate import load_model, mean_loss, start_single_rank
+from nemo_skymoe.nemo.model import SkyworkMoEModel, SkyworkMoETinyConfig, SkyworkTinyConfig
+from nemo_skymoe.patches import nemo_cpu
+
+SEQUENCE = 256
+BATCH = 8
+BATCHES = 50
+
+
+def last_checkpoint(directory: Path) -> Path:
+    """The checkpoint that a finished run left."""
+    return max((directory / "checkpoints").glob("*-last"), key=lambda path: path.stat().st_mtime)
+
+
+def train(recipe: Any, title: str, terminal: int, log: Path) -> dict[str, Any]:
+    """Run a recipe; returns this rank's peak memory in bytes and the mesh it trained on."""
+    redirect_output(log)
+    nemo_cpu.apply()
+    recipe.trainer.callbacks.append(run.Config(TerminalProgress, title=title, terminal=terminal))
+    fdl.build(recipe)()
+    return {"memory": peak_memory(), "mesh": edp_mesh_rows()}
+
+
+def upcycle_and_compare(corpus: Corpus, dense: Path, moe: Path, log: Path) -> dict[str, float]:
+    """Upcycle `dense` to `moe`; returns the losses on held-out text before the first step."""
+    redirect_output(log)
+    start_single_rank()
+    tokenizer: Any = _tokenizer(corpus)
+    upcycle_checkpoint(dense, moe, SkyworkMoEModel(SkyworkMoETinyConfig(), tokenizer=tokenizer))
+    return held_out_losses(corpus, dense, moe)
+
+
+def compare(corpus: Corpus, dense: Path, moe: Path, log: Path) -> dict[str, float]:
+    """Losses on held-out text of two trained checkpoints."""
+    redirect_output(log)
+    start_single_rank()
+    return held_out_losses(corpus, dense, moe)
+
+
+def held_out_losses(corpus: Corpus, dense: Path, moe: Path) -> dict[str, float]:
+    """Mean loss a token: of a dense checkpoint, and of an MoE with nothing dropped and at its capacity factor."""
+    models: dict[str, tuple[Any, Path]] = {
+        "dense": (SkyworkTinyConfig(), dense),
+        "MoE, nothing dropped": (SkyworkMoETinyConfig(moe_expert_capacity_factor=None), moe),
+        "MoE, capacity factor 1.25": (SkyworkMoETinyConfig(moe_expert_capacity_factor=1.25), moe),
+    }
+    return {
+        name: mean_loss(
+            load_model(config, checkpoint, corpus.vocab_size),
+            validation_batches(corpus, SEQUENCE, BATCH, BATCHES),
+        )
+        for name, (config, checkpoint) in models.items()
+    }
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _tokenizer(corpus: Corpus) -> Any:
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    return AutoTokenizer(str(corpus.tokenizer))

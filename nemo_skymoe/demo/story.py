@@ -1,0 +1,182 @@
+"""`make demo`: a dense Skywork trained on real text, upcycled, and trained on as a Skywork-MoE."""
+
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nemo_skymoe.ranks import run_ranks
+
+RANKS = 2
+PEAK_LR, FINAL_LR = 1.5e-3, 1.5e-4
+"""Of the MoE and of the continued dense model alike: the one peak there is time for, chosen before comparing."""
+
+
+@dataclass
+class Story:
+    """What the phases left: folders, losses, times."""
+
+    output: Path
+    dense_steps: int
+    steps: int
+    corpus: Any = None
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    mesh: list[dict[str, int]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: int = 0
+
+    def folder(self, name: str) -> Path:
+        """Folder of a phase."""
+        return self.output / name
+
+
+def run(output: Path, quick: bool = False) -> Path:
+    """Tell the whole story in `output`, which is emptied first, and write its report.
+
+    Args:
+        output: Folder for the corpus (kept from an earlier run), the runs and the report.
+        quick: 20 steps a phase: to see that it works, not to learn anything.
+
+    Returns:
+        The report's path.
+    """
+    console = Console()
+    story = Story(output.resolve(), *((20, 20) if quick else (400, 300)))
+    console.print(
+        "[bold]Skywork-MoE on a laptop[/]: dense, upcycled, trained on. Loading NeMo (about 20 s) ..."
+    )
+    begin = time.monotonic()
+    from nemo_skymoe.demo import phases
+    from nemo_skymoe.demo.summary import write
+
+    story.seconds["import of NeMo"] = time.monotonic() - begin
+    for name in ("dense", "moe", "dense_continued", "upcycled", "tensorboard"):
+        shutil.rmtree(story.folder(name), ignore_errors=True)
+    _corpus(story, console)
+    _dense(story, phases, console)
+    _upcycle(story, phases, console)
+    _continue(story, phases, console)
+    report = write(story)
+    console.print(
+        f"\n{_verdict(story)}\nReport: [bold]{report}[/]  ({_minutes(sum(story.seconds.values()))} in all)"
+    )
+    return report
+
+
+def _corpus(story: Story, console: Console) -> None:
+    from nemo_skymoe.nemo.corpus import build_corpus
+
+    def build() -> Any:
+        return build_corpus(
+            story.folder("corpus"), progress=lambda line: console.print(f"  {line}", highlight=False)
+        )
+
+    story.corpus = _timed(story, console, "corpus", "Corpus: the standard library of this Python", build)
+
+
+def _dense(story: Story, phases: Any, console: Console) -> None:
+    from nemo_skymoe.recipes import skywork_tiny
+
+    recipe = skywork_tiny.pretrain_recipe(
+        dir=str(story.output), name="dense", corpus=str(story.folder("corpus")), devices=RANKS,
+        max_steps=story.dense_steps, val_check_interval=story.dense_steps // 4,
+    )  # fmt: skip
+    _train(story, phases, console, "dense", "Dense pretraining (skywork_tiny, 2 ranks)", recipe)
+
+
+def _upcycle(story: Story, phases: Any, console: Console) -> None:
+    def upcycle() -> dict[str, float]:
+        dense = phases.last_checkpoint(story.folder("dense"))
+        log = story.folder("logs") / "upcycle.log"
+        return run_ranks(phases.upcycle_and_compare, 1, story.corpus, dense, story.folder("upcycled"), log)[0]
+
+    story.before = _timed(story, console, "upcycling", "Upcycling to 16 experts", upcycle)
+    _print_losses(console, "Loss on held-out text before the first step", story.before)
+
+
+def _continue(story: Story, phases: Any, console: Console) -> None:
+    from nemo_skymoe.recipes import skywork_moe_tiny, skywork_tiny
+
+    shared = {
+        "dir": str(story.output),
+        "corpus": str(story.folder("corpus")),
+        "devices": RANKS,
+        "max_steps": story.steps,
+        "val_check_interval": story.steps // 6,
+        "max_lr": PEAK_LR,
+        "min_lr": FINAL_LR,
+        "data_seed": 2,
+    }
+    moe = skywork_moe_tiny.pretrain_recipe(name="moe", resume_path=str(story.folder("upcycled")), **shared)
+    results = _train(story, phases, console, "moe", "MoE pretraining (skywork_moe_tiny, EDP on 2 ranks)", moe)
+    story.mesh = results[0]["mesh"]
+    dense_checkpoint = phases.last_checkpoint(story.folder("dense"))
+    dense = skywork_tiny.pretrain_recipe(name="dense_continued", resume_path=str(dense_checkpoint), **shared)
+    _train(story, phases, console, "dense_continued", "Dense continued, same batches, same schedule", dense)
+
+    def compare() -> dict[str, float]:
+        checkpoints = [phases.last_checkpoint(story.folder(name)) for name in ("dense_continued", "moe")]
+        return run_ranks(phases.compare, 1, story.corpus, *checkpoints, story.folder("logs") / "compare.log")[
+            0
+        ]
+
+    story.after = _timed(story, console, "comparison", "Comparison", compare)
+    _print_losses(console, "Loss on held-out text at the end", story.after)
+
+
+def _train(
+    story: Story, phases: Any, console: Console, name: str, title: str, recipe: Any
+) -> list[dict[str, Any]]:
+    terminal = os.dup(1)
+    log = story.folder("logs") / f"{name}.log"
+    try:
+        results = _timed(
+            story,
+            console,
+            name,
+            title,
+            lambda: run_ranks(phases.train, RANKS, recipe, name, terminal, log, timeout=3600),
+        )
+    finally:
+        os.close(terminal)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    story.memory = max(story.memory, own + sum(result["memory"] for result in results))
+    return results
+
+
+def _timed(story: Story, console: Console, name: str, title: str, work: Callable[[], Any]) -> Any:
+    console.print(f"[bold]{title}[/]")
+    begin = time.monotonic()
+    result = work()
+    story.seconds[name] = time.monotonic() - begin
+    console.print(f"  [dim]{story.seconds[name]:.0f} s[/]")
+    return result
+
+
+def _print_losses(console: Console, title: str, losses: dict[str, float]) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("model")
+    table.add_column("loss", justify="right")
+    for name, loss in losses.items():
+        table.add_row(name, f"{loss:.6f}")
+    console.print(table)
+
+
+def _verdict(story: Story) -> str:
+    difference = story.after["MoE, nothing dropped"] - story.after["dense"]
+    return (
+        f"After {story.steps} steps the MoE's loss is {abs(difference):.3f} nats"
+        f" {'below' if difference < 0 else 'above'} that of the dense model trained on alike."
+    )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s"

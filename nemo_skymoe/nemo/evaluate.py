@@ -1,0 +1,48 @@
+"""Loss of a NeMo checkpoint on given batches, on one rank and without a trainer."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from nemo_skymoe.checkpoint.torch_dist import PREFIX, weights_folder
+from nemo_skymoe.patches import nemo_cpu
+
+
+def start_single_rank() -> None:
+    """Megatron's process groups for a world of one, on the CPU runtime where CUDA is absent."""
+    nemo_cpu.apply()
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+
+
+def load_model(config: Any, checkpoint: Path, vocab_size: int) -> torch.nn.Module:
+    """The Megatron model of a NeMo configuration with a checkpoint's weights, every tensor accounted for."""
+    config.vocab_size = vocab_size
+    model = config.configure_model(tokenizer=None, pre_process=True, post_process=True)
+    sharded = model.sharded_state_dict(prefix=PREFIX)
+    loaded: Any = dist_checkpointing.load(sharded, str(weights_folder(checkpoint)))
+    model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in loaded.items()})
+    return model
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, batches: Iterable[dict[str, Tensor | None]]) -> float:
+    """Mean cross-entropy a token over all batches, in nats."""
+    model.eval()
+    total, tokens = 0.0, 0
+    for batch in batches:
+        losses = model(
+            input_ids=batch["tokens"],
+            position_ids=batch["position_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=batch["labels"],
+        )
+        total += float(losses.double().sum())
+        tokens += losses.numel()
+    return total / tokens
