@@ -53,6 +53,8 @@ class SkyworkOptions:
     """Token dispatcher under EDP: "auto", "replicated", "allgather" or "alltoall"."""
     moe_capacity_scope: str = "rank"
     """Tokens over which an expert's capacity is counted: those of a "rank" or of the "edp" group."""
+    edp_replica_check_interval: int = 0
+    """Compare the routing of the "replicated" dispatcher's ranks every so many forward passes of a layer; 0: never."""
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -88,6 +90,10 @@ class SkyworkOptions:
             value = getattr(self, option)
             if value is not None and not least < value < most:
                 raise ConfigurationError(f"{option} is {value}, expected a finite number above {least:g}")
+        if self.edp_replica_check_interval < 0:
+            raise ConfigurationError(
+                f"edp_replica_check_interval is {self.edp_replica_check_interval}, expected 0 (never) or a count"
+            )
         if not 0.0 <= self.moe_adaptive_aux_loss_smoothing < 1.0:
             raise ConfigurationError(
                 f"moe_adaptive_aux_loss_smoothing is {self.moe_adaptive_aux_loss_smoothing}, expected 0 <= beta < 1"
@@ -128,6 +134,12 @@ class SkyworkOptions:
             )
         if self.moe_edp:
             self._check_edp()
+            self._check_edp_dispatcher()
+        elif self.edp_dispatcher != "auto" or self.moe_capacity_scope != "rank":
+            raise ConfigurationError(
+                f"edp_dispatcher={self.edp_dispatcher!r} and moe_capacity_scope={self.moe_capacity_scope!r} take"
+                " effect under EDP only: set moe_edp=True, or leave them at 'auto' and 'rank'"
+            )
 
     def _check_edp(self) -> None:
         config: Any = self
@@ -141,4 +153,40 @@ class SkyworkOptions:
             raise ConfigurationError(
                 f"moe_edp keeps every expert whole: expert_tensor_parallel_size is"
                 f" {config.expert_tensor_parallel_size} (Megatron's default is tensor_model_parallel_size), expected 1"
+            )
+
+    def _check_edp_dispatcher(self) -> None:
+        config: Any = self
+        name = self.edp_dispatcher
+        for option in (
+            "moe_shared_expert_overlap",
+            "moe_router_padding_for_fp8",
+            "overlap_moe_expert_parallel_comm",
+        ):
+            if getattr(config, option, False):
+                raise ConfigurationError(f"{option} is not available under moe_edp, expected False")
+        if config.moe_token_dispatcher_type == "flex":
+            raise ConfigurationError(
+                "moe_token_dispatcher_type='flex' needs DeepEP's groups, under moe_edp expected 'allgather' or"
+                " 'alltoall'; edp_dispatcher chooses what runs"
+            )
+        if self.moe_capacity_scope == "edp":
+            if config.moe_expert_capacity_factor is None:
+                raise ConfigurationError(
+                    "moe_capacity_scope='edp' says how a capacity is counted, but moe_expert_capacity_factor is None"
+                )
+            if name == "alltoall":
+                raise ConfigurationError(
+                    "moe_capacity_scope='edp' needs every rank to see the whole group's tokens, which"
+                    " edp_dispatcher='alltoall' avoids: expected 'allgather' or 'auto', or moe_capacity_scope='rank'"
+                )
+        if (
+            config.tensor_model_parallel_size > 1
+            and name != "auto"
+            and config.sequence_parallel == (name == "replicated")
+        ):
+            needs = "sequence_parallel=False" if name == "replicated" else "sequence_parallel=True"
+            raise ConfigurationError(
+                f"edp_dispatcher={name!r} needs {needs}: without sequence parallelism every rank holds the tokens"
+                " already ('replicated'), with it each holds its own ('allgather', 'alltoall')"
             )
