@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.tensor_parallel import random
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 from . import cpu_cuda
 from .cpu_adam import FusedAdam
@@ -34,6 +34,16 @@ def router_gemm() -> None:
     """moe_utils.py reads `te_general_gemm` whether or not Transformer Engine was there to import it from (to 0.16)."""
     if not hasattr(moe_utils, "te_general_gemm"):
         setattr(moe_utils, "te_general_gemm", None)  # noqa: B010
+
+
+def split_sizes() -> None:
+    """token_dispatcher.py makes numpy arrays of split sizes on their way from the GPU: here they would stay tensors,
+    which all_to_all_single refuses."""
+    setattr(token_dispatcher, "maybe_move_tensor_to_cpu", _on_the_host)  # noqa: B010
+
+
+def _on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def compilation() -> None:
@@ -91,4 +101,4 @@ def _end_with_the_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-SUBSTITUTIONS = (rng_tracker, router_gemm, compilation, fused_adam, batched_p2p, results_queue)
+SUBSTITUTIONS = (rng_tracker, router_gemm, split_sizes, compilation, fused_adam, batched_p2p, results_queue)
