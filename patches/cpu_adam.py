@@ -32,15 +32,28 @@ class FusedAdam(torch.optim.Adam):
         super().__init__(params, decoupled_weight_decay=adam_w_mode, **kwargs)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update; each parameter's step is lent to torch for its duration."""
-        for group in self.param_groups:
-            for state in self._states(group):
-                state.setdefault("step", torch.tensor(float(group.get("step", 0))))
+        """One update of every parameter that has a gradient."""
+        self._lend_steps(self.param_groups, self.state)
         loss = super().step(closure)
-        for group in self.param_groups:
-            for state in self._states(group):
-                group["step"] = int(state.pop("step"))
+        self._take_steps_back()
         return loss
 
-    def _states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        return [self.state[parameter] for parameter in group["params"] if self.state.get(parameter)]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also takes over the state of torch's own AdamW, with its steps."""
+        self._lend_steps(state["param_groups"], state["state"])
+        super().__setstate__(state)
+        self._take_steps_back()
+
+    @staticmethod
+    def _lend_steps(groups: list[dict[str, Any]], moments: dict[torch.Tensor, dict[str, Any]]) -> None:
+        # torch looks for the count beside the moments, and wants a tensor of its own for each parameter.
+        for group in groups:
+            for parameter in group["params"]:
+                if moments.get(parameter):
+                    moments[parameter].setdefault("step", torch.tensor(float(group.get("step", 0))))
+
+    def _take_steps_back(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if self.state.get(parameter):
+                    group["step"] = int(self.state[parameter].pop("step"))

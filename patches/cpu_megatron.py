@@ -61,6 +61,14 @@ def fused_adam() -> None:
         optimizer.Adam = FusedAdam
 
 
+def restored_master_parameters() -> None:
+    """distrib_optimizer.py loads its default format ("dp_reshardable") with gradients on, which fails where master
+    parameters are views of fp32 model parameters: on a GPU they are mostly copies of bf16 ones."""
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    load = optimizer_class._set_main_param_and_optimizer_states
+    setattr(optimizer_class, "_set_main_param_and_optimizer_states", torch.no_grad()(load))  # noqa: B010
+
+
 def batched_p2p() -> None:
     """p2p_communication.py pairs the messages of a batch by their order alone: two stages that are each other's
     neighbour on both sides (PP 2 with virtual stages) take activations for gradients, silently."""
@@ -101,4 +109,13 @@ def _end_with_the_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-SUBSTITUTIONS = (rng_tracker, router_gemm, split_sizes, compilation, fused_adam, batched_p2p, results_queue)
+SUBSTITUTIONS = (
+    rng_tracker,
+    router_gemm,
+    split_sizes,
+    compilation,
+    fused_adam,
+    restored_master_parameters,
+    batched_p2p,
+    results_queue,
+)

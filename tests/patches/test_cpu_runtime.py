@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_gpt import Case, Run, groups
 
 from nemo_skymoe.patches import cpu_runtime
@@ -73,3 +74,59 @@ def test_two_ranks_follow_one(case: Case, trajectories: dict[str, list[tuple[flo
         assert ours == pytest.approx(theirs, rel=2e-5)
     losses = [loss for loss, _ in reference]
     assert max(losses) - min(losses) > 0.01
+
+
+RESUMES = {
+    1: [
+        (Case(), "dp_reshardable"),
+        (Case(distributed=True), "dp_reshardable"),
+        (Case(distributed=True), "fully_reshardable"),
+        (Case(distributed=True), "fully_sharded_model_space"),
+    ],
+    2: [
+        (Case(tp=2), "dp_reshardable"),
+        (Case(distributed=True), "dp_reshardable"),
+        (Case(distributed=True), "fully_reshardable"),
+        (Case(pp=2, vpp=2, distributed=True), "fully_reshardable"),
+        (Case(tp=2, sequence_parallel=True, distributed=True), "fully_sharded_model_space"),
+        (Case(experts=4, ep=2, distributed=True), "dp_reshardable"),
+    ],
+}
+RESUME_CASES = [(ranks, index) for ranks, cases in RESUMES.items() for index in range(len(cases))]
+
+
+def _resumes(folder: Path) -> list[list[str]]:
+    """What differs after a resume, a list for each case of this world's size."""
+    cpu_runtime.apply()
+    torch.distributed.init_process_group("gloo")
+    differences = []
+    for index, (case, sharding) in enumerate(RESUMES[torch.distributed.get_world_size()]):
+        checkpoint = folder / f"{torch.distributed.get_world_size()}-{index}"
+        with groups(case):
+            straight = Run(case)
+            straight.train(0, 1)
+            straight.save(checkpoint, sharding=sharding)
+            expected = straight.train(2, 3)
+            resumed = Run(case)
+            resumed.load(checkpoint, sharding=sharding)
+            different = [] if resumed.train(2, 3) == expected else ["loss"]
+            after, wanted = resumed.parameters(), straight.parameters()
+            different += [name for name in wanted if not torch.equal(after[name], wanted[name])]
+            differences.append(different)
+    return differences
+
+
+@pytest.fixture(scope="module")
+def differences() -> dict[int, list[list[list[str]]]]:
+    """By world size, rank and case: the names of what a resumed run does not have in common with the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {ranks: run_ranks(_resumes, ranks, Path(folder), timeout=120) for ranks in RESUMES}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "index"),
+    RESUME_CASES,
+    ids=[f"{ranks}-{RESUMES[ranks][index][0]}-{RESUMES[ranks][index][1]}" for ranks, index in RESUME_CASES],
+)
+def test_resume_is_exact(ranks: int, index: int, differences: dict[int, list[list[list[str]]]]) -> None:
+    assert [rank[index] for rank in differences[ranks]] == [[]] * ranks
