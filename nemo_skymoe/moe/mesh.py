@@ -1,38 +1,104 @@
-"""Expert Data Parallelism's process groups (appendix B.1): Megatron's own, checked and shown.
+"""Expert Data Parallelism's meshes (appendix B.1): views of Megatron's process groups, checked and shown.
 
-Megatron's documentation uses "EDP" for the expert-*data-parallel* group; here it is the report's
-Expert Data Parallelism, the layout in which the expert-parallel group is the tensor-parallel group.
+Megatron uses "EDP" (and `expt_dp`) for the size of the expert-*data-parallel* group. Here EDP is the report's
+Expert Data Parallelism, the layout in which the expert-parallel group is the tensor-parallel group: a special
+case of what Megatron calls MoE Parallel Folding.
 """
 
-from typing import cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_skymoe.config import ConfigurationError
 
+ATTENTION = ("pp", "dp", "tp")
+EXPERTS = ("pp", "dp", "ep")
 
-def check_edp_groups() -> None:
-    """Refuse process groups that are not EDP's: on this rank EP and TP must list the same ranks in the same order."""
-    tensor, expert = (
-        torch.distributed.get_process_group_ranks(cast(ProcessGroup, group()))
-        for group in (
-            parallel_state.get_tensor_model_parallel_group,
-            parallel_state.get_expert_model_parallel_group,
-        )
-    )
-    if tensor != expert:
+
+def check_edp_groups(
+    tensor: ProcessGroup | None = None,
+    expert: ProcessGroup | None = None,
+    expert_tensor: ProcessGroup | None = None,
+) -> None:
+    """Refuse process groups that are not EDP's, on the rank that finds them.
+
+    Args:
+        tensor: Tensor-parallel group of attention; None for Megatron's, here and below.
+        expert: Expert-parallel group, which must list the same ranks in the same order.
+        expert_tensor: Tensor-parallel group within an expert, which must be this rank alone.
+    """
+    tensor = tensor or cast(ProcessGroup, parallel_state.get_tensor_model_parallel_group())
+    expert = expert or cast(ProcessGroup, parallel_state.get_expert_model_parallel_group())
+    expert_tensor = expert_tensor or cast(ProcessGroup, parallel_state.get_expert_tensor_parallel_group())
+    ranks, experts = (torch.distributed.get_process_group_ranks(group) for group in (tensor, expert))
+    if ranks != experts:
         raise ConfigurationError(
             f"moe_edp needs the expert-parallel group to be the tensor-parallel group, on rank"
-            f" {torch.distributed.get_rank()} they are {expert} and {tensor}: use equal"
+            f" {torch.distributed.get_rank()} they are {experts} and {ranks}: use equal"
             " expert_model_parallel_size and tensor_model_parallel_size, expert_tensor_parallel_size=1 and an"
             " order in which no other axis comes between tp and ep"
         )
+    if expert_tensor.size() > 1:
+        raise ConfigurationError(
+            f"moe_edp keeps every expert whole: the expert-tensor-parallel group has {expert_tensor.size()} ranks;"
+            " initialise Megatron with expert_tensor_parallel_size=1, unset it is tensor_model_parallel_size"
+        )
+
+
+def edp_device_meshes(device_type: str | None = None) -> tuple[DeviceMesh, DeviceMesh]:
+    """Attention mesh [pp, dp, tp] and expert mesh [pp, dp, ep] over Megatron's own groups; every rank calls.
+
+    No communicator is created. The axis dp holds context parallelism too, as the groups do over which
+    Megatron averages gradients.
+
+    Args:
+        device_type: "cuda" or "cpu"; None for what there is.
+
+    Raises:
+        ConfigurationError: The groups are not EDP's.
+    """
+    check_edp_groups()
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows = edp_mesh_rows()
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    attention = [
+        stages,
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_tensor_model_parallel_group(),
+    ]
+    experts = [
+        stages,
+        parallel_state.get_expert_data_parallel_group(),
+        parallel_state.get_expert_model_parallel_group(),
+    ]
+    return (
+        _mesh(rows, attention, device_type, ATTENTION, ("pp", "dp", "tp")),
+        _mesh(rows, experts, device_type, EXPERTS, ("pp", "expert dp", "ep")),
+    )
+
+
+def _mesh(
+    rows: Iterable[Mapping[str, int]],
+    groups: Sequence[Any],
+    device_type: str,
+    names: tuple[str, ...],
+    columns: tuple[str, ...],
+) -> DeviceMesh:
+    ranks = torch.full([group.size() for group in groups], -1, dtype=torch.int)
+    for row in rows:
+        ranks[tuple(row[column] for column in columns)] = row["rank"]
+    return DeviceMesh.from_group(list(groups), device_type, mesh=ranks, mesh_dim_names=names)
 
 
 def edp_mesh_rows() -> list[dict[str, int]]:
-    """One row a rank: its place in the attention mesh [pp, dp, tp] and in the expert mesh [pp, dp, ep]."""
+    """One row a rank: its place in the attention mesh [pp, dp, tp] and in the expert mesh [pp, expert dp, ep].
+
+    Gathered over the world, so every rank calls.
+    """
     place = {
         "rank": torch.distributed.get_rank(),
         "pp": parallel_state.get_pipeline_model_parallel_rank(),
@@ -44,3 +110,43 @@ def edp_mesh_rows() -> list[dict[str, int]]:
     rows: list[dict[str, int]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(rows, place)
     return rows
+
+
+def report_mesh_rows(pipeline: int, data: int, tensor: int) -> list[dict[str, int]]:
+    """The report's three expert meshes beside attention's, from the sizes alone (Megatron's default order).
+
+    In its terms, per pipeline stage: EP has Size_EP = Size_DP * Size_TP; ETP Size_EP = Size_DP, each expert
+    split over the tensor-parallel ranks; EDP Size_EP = Size_TP, the experts replicated over data parallelism.
+
+    Args:
+        pipeline: Pipeline stages.
+        data: Data-parallel size, context parallelism included.
+        tensor: Tensor-parallel size.
+
+    Returns:
+        One row a rank. `EDP dp` and `EDP ep` equal `dp` and `tp`: the same data in both meshes.
+    """
+    return [
+        {
+            "rank": rank,
+            "pp": rank // (data * tensor),
+            "dp": rank // tensor % data,
+            "tp": rank % tensor,
+            "EDP dp": rank // tensor % data,
+            "EDP ep": rank % tensor,
+            "ETP ep": rank // tensor % data,
+            "ETP etp": rank % tensor,
+            "EP ep": rank % (data * tensor),
+        }
+        for rank in range(pipeline * data * tensor)
+    ]
+
+
+def mesh_table(rows: Sequence[Mapping[str, int]]) -> str:
+    """Rows of `edp_mesh_rows` or `report_mesh_rows` as aligned text, one line a rank under a line of names."""
+    names = list(rows[0])
+    lines = [names, *([str(row[name]) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    )

@@ -1,0 +1,55 @@
+"""EDP with sequence parallelism by all-gather and reduce-scatter: the fewest bytes once k approaches n."""
+
+from typing import Any
+
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
+from torch import Tensor
+
+from nemo_skymoe.moe.collectives import gather_assignments, gather_from_group, reduce_scatter_to_group
+from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
+from nemo_skymoe.moe.permutation import Permutation, by_capacity
+
+
+class AllGatherTokenDispatcher(EdpTokenDispatcher):
+    """Every rank gets all tokens of the group and sums what its experts make of them.
+
+    Hidden states travel in the model's dtype both ways, although the router's weights are float32. Beside
+    them go K weights and K expert numbers a token; the routing map is the non-zero weights. With
+    `moe_capacity_scope="edp"` tokens are dropped here, where the whole group's are known.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._drops = (
+            self.config.moe_capacity_scope == "edp" and self.config.moe_expert_capacity_factor is not None
+        )
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """[t, H] to [T, H]; weights [t, E] to those of the local experts for all tokens, [T, e]."""
+        weights_TK, experts_TK = gather_assignments(*self.assignments(probs), self.ranks)
+        weights_TE = self.spread(weights_TK, experts_TK)
+        if self._drops:
+            weights_TE = self._drop(weights_TE)
+        return gather_from_group(hidden_states, self.ranks), weights_TE[:, self.local_experts]
+
+    def _drop(self, weights_TE: Tensor) -> Tensor:
+        # The very function that the router of TP = 1 calls, on the same values in the same order.
+        kept, _ = apply_router_token_dropping(
+            weights_TE,
+            weights_TE.detach() != 0,
+            router_topk=self.topk,
+            capacity_factor=self.config.moe_expert_capacity_factor,
+            drop_policy=self.config.moe_token_drop_policy,
+        )
+        return kept
+
+    def permutation(self, weights_Re: Tensor) -> Permutation:
+        """Which token goes to which local expert; fixed shapes with capacity padding."""
+        if not self.padded:
+            return super().permutation(weights_Re)
+        segments = 1 if self._drops else self.ranks.size
+        return by_capacity(weights_Re, self.capacity(weights_Re.shape[0] // segments), segments)
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] to this rank's [t, H] of the sum over the ranks."""
+        return reduce_scatter_to_group(hidden_states, self.ranks)

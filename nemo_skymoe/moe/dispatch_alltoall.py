@@ -1,0 +1,102 @@
+"""EDP with sequence parallelism by all-to-all: a token goes once to each rank that has an expert for it."""
+
+import torch
+from torch import Tensor
+
+from nemo_skymoe.moe.collectives import all_to_all
+from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
+from nemo_skymoe.moe.permutation import Permutation, by_capacity, by_expert, true_positions
+
+
+class AllToAllTokenDispatcher(EdpTokenDispatcher):
+    """Send a token at most once to each rank, sum its experts' outputs there, send back one row.
+
+    Stock all-to-all sends a row for every assignment; of two picked experts on the same rank, one row and one
+    returned row are saved. The host reads once a layer: rows to and from each rank, and rows per expert.
+    """
+
+    def dispatch_preprocess(
+        self, tokens: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[S, B, H] to the rows to send [R, H], rank after rank, and their weights there [R, e]."""
+        hidden_tH, weights_tE = super().dispatch_preprocess(tokens, routing_map, probs)
+        self._num_tokens = hidden_tH.shape[0]
+        weights_nte = weights_tE.view(-1, self.ranks.size, self.num_local_experts).transpose(0, 1)
+        sent_nt = (weights_nte.detach() != 0).any(dim=-1)
+        self._exchange_counts(weights_nte, sent_nt)
+        rows = true_positions(sent_nt.reshape(-1), sum(self._sent))
+        self._rows = rows % max(self._num_tokens, 1)
+        weights_Re = weights_nte.reshape(-1, self.num_local_experts).index_select(0, rows)
+        return hidden_tH.index_select(0, self._rows), weights_Re
+
+    @torch.no_grad()
+    def _exchange_counts(self, weights_nte: Tensor, sent_nt: Tensor) -> None:
+        """Tell each rank how many rows it gets and how many of them are for which expert; then read once."""
+        counts = [sent_nt.sum(dim=1, keepdim=True), (weights_nte != 0).sum(dim=1)]
+        counts_n1e = torch.cat(counts, dim=1).int()
+        table = torch.cat([counts_n1e[:, :1], self.ranks.all_to_all(counts_n1e)], dim=1).cpu()
+        self._sent: list[int] = table[:, 0].tolist()
+        self._received: list[int] = table[:, 1].tolist()
+        self._tokens_per_expert = table[:, 2:].sum(dim=0)
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and weights to their ranks."""
+        return (
+            all_to_all(hidden_states, self.ranks, self._received, self._sent),
+            all_to_all(probs, self.ranks, self._received, self._sent),
+        )
+
+    def permutation(self, weights_Re: Tensor) -> Permutation:
+        """Which received row goes to which local expert."""
+        return by_expert(weights_Re, self._tokens_per_expert)
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """One row back for each row received."""
+        return all_to_all(hidden_states, self.ranks, self._sent, self._received)
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """Sum the ranks' rows of a token, [R, H] to [S, B, H]."""
+        tokens = hidden_states.new_zeros(self._num_tokens, hidden_states.shape[-1])
+        return tokens.index_add(0, self._rows, hidden_states).view(self.hidden_shape)
+
+
+class PaddedAllToAllTokenDispatcher(EdpTokenDispatcher):
+    """All-to-all of equal pieces for `moe_pad_expert_input_to_capacity`: no counts, nothing read by the host.
+
+    Rows are (expert, place) pairs as in Megatron's own: since an expert's places travel full or empty,
+    sending a token once for two experts of a rank would save no byte.
+    """
+
+    def dispatch_preprocess(
+        self, tokens: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[S, B, H] to the rows to send [E * capacity, H], expert after expert, and their weights."""
+        hidden_tH, weights_tE = super().dispatch_preprocess(tokens, routing_map, probs)
+        self._places = self.capacity(hidden_tH.shape[0])
+        self._permutation = by_capacity(weights_tE, self._places)
+        return self._permutation.permute(hidden_tH), self._permutation.select(weights_tE)
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and weights to their ranks."""
+        return all_to_all(hidden_states, self.ranks), all_to_all(probs, self.ranks)
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From rank after rank to expert after expert."""
+        shape = (self.ranks.size, self.num_local_experts)
+        rows = torch.full(shape[1:], self.ranks.size * self._places, dtype=torch.int64, device="cpu")
+        return self._regroup(hidden_states, *shape), rows, self._regroup(probs, *shape)
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """From expert after expert to rank after rank."""
+        return self._regroup(hidden_states, self.num_local_experts, self.ranks.size)
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """One row back for each row received."""
+        return all_to_all(hidden_states, self.ranks)
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """Sum a token's rows, [E * capacity, H] to [S, B, H]."""
+        return super().combine_postprocess(super().combine_preprocess(hidden_states))
+
+    def _regroup(self, rows: Tensor, outer: int, inner: int) -> Tensor:
+        return rows.view(outer, inner, self._places, *rows.shape[1:]).transpose(0, 1).flatten(0, 2)

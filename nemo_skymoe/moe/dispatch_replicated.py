@@ -1,0 +1,79 @@
+"""EDP without sequence parallelism: every rank holds the tokens already, so one all-reduce is all there is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_skymoe.moe.collectives import ExpertGroup, copy_to_group, reduce_from_group
+from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
+from nemo_skymoe.moe.permutation import Permutation, by_capacity
+
+
+class RoutingDiverged(RuntimeError):
+    """Ranks that hold the same tokens route them differently; the message names the layer and the group."""
+
+
+class ReplicatedTokenDispatcher(EdpTokenDispatcher):
+    """Each rank takes its experts' rows from its own copy of the tokens; an all-reduce combines the outputs.
+
+    Forward, hidden states and weights are only read. Backward, each rank knows the gradient of its own
+    experts alone, which makes three corrections necessary; without any one of them the loss is right and
+    the gradients are not: `share_tokens`, `share_weights`, and `edp.exclude_replicas` for the router's losses.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._check_every: int = self.config.edp_replica_check_interval
+        self._calls = 0
+
+    def dispatch_preprocess(
+        self, tokens: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[S, B, H] to [T, H]; weights of the local experts [T, e]."""
+        hidden_TH, weights_TE = super().dispatch_preprocess(tokens, routing_map, probs)
+        weights_TK, experts_TK = self.assignments(weights_TE)
+        self._calls += 1
+        if self._check_every and self._calls % self._check_every == 0:
+            check_replicas(weights_TK, experts_TK, self.ranks)
+        weights_TE = self.spread(self.share_weights(weights_TK), experts_TK)
+        return self.share_tokens(hidden_TH), weights_TE[:, self.local_experts]
+
+    def share_tokens(self, hidden_TH: Tensor) -> Tensor:
+        """A token's gradient is the sum of what the experts of all ranks send back."""
+        return copy_to_group(hidden_TH, self.ranks)
+
+    def share_weights(self, weights_TK: Tensor) -> Tensor:
+        """Likewise a weight's, which only the rank of that expert knows."""
+        return copy_to_group(weights_TK, self.ranks)
+
+    def permutation(self, weights_Re: Tensor) -> Permutation:
+        """Which token goes to which local expert; fixed shapes with capacity padding."""
+        if self.padded:
+            return by_capacity(weights_Re, self.capacity(weights_Re.shape[0]))
+        return super().permutation(weights_Re)
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """Sum the ranks' [T, H]."""
+        return reduce_from_group(hidden_states, self.ranks)
+
+
+@torch.no_grad()
+def check_replicas(weights_TK: Tensor, experts_TK: Tensor, ranks: ExpertGroup) -> None:
+    """Compare a checksum of the routing bit for bit over the group; costs one small all-gather and a host read.
+
+    Raises:
+        RoutingDiverged: On every rank of the group, if any two differ.
+    """
+    integer = torch.int64 if weights_TK.element_size() == 8 else torch.int32
+    bits = torch.stack([weights_TK.contiguous().view(integer).long(), experts_TK.long()]).flatten()
+    # Odd multipliers: a changed or moved entry changes the sum, which wraps around.
+    odd = 2 * torch.arange(bits.shape[0], device=bits.device) + 1
+    checksum = (bits * odd * 0x9E3779B97F4A7C1).sum().reshape(1)
+    checksums = ranks.all_gather(checksum).tolist()
+    if len(set(checksums)) > 1:
+        differing = [rank for rank, value in enumerate(checksums) if value != checksums[0]]
+        raise RoutingDiverged(
+            f"{ranks}: the replicated tokens are routed differently from the group's rank 0 on its ranks"
+            f" {differing}; expected the same hidden states, router weights and random numbers on every rank"
+        )

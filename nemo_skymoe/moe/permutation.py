@@ -1,0 +1,85 @@
+"""Order tokens by expert and back, for any device, with no read of the host beyond the rows per expert.
+
+Shape suffixes: R rows (tokens of whatever ranks), E local experts, P permuted rows, H hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Rows copied to the experts that take them, expert after expert.
+
+    Attributes:
+        rows_P: Row that each permuted row copies.
+        entries_P: Its place in the transposed [E, R] weights, flattened.
+        tokens_per_expert: [E] int64 on the host, as Megatron's experts take them.
+        num_rows: R.
+    """
+
+    rows_P: Tensor
+    entries_P: Tensor
+    tokens_per_expert: Tensor
+    num_rows: int
+
+    def permute(self, hidden_RH: Tensor) -> Tensor:
+        """[R, H] to [P, H]."""
+        return hidden_RH.index_select(0, self.rows_P)
+
+    def select(self, weights_RE: Tensor) -> Tensor:
+        """The weight of each permuted row, [P]."""
+        return weights_RE.t().reshape(-1).index_select(0, self.entries_P)
+
+    def unpermute(self, outputs_PH: Tensor) -> Tensor:
+        """[P, H] to [R, H]: what a row got from all its experts, summed in the outputs' dtype."""
+        rows = outputs_PH.new_zeros(self.num_rows, outputs_PH.shape[-1])
+        return rows.index_add(0, self.rows_P, outputs_PH)
+
+
+def by_expert(weights_RE: Tensor, tokens_per_expert: Tensor | None = None) -> Permutation:
+    """Every row with a weight other than 0 goes to that expert.
+
+    A weight of exactly 0 moves neither an output nor, through any score function, a gradient.
+
+    Args:
+        weights_RE: Weight of each expert for each row, 0 where it does not take the row.
+        tokens_per_expert: The non-zero weights of each expert, on the host, if known already; else they are read.
+    """
+    assigned_RE = weights_RE.detach() != 0
+    if tokens_per_expert is None:
+        tokens_per_expert = assigned_RE.sum(dim=0).cpu()
+    entries = true_positions(assigned_RE.t().reshape(-1), int(tokens_per_expert.sum()))
+    num_rows = weights_RE.shape[0]
+    return Permutation(entries % max(num_rows, 1), entries, tokens_per_expert, num_rows)
+
+
+def by_capacity(weights_RE: Tensor, capacity: int, segments: int = 1) -> Permutation:
+    """Every expert takes exactly `capacity` rows of each segment: those with a weight, then any others.
+
+    All shapes are known beforehand, so nothing is read. No expert may have more weights in a segment.
+
+    Args:
+        weights_RE: As for `by_expert`.
+        capacity: Rows an expert takes of one segment.
+        segments: Equal pieces of the rows, one a rank, each of which the capacity holds for.
+    """
+    num_rows, num_experts = weights_RE.shape
+    segment = num_rows // segments
+    weights_SRE = weights_RE.detach().view(segments, segment, num_experts)
+    rows_SCE = weights_SRE.topk(capacity, dim=1, sorted=False).indices
+    starts_S = torch.arange(0, num_rows, segment, device=weights_RE.device)
+    rows_EP = (rows_SCE + starts_S.view(-1, 1, 1)).permute(2, 0, 1).reshape(num_experts, -1)
+    offsets_E = torch.arange(0, num_rows * num_experts, num_rows, device=weights_RE.device)
+    entries_EP = rows_EP + offsets_E.view(-1, 1)
+    tokens = torch.full((num_experts,), segments * capacity, dtype=torch.int64, device="cpu")
+    return Permutation(rows_EP.reshape(-1), entries_EP.reshape(-1), tokens, num_rows)
+
+
+def true_positions(mask: Tensor, count: int) -> Tensor:
+    """Ascending positions of the `count` true entries of a flat mask, without reading how many there are."""
+    places = torch.where(mask, mask.cumsum(0) - 1, count)
+    positions = torch.arange(mask.shape[0], device=mask.device)
+    return positions.new_empty(count + 1).scatter_(0, places, positions)[:count]

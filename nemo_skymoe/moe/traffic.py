@@ -1,0 +1,167 @@
+"""Bytes that a rank sends for one MoE layer, by dispatcher: the analytic count behind `edp_dispatcher="auto"`.
+
+Ring convention: to gather or to reduce-scatter a piece a rank sends it n - 1 times, an all-reduce is both, an
+all-to-all sends all pieces but one's own. Uniform routing: every set of k experts is as likely as any other.
+Plain arithmetic, no torch.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a MoE layer has to exchange.
+
+    Attributes:
+        ranks: n, the ranks that share the experts.
+        tokens: Tokens of one rank under sequence parallelism; the group has n times as many.
+        hidden_size: H.
+        num_experts: E.
+        topk: k.
+        dtype_bytes: Bytes of a hidden element.
+        weight_bytes: Bytes of a router weight.
+        capacity_factor: None for dropless.
+        padded: Experts' inputs are padded to their capacity.
+        rows: Rows a rank sends to others in one all-to-all, if known; else what uniform routing makes.
+    """
+
+    ranks: int
+    tokens: int
+    hidden_size: int
+    num_experts: int
+    topk: int
+    dtype_bytes: int = 2
+    weight_bytes: int = 4
+    capacity_factor: float | None = None
+    padded: bool = False
+    rows: float | None = None
+
+    @property
+    def others(self) -> int:
+        """n - 1."""
+        return self.ranks - 1
+
+    @property
+    def local_experts(self) -> int:
+        """e = E / n."""
+        return self.num_experts // self.ranks
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of one token's hidden state."""
+        return self.hidden_size * self.dtype_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of an expert's number."""
+        return 1 if self.num_experts <= 256 else 4
+
+    @property
+    def capacity(self) -> int:
+        """Rows an expert takes of one rank's tokens."""
+        assert self.capacity_factor is not None
+        return math.ceil(self.tokens * self.topk / self.num_experts * self.capacity_factor)
+
+    @property
+    def kept(self) -> float:
+        """Share of the assignments that a capacity leaves."""
+        if self.capacity_factor is None:
+            return 1.0
+        return min(1.0, self.capacity * self.num_experts / (self.tokens * self.topk))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank sends in one layer."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """Both passes; recomputation would add another `forward`."""
+        return self.forward + self.backward
+
+
+def replicated(x: Exchange) -> Traffic:
+    """Forward an all-reduce of the outputs; backward one of the tokens' gradients and one of the k weights'."""
+    all_reduce = 2 * x.others / x.ranks * (x.ranks * x.tokens)
+    return Traffic(all_reduce * x.hidden_bytes, all_reduce * (x.hidden_bytes + x.topk * x.weight_bytes))
+
+
+def allgather(x: Exchange) -> Traffic:
+    """Hidden states out and back, with k weights (and forward their experts' numbers) a token."""
+    sent = x.others * x.tokens
+    weights = x.topk * x.weight_bytes
+    return Traffic(
+        sent * (2 * x.hidden_bytes + weights + x.topk * x.expert_bytes),
+        sent * (2 * x.hidden_bytes + weights),
+    )
+
+
+def alltoall(x: Exchange) -> Traffic:
+    """A row for each pair of a token and another rank that has an expert for it, out and back.
+
+    Beside a row go its e weights; forward, 1 + e counts (int32) to every rank. Padded: a row and one weight
+    for every place of every expert elsewhere, and no counts.
+    """
+    if x.padded:
+        sent = x.others * x.local_experts * x.capacity * (2 * x.hidden_bytes + x.weight_bytes)
+        return Traffic(sent, sent)
+    rows = x.others * x.tokens * probability_of_rank(x) if x.rows is None else x.rows
+    sent = rows * (2 * x.hidden_bytes + x.local_experts * x.weight_bytes)
+    return Traffic(sent + x.others * (1 + x.local_experts) * 4, sent)
+
+
+def stock_allgather(x: Exchange) -> Traffic:
+    """Megatron's: the routing map and all E weights too, and the combine in the weights' dtype."""
+    sent = x.others * x.tokens
+    combine = x.hidden_size * x.weight_bytes
+    weights = x.num_experts * x.weight_bytes
+    return Traffic(
+        sent * (x.hidden_bytes + combine + weights + x.num_experts),
+        sent * (x.hidden_bytes + combine + weights),
+    )
+
+
+def stock_alltoall(x: Exchange) -> Traffic:
+    """Megatron's: a row and a weight for every assignment elsewhere; forward, E counts (int64) gathered."""
+    if x.padded:
+        return alltoall(x)
+    rows = x.others / x.ranks * x.tokens * x.topk * x.kept if x.rows is None else x.rows
+    sent = rows * (2 * x.hidden_bytes + x.weight_bytes)
+    return Traffic(sent + x.others * x.num_experts * 8, sent)
+
+
+def probability_of_rank(x: Exchange) -> float:
+    """How likely a token has an expert on a given rank, of its k minus those that a capacity drops at random."""
+    sets = math.comb(x.num_experts, x.topk)
+    missed = 0.0
+    for here in range(min(x.local_experts, x.topk) + 1):
+        ways = math.comb(x.local_experts, here) * math.comb(x.num_experts - x.local_experts, x.topk - here)
+        missed += ways / sets * (1.0 - x.kept) ** here
+    return 1.0 - missed
+
+
+DISPATCHERS: dict[str, Callable[[Exchange], Traffic]] = {
+    "replicated": replicated,
+    "allgather": allgather,
+    "alltoall": alltoall,
+}
+
+
+def fewest_bytes(x: Exchange, choices: Iterable[str]) -> str:
+    """The one of `choices` that sends the least in both passes together; the first of equals."""
+    return min(choices, key=lambda name: DISPATCHERS[name](x).total)
+
+
+def per_token(traffic: Traffic, x: Exchange) -> float:
+    """Bytes a rank sends per token of its own, both passes."""
+    return traffic.total / x.tokens
+
+
+def dropless(x: Exchange) -> Exchange:
+    """The same exchange without a capacity."""
+    return replace(x, capacity_factor=None, padded=False)
