@@ -15,27 +15,31 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_skymoe.config import SkyworkOptions
-from nemo_skymoe.moe.mesh import check_edp_groups
+from nemo_skymoe.moe import edp
 from nemo_skymoe.moe.norm import RMSNorm
 from nemo_skymoe.moe.router import SkyworkRouter
-from nemo_skymoe.patches import router_without_te
+from nemo_skymoe.patches import expert_parallel_warning, router_without_te
 
 
 @dataclass
 class SkyworkTransformerConfig(SkyworkOptions, TransformerConfig):
     """Megatron's `TransformerConfig` with the options of Skywork-MoE, for use without NeMo."""
 
+    def __post_init__(self) -> None:
+        expert_parallel_warning.apply()
+        super().__post_init__()
+
 
 class SkyworkMoELayer(MoELayer):
-    """Megatron's MoE layer with the Skywork router; under EDP its process groups are checked when it is built."""
+    """Megatron's MoE layer with the Skywork router; under EDP with our dispatcher, its process groups checked."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         router_without_te.apply()
-        if cast(SkyworkOptions, config).moe_edp:
-            check_edp_groups()
         super().__init__(config, *args, **kwargs)
         if not isinstance(self.router, SkyworkRouter):
             self.router = SkyworkRouter.adopt(self.router)
+        if cast(SkyworkOptions, config).moe_edp:
+            edp.install(self)
 
 
 def have_transformer_engine() -> bool:
