@@ -1,0 +1,90 @@
+"""EDP against TP = EP = 1: outputs and the gradient of every parameter, in float64, auxiliary and z-loss on.
+
+With `moe_capacity_scope="rank"` the tokens dropped depend on the layout: there the reference drops within the
+same slices of the sequence, as if each were a rank. With "edp" it is the plain model.
+"""
+
+from collections.abc import Callable
+
+import edp_worlds
+import pytest
+import torch
+from edp_worlds import Case, Outcome
+
+from nemo_skymoe.ranks import run_ranks
+
+TOLERANCE = 1e-10
+CAPACITY = 1.0
+DISPATCHERS = ("replicated", "allgather", "alltoall")
+CORRECTIONS = ("share_tokens", "share_weights", "exclude_replicas")
+
+
+def cases_of(n: int) -> list[Case]:
+    """Every dispatcher, dropless and with a capacity, with and without recomputation."""
+    cases = [Case(n, name, capacity) for name in DISPATCHERS for capacity in (None, CAPACITY)]
+    cases += [
+        Case(n, name, capacity, recompute="full") for name in DISPATCHERS for capacity in (None, CAPACITY)
+    ]
+    cases += [Case(n, name, CAPACITY, recompute="moe") for name in DISPATCHERS]
+    cases += [Case(n, name, CAPACITY, padded=True) for name in DISPATCHERS]
+    cases += [Case(n, name, CAPACITY, "edp", padded) for name in DISPATCHERS[:2] for padded in (False, True)]
+    return cases + [Case(n, name, aux_loss_form="square") for name in DISPATCHERS]
+
+
+CASES = {2: cases_of(2), 4: cases_of(4)}
+CONTEXT = [Case(2, name, capacity, cp=2) for name in DISPATCHERS for capacity in (None, CAPACITY)]
+MUTANTS = [Case(n, "replicated", mutation=correction) for n in (2, 4) for correction in CORRECTIONS]
+SINGLE = [Case(n, name, dtype=torch.float32) for n in (2, 4) for name in DISPATCHERS]
+WORLDS = {
+    2: CASES[2] + [case for case in MUTANTS + SINGLE if case.n == 2],
+    4: CASES[4] + [case for case in MUTANTS + SINGLE if case.n == 4] + CONTEXT,
+}
+Compare = Callable[[Case], tuple[list[Outcome], Outcome]]
+
+
+@pytest.fixture(scope="module")
+def compare() -> Compare:
+    """A case's outcomes by rank, and its reference's; one launch per world size runs them all."""
+    references = list({case.reference: None for world in WORLDS.values() for case in world})
+    outcomes = {case: [outcome] for case, outcome in zip(references, launch(1, references)[0], strict=True)}
+    for size, cases in WORLDS.items():
+        outcomes |= dict(zip(cases, zip(*launch(size, cases), strict=True), strict=True))
+    return lambda case: (list(outcomes[case]), outcomes[case.reference][0])
+
+
+def launch(size: int, cases: list[Case]) -> list[list[Outcome]]:
+    return run_ranks(edp_worlds.run_cases, size, cases)
+
+
+def each(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+@each(CASES[2] + CASES[4] + CONTEXT)
+def test_outputs_and_every_gradient_are_those_of_one_rank(compare: Compare, case: Case):
+    outcomes, reference = compare(case)
+    errors = edp_worlds.gradient_errors(outcomes, reference)
+    assert edp_worlds.logit_error(outcomes, reference) <= TOLERANCE
+    assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
+    assert set(errors) == set(reference.gradients)
+    assert all(abs(gradient).max() > 0 for gradient in reference.gradients.values())
+    if case.capacity_factor is not None:
+        assert reference.dropped >= 0.05
+
+
+@each(MUTANTS)
+def test_without_a_correction_outputs_are_right_and_gradients_wrong(compare: Compare, case: Case):
+    outcomes, reference = compare(case)
+    worst = max(edp_worlds.gradient_errors(outcomes, reference).values())
+    print(f"\n{case.name}: largest |g - g1| / |g1| = {worst:.2g}")
+    assert edp_worlds.logit_error(outcomes, reference) <= TOLERANCE
+    assert worst > 1e-2
+
+
+@each(SINGLE)
+def test_single_precision_differs_by_reduction_order(compare: Compare, case: Case):
+    """The figure is for the reader; that it is above the tolerance is why the others run in float64."""
+    outcomes, reference = compare(case)
+    worst = max(edp_worlds.gradient_errors(outcomes, reference).values())
+    print(f"\n{case.name}: largest |g - g1| / |g1| = {worst:.2g}")
+    assert worst > TOLERANCE
