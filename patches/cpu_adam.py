@@ -6,8 +6,7 @@ tensor for one of the parameter's shape, so that (optimizer/distrib_optimizer.py
 
 - saving fails: `AssertionError: (torch.Size([]), 0, 16384)` in `sharded_param_state_dp_reshardable`;
 - loading into a new optimizer fails: `assert len(steps) == 1` in `state_dict`, there is no state yet;
-- loading into a used one gives all parameters the same `step` tensor, which then advances once a
-  parameter and not once a step, and spoils Adam's bias correction silently.
+- loading into a used one fails: `KeyError: 'step'` in `_set_main_param_and_optimizer_states`.
 
 FusedAdam keeps the count in the parameter group instead, as Apex does; checkpoints of both
 optimizers then have the layout they have on a GPU.

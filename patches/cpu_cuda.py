@@ -47,7 +47,7 @@ def _nothing(*_: Any, **__: Any) -> None: ...
 def current_device() -> None:
     """`torch.cuda.current_device()` raises: p2p_communication.py, mappings.py and more take their device from it."""
     setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))  # noqa: B010
-    for name in ("set_device", "synchronize", "empty_cache"):
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, _nothing)
 
 

@@ -1,5 +1,7 @@
 """Megatron-Core on a CPU over gloo. Nothing acts on import, and nothing where CUDA is available."""
 
+from collections.abc import Callable
+
 import torch
 
 _applied: list[str] = []
@@ -8,21 +10,31 @@ _applied: list[str] = []
 def apply() -> list[str]:
     """Substitute what Megatron-Core (0.14 to 0.16) needs of CUDA; harmless to call again.
 
+    Holds in this process, in all its threads and in what is forked from it.
+
     Returns:
         The names of the substitutions in place: none where CUDA is available.
     """
     if torch.cuda.is_available():
         return []
     if not _applied:
-        from . import cpu_cuda, cpu_megatron, cpu_tensors
-
-        for module in (cpu_tensors, cpu_cuda, cpu_megatron):
-            for substitution in module.SUBSTITUTIONS:
-                substitution()
-                _applied.append(f"{module.__name__.rpartition('.')[2]}.{substitution.__name__}")
+        for name, substitute in substitutions().items():
+            substitute()
+            _applied.append(name)
     return applied()
 
 
 def applied() -> list[str]:
     """Names of the substitutions in place in this process."""
     return list(_applied)
+
+
+def substitutions() -> dict[str, Callable[[], None]]:
+    """Every substitution by name; its docstring says what upstream assumes, and where."""
+    from . import cpu_cuda, cpu_megatron, cpu_tensors
+
+    return {
+        f"{module.__name__.rpartition('.')[2]}.{substitute.__name__}": substitute
+        for module in (cpu_tensors, cpu_cuda, cpu_megatron)
+        for substitute in module.SUBSTITUTIONS
+    }

@@ -97,4 +97,10 @@ def tensor_type() -> None:
     setattr(torch.Tensor, "type", cuda_type)  # noqa: B010
 
 
-SUBSTITUTIONS = (factories, tensor_to, tensor_cuda, tensor_pin_memory, tensor_type)
+def tensor_types() -> None:
+    """`torch.cuda.LongTensor([1])`: NeMo's fine-tuning data count their ranks with it (llm/gpt/data/utils.py)."""
+    for name in ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short"):
+        setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+
+
+SUBSTITUTIONS = (factories, tensor_to, tensor_cuda, tensor_pin_memory, tensor_type, tensor_types)

@@ -1,6 +1,7 @@
 """NeMo on a CPU: what needs NeMo imported. Nothing acts on import, and nothing where CUDA is available."""
 
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ _applied: list[str] = []
 
 
 def apply() -> list[str]:
-    """Substitute what Megatron-Core and NeMo need of CUDA; harmless to call again.
+    """Substitute what Megatron-Core and NeMo (2.7) need of CUDA; harmless to call again.
 
     Returns:
         The names of the substitutions in place: none where CUDA is available.
@@ -22,15 +23,20 @@ def apply() -> list[str]:
         return []
     cpu_runtime.apply()
     if not _applied:
-        for substitution in SUBSTITUTIONS:
-            substitution()
-            _applied.append(f"nemo_cpu.{substitution.__name__}")
+        for name, substitute in substitutions().items():
+            substitute()
+            _applied.append(name)
     return applied()
 
 
 def applied() -> list[str]:
     """Names of the substitutions in place in this process, those of Megatron-Core included."""
     return cpu_runtime.applied() + _applied
+
+
+def substitutions() -> dict[str, Callable[[], None]]:
+    """Every substitution by name, beside those of `cpu_runtime`."""
+    return {f"nemo_cpu.{substitute.__name__}": substitute for substitute in SUBSTITUTIONS}
 
 
 def random_seed() -> None:

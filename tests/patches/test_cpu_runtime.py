@@ -1,13 +1,14 @@
 """Megatron-Core trains, checkpoints and resumes on a CPU: every layout against one rank, resume bit for bit."""
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_gpt import Case, Run, groups
 
-from nemo_skymoe.patches import cpu_runtime
+from nemo_skymoe.patches import cpu_runtime, nemo_cpu
 from nemo_skymoe.ranks import run_ranks
 
 DENSE, MOE = Case(), Case(experts=4)
@@ -130,3 +131,88 @@ def differences() -> dict[int, list[list[list[str]]]]:
 )
 def test_resume_is_exact(ranks: int, index: int, differences: dict[int, list[list[list[str]]]]) -> None:
     assert [rank[index] for rank in differences[ranks]] == [[]] * ranks
+
+
+def test_nothing_is_touched_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.zeros, torch.Tensor.to, torch.Tensor.type, torch.cuda.current_device, torch.cuda.Stream
+    assert cpu_runtime.apply() == nemo_cpu.apply() == []
+    assert cpu_runtime.applied() == nemo_cpu.applied() == []
+    assert before == (
+        torch.zeros,
+        torch.Tensor.to,
+        torch.Tensor.type,
+        torch.cuda.current_device,
+        torch.cuda.Stream,
+    )
+
+
+def test_apply_is_idempotent() -> None:
+    def world() -> tuple[list[str], list[str], bool]:
+        first, zeros = cpu_runtime.apply(), torch.zeros
+        return first, cpu_runtime.apply(), zeros is torch.zeros
+
+    [(first, second, same)] = run_ranks(world, 1)
+    assert first == second == list(cpu_runtime.substitutions())
+    assert same
+
+
+def _devices() -> dict[str, str]:
+    cuda = torch.device("cuda")
+    tensor = torch.zeros(2)
+    tensors = {
+        "name": torch.ones(2, device="cuda:0"),
+        "index": torch.empty(2, device=0),
+        "device": torch.tensor([1.0], device=cuda, pin_memory=True),
+        "none": torch.arange(3, device=None),
+        "like": torch.zeros_like(tensor, device=cuda),
+        "new": tensor.new_empty(2, device="cuda"),
+        "to name": tensor.to("cuda"),
+        "to keyword": tensor.to(device=cuda, dtype=torch.float64),
+        "to tensor": tensor.to(torch.ones(1, dtype=torch.int32)),
+        "cuda": tensor.cuda(0, non_blocking=True),
+        "module": torch.nn.Linear(1, 1).to("cuda").cuda().weight,
+    }
+    with torch.device("meta"):
+        tensors["meta"] = torch.ones(2)
+        tensors["out of meta"] = torch.ones(2, device="cuda")
+    return {name: f"{tensor.device} {tensor.dtype}" for name, tensor in tensors.items()}
+
+
+def test_every_way_to_ask_for_cuda_gives_the_cpu_in_every_thread() -> None:
+    def world() -> tuple[dict[str, str], dict[str, str]]:
+        cpu_runtime.apply()
+        with ThreadPoolExecutor(1) as pool:
+            return _devices(), pool.submit(_devices).result()
+
+    [(here, in_a_thread)] = run_ranks(world, 1)
+    assert here == in_a_thread
+    assert here.pop("meta") == "meta torch.float32"
+    assert here.pop("none") == "cpu torch.int64"
+    assert here.pop("to keyword") == "cpu torch.float64"
+    assert here.pop("to tensor") == "cpu torch.int32"
+    assert set(here.values()) == {"cpu torch.float32"}
+
+
+def test_a_fork_of_a_rank_trains_too() -> None:
+    def world() -> list[tuple[float, float]]:
+        cpu_runtime.apply()
+        return run_ranks(lambda: _train(Case()), 1)[0]
+
+    assert run_ranks(world, 1)[0] == run_ranks(lambda: cpu_runtime.apply() and _train(Case()), 1)[0]
+
+
+def test_recomputation_repeats_dropout() -> None:
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+    def world() -> bool:
+        cpu_runtime.apply()
+        return _train(Case(more=dropout)) == _train(Case(more={**dropout, **recompute}))
+
+    assert run_ranks(world, 1) == [True]
+
+
+def _train(case: Case) -> list[tuple[float, float]]:
+    with groups(case):
+        return Run(case).train(*STEPS)
