@@ -24,7 +24,7 @@ class ExpertGroup:
     or has not come within the process group's timeout.
 
     Args:
-        group: Megatron's expert-parallel group, which under EDP is the tensor-parallel group.
+        group: The EDP group: Megatron's tensor-parallel or expert-parallel group, whose ranks are the same.
         layer_number: Says which layer this is; asked only when a collective has failed.
     """
 

@@ -23,7 +23,7 @@ class EdpTokenDispatcher(MoETokenDispatcher):
 
     Args:
         config: The layer's configuration.
-        groups: Process groups as Megatron passes them, of which `ep` is the EDP group.
+        groups: Process groups as Megatron passes them, of which `ep` is the EDP group: attention's or the experts', they are the same ranks.
         router: The layer's router, asked for the layer's number should a collective fail.
     """
 

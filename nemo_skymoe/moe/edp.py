@@ -34,8 +34,11 @@ def install(layer: MoELayer) -> None:
     stock = cast(MoETokenDispatcher, layer.token_dispatcher)
     check_edp_groups(layer.attn_tp_group, layer.ep_group, stock.tp_group)
     dispatcher = dispatcher_class(config)
+    # Of the two groups of the same ranks attention's: one communicator less, and it has the timeout that was
+    # asked for, which Megatron does not pass on to the expert-parallel group.
+    tensor = layer.attn_tp_group
     # The class that Megatron passes here has another name in 0.14.
-    groups = SimpleNamespace(ep=stock.ep_group, expt_tp=stock.tp_group, tp_ep=stock.tp_ep_group)
+    groups = SimpleNamespace(ep=tensor, expt_tp=stock.tp_group, tp_ep=tensor)
     layer.token_dispatcher = dispatcher(config, groups, layer.router)
     if dispatcher is ReplicatedTokenDispatcher:
         exclude_replicas(layer.router)

@@ -1,0 +1,93 @@
+"""Replicas that disagree and partners that die: said with the layer and the group, not trained on."""
+
+import os
+import time
+
+import pytest
+import torch
+from edp_crafted import (
+    EXPERTS,
+    HIDDEN,
+    TOKENS,
+    config_for,
+    dispatch_and_combine,
+    dispatcher_for,
+    start,
+    top_weights,
+)
+from megatron.core import parallel_state
+from torch import distributed
+
+from nemo_skymoe.moe.collectives import CollectiveFailed
+from nemo_skymoe.moe.dispatch_replicated import RoutingDiverged
+from nemo_skymoe.patches import cpu_runtime
+from nemo_skymoe.ranks import run_ranks
+
+
+def diverging(interval: int, calls: int) -> list[str]:
+    """Rank 1 routes its second micro-batch otherwise; what each call said."""
+    start(2)
+    dispatcher = dispatcher_for(config_for("replicated", 2, edp_replica_check_interval=interval))
+    said = []
+    for call in range(calls):
+        generator = torch.Generator().manual_seed(call)
+        scores = torch.randn(TOKENS, EXPERTS, generator=generator, dtype=torch.float64)
+        if call >= 1 and distributed.get_rank() == 1:
+            scores[3] = scores[3].roll(1)
+        try:
+            dispatcher.dispatch_preprocess(torch.ones(TOKENS, 1, HIDDEN), scores > 9, top_weights(scores))
+            said.append("")
+        except RoutingDiverged as error:
+            said.append(str(error))
+    return said
+
+
+def test_replicas_that_route_differently_are_found_on_every_rank():
+    for said in run_ranks(diverging, 2, 1, 2):
+        assert said[0] == ""
+        assert "MoE layer 7" in said[1] and "ranks [0, 1]" in said[1] and "its ranks [1]" in said[1]
+
+
+def test_replicas_are_compared_at_the_interval_only():
+    for said in run_ranks(diverging, 2, 3, 3):
+        assert [bool(text) for text in said] == [False, False, True]
+    assert run_ranks(diverging, 2, 0, 3)[0] == ["", "", ""]
+
+
+def dying(how: str) -> str:
+    """Rank 0 is told what happens when rank 1 dies, or stays away, before layer 7's second all-to-all."""
+    cpu_runtime.apply()
+    rank = int(os.environ["RANK"])
+    if rank == 1 and how == "dies":
+        # A process of its own, so that this one can report: `run_ranks` would end everyone at once.
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            return ""
+    distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(
+        2,
+        expert_model_parallel_size=2,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=3 / 60,
+    )
+    dispatcher = dispatcher_for(config_for("alltoall", 2))
+    weights = top_weights(torch.randn(TOKENS, EXPERTS, dtype=torch.float64))
+    hidden = torch.ones(TOKENS, HIDDEN, dtype=torch.float64)
+    dispatch_and_combine(dispatcher, hidden, weights)
+    if rank == 1:
+        if how == "dies":
+            os._exit(1)
+        time.sleep(7)
+        return ""
+    started = time.monotonic()
+    with pytest.raises(CollectiveFailed) as failure:
+        dispatch_and_combine(dispatcher, hidden, weights)
+    assert time.monotonic() - started < 6
+    return str(failure.value)
+
+
+@pytest.mark.parametrize("how", ("dies", "is late"))
+def test_a_rank_that_dies_ends_the_others_naming_layer_and_group(how: str):
+    said = run_ranks(dying, 2, how)[0]
+    assert "MoE layer 7" in said and "EDP group of ranks [0, 1]" in said and "all-to-all" in said
