@@ -7,7 +7,9 @@ are stacked: [layers, ...].
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -59,10 +61,22 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_weights(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write model tensors as `checkpoint/weights`; `metadata.json`, without which nothing loads, comes last."""
+def empty_extra_states(linear: str, *stacked: int) -> dict[str, Any]:
+    """The empty extra states (FP8 scales) that Megatron expects of a linear layer, one a layer (and expert).
+
+    Args:
+        linear: Name of the stacked weight, ending in `.weight`.
+        stacked: Its leading dimensions: layers, or layers and experts.
+    """
+    total = ".".join(map(str, stacked))
+    name = linear.removesuffix("weight") + "_extra_state/shard_"
+    return {f"{name}{'.'.join(map(str, index))}_{total}": [None] for index in np.ndindex(*stacked)}
+
+
+def write_weights(checkpoint: Path, entries: Mapping[str, Any]) -> None:
+    """Write tensors and extra states as `checkpoint/weights`; `metadata.json`, without which nothing loads, last."""
     folder = checkpoint / WEIGHTS
     folder.mkdir(parents=True)
-    save(dict(tensors), storage_writer=FileSystemWriter(folder), no_dist=True)
+    save(dict(entries), storage_writer=FileSystemWriter(folder), no_dist=True)
     torch.save({}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(_METADATA))

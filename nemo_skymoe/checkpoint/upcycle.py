@@ -1,10 +1,12 @@
 """Upcycling: a dense checkpoint's tensors into those of an MoE that computes the same function at step 0."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Size, Tensor
 
+from nemo_skymoe.checkpoint.torch_dist import empty_extra_states
 from nemo_skymoe.config import ConfigurationError
 
 _LAYERS = "module.decoder.layers."
@@ -22,6 +24,7 @@ KEPT = (
     "module.decoder.final_layernorm.weight",
     "module.output_layer.weight",
 )
+_LINEAR = tuple(f"{_LAYERS}self_attention.{name}.weight" for name in ("linear_qkv", "linear_proj"))
 ROUTER = f"{_LAYERS}mlp.router.weight"
 
 
@@ -38,6 +41,16 @@ def check_dense(shapes: Mapping[str, Size]) -> None:
                 f"the checkpoint {kind} '{min(names)}': expected a dense Skywork (RMSNorm, SwiGLU, RoPE, untied"
                 " head, no biases)"
             )
+
+
+def moe_extra_states(layers: int, num_experts: int) -> dict[str, Any]:
+    """What else Megatron looks for in an MoE's checkpoint: the empty extra states of its linear layers."""
+    states = {}
+    for name in _LINEAR:
+        states |= empty_extra_states(name, layers)
+    for name in EXPERTS.values():
+        states |= empty_extra_states(name, layers, num_experts)
+    return states
 
 
 def upcycle(

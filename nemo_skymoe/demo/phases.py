@@ -17,7 +17,7 @@ from nemo_skymoe.patches import nemo_cpu
 
 SEQUENCE = 256
 BATCH = 8
-BATCHES = 50
+BATCHES = 24
 
 
 def last_checkpoint(directory: Path) -> Path:

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_skymoe.demo.phases import BATCH, BATCHES, SEQUENCE
 from nemo_skymoe.report.curves import LossCurve, read_curves
 from nemo_skymoe.report.page import Table, Text, write_report
 
 if TYPE_CHECKING:
     from nemo_skymoe.demo.story import Story
+
+HELD_OUT_TOKENS = BATCH * BATCHES * SEQUENCE
 
 
 def write(story: "Story") -> Path:
@@ -64,10 +67,10 @@ def _loss_tables(story: "Story") -> list[Table]:
         table(
             "Before the first step",
             story.before,
-            "On the same 50 held-out batches. Copies of the dense MLP whose weights add up to one compute what it"
+            f"On the same {HELD_OUT_TOKENS} held-out tokens. Copies of the dense MLP whose weights add up to one compute what it"
             " computed; with a capacity, dropped tokens miss their experts.",
         ),
-        table("At the end", story.after, "The same batches; 'dense' is the dense model continued."),
+        table("At the end", story.after, "The same text; 'dense' is the dense model continued."),
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Any, Optional
 import lightning.pytorch as pl
 from nemo.collections import llm
 from nemo.lightning import AutoResume, NeMoLogger, OptimizerModule, Trainer
+from nemo.utils import logging
 
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.nemo.callbacks import SkyworkMoECallback
@@ -33,6 +34,7 @@ def pretrain(
     nemo_cpu.apply()
     check_world_size(trainer)
     check_warm_start(resume, getattr(model, "config", None))
+    shorten_warmup(optim, trainer.max_steps)
     callbacks: Any = trainer
     if isinstance(getattr(model, "config", None), SkyworkOptions) and not any(
         isinstance(callback, SkyworkMoECallback) for callback in callbacks.callbacks
@@ -58,6 +60,17 @@ def check_world_size(trainer: Any) -> None:
         raise ConfigurationError(
             f"trainer.devices x trainer.num_nodes is {world} ranks, expected a multiple of {factors} = {product}"
         )
+
+
+def shorten_warmup(optim: Any, max_steps: int) -> None:
+    """A warm-up as long as the run leaves NeMo's cosine no step to decay in, and its last learning rate is garbage."""
+    scheduler: Any = getattr(optim, "lr_scheduler", None)
+    if 0 < max_steps <= getattr(scheduler, "warmup_steps", 0):
+        shorter = max_steps // 10
+        logging.warning(
+            f"warmup_steps is {scheduler.warmup_steps} of trainer.max_steps={max_steps}: using {shorter}"
+        )
+        scheduler.warmup_steps = shorter
 
 
 def check_warm_start(resume: Any, config: Any) -> None:

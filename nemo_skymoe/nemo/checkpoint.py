@@ -8,7 +8,7 @@ from nemo import lightning as nl
 from nemo.lightning.io.pl import TrainerContext
 
 from nemo_skymoe.checkpoint import torch_dist
-from nemo_skymoe.checkpoint.upcycle import ROUTER, check_dense, upcycle
+from nemo_skymoe.checkpoint.upcycle import ROUTER, check_dense, moe_extra_states, upcycle
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo.model import SkyworkMoEModel
 
@@ -33,12 +33,13 @@ def upcycle_checkpoint(dense: Path, output: Path, model: SkyworkMoEModel, seed: 
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     experts: Any = model.config
-    torch_dist.write_weights(
-        unfinished,
-        upcycle(torch_dist.read_weights(dense), experts.num_moe_experts, experts.init_method_std, seed),
-    )
+    tensors = upcycle(torch_dist.read_weights(dense), experts.num_moe_experts, experts.init_method_std, seed)
+    extra_states = moe_extra_states(experts.num_layers, experts.num_moe_experts)
+    torch_dist.write_weights(unfinished, {**tensors, **extra_states})
     trainer = nl.Trainer(accelerator="cpu", devices=1, strategy=nl.MegatronStrategy())
-    TrainerContext(model=model, trainer=trainer).io_dump(unfinished / "context", yaml_attrs=["model"])
+    TrainerContext(model=model, trainer=trainer, extra={}).io_dump(
+        unfinished / "context", yaml_attrs=["model"]
+    )
     unfinished.rename(output)
     return output
 

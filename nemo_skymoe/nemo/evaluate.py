@@ -25,9 +25,18 @@ def load_model(config: Any, checkpoint: Path, vocab_size: int) -> torch.nn.Modul
     """The Megatron model of a NeMo configuration with a checkpoint's weights, every tensor accounted for."""
     config.vocab_size = vocab_size
     model = config.configure_model(tokenizer=None, pre_process=True, post_process=True)
-    sharded = model.sharded_state_dict(prefix=PREFIX)
+    # Extra states hold FP8 scales, of which there are none here.
+    sharded = {
+        name: part
+        for name, part in model.sharded_state_dict(prefix=PREFIX).items()
+        if not name.endswith("_extra_state")
+    }
     loaded: Any = dist_checkpointing.load(sharded, str(weights_folder(checkpoint)))
-    model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in loaded.items()})
+    # Beside the tensors Megatron returns what NeMo saved of the trainer.
+    weights = {name.removeprefix(PREFIX): value for name, value in loaded.items() if name.startswith(PREFIX)}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    left_out = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
+    assert not left_out, f"the checkpoint and the model differ in {left_out}"
     return model
 
 
