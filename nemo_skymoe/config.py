@@ -29,7 +29,13 @@ class SkyworkOptions:
     moe_router_logit_norm_correction: int = 1
     """1: sample standard deviation (the released weights); 0: population (eq. 6 as written)."""
     moe_router_logit_norm_eps: float = 1e-6
-    """Rows whose standard deviation is not above this are left un-normalised: a uniform gate, finite gradients."""
+    """Rows whose standard deviation is not above this count as equal logits: a uniform gate, finite gradients."""
+    moe_router_gate_bias: bool = False
+    """Add the bias of eq. (1) to the gate, starting at zero. The released weights have none."""
+    moe_router_two_layer_gate: bool = False
+    """The gate of the authors' later code, W2 tanh(W1 x), with W1 [8 n, hidden] and W2 [n, 8 n] for n experts."""
+    moe_router_telemetry: bool = True
+    """Observe the router in training: drop rate, load, entropy and gate ratios (`moe.telemetry.LayerMetrics`)."""
 
     moe_aux_loss_form: str = "switch"
     """"switch": Megatron's n * sum_j f_j P_j; "square": the report's eq. (4), sum_j (1/n - P_j)^2.
@@ -59,11 +65,16 @@ class SkyworkOptions:
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_ranges()
+        if getattr(self, "num_moe_experts", None):
+            self._check_router()
         parent: Any = super()
         if hasattr(parent, "__post_init__"):
-            parent.__post_init__()
+            try:
+                parent.__post_init__()
+            except (AssertionError, ValueError) as reason:
+                raise ConfigurationError(str(reason)) from reason
         if getattr(self, "num_moe_experts", None):
-            self._check_against_megatron()
+            self._check_parallelism()
 
     def _check_choices(self) -> None:
         for option, choices in (
@@ -105,33 +116,63 @@ class SkyworkOptions:
                 f" = {maximum}"
             )
 
-    def _check_against_megatron(self) -> None:
+    def _check_router(self) -> None:
         config: Any = self
         experts, topk = config.num_moe_experts, config.moe_router_topk
         if topk > experts:
             raise ConfigurationError(
                 f"moe_router_topk is {topk}, expected at most num_moe_experts = {experts}"
             )
-        if (
-            topk == 1
-            and experts > 1
-            and config.moe_router_score_function == "softmax"
-            and not config.moe_router_pre_softmax
-        ):
+        if config.moe_router_score_function != "softmax":
+            raise ConfigurationError(
+                f"moe_router_score_function is {config.moe_router_score_function!r}, expected 'softmax' (eq. 1)"
+            )
+        if topk == 1 and not config.moe_router_pre_softmax:
             raise ConfigurationError(
                 "moe_router_topk=1 with renormalised weights (eq. 2) gives every token weight 1 and the router no"
                 " gradient; set moe_router_topk=2 or moe_router_pre_softmax=True"
             )
+        if config.moe_router_group_topk or config.moe_router_num_groups:
+            raise ConfigurationError(
+                f"moe_router_group_topk is {config.moe_router_group_topk} and moe_router_num_groups"
+                f" {config.moe_router_num_groups}, expected None: the report's top-k is over all experts"
+            )
+        self._check_balancing()
+
+    def _check_balancing(self) -> None:
+        config: Any = self
+        kind = config.moe_router_load_balancing_type
+        if "sinkhorn" in kind:
+            raise ConfigurationError(
+                "moe_router_load_balancing_type='sinkhorn' replaces the report's gate (eq. 1-2), and in Megatron it"
+                " does not support an auxiliary loss; expected 'aux_loss'"
+            )
+        if self.moe_aux_loss_form == "square" and "aux_loss" not in (
+            [kind] if isinstance(kind, str) else kind
+        ):
+            raise ConfigurationError(
+                f"moe_aux_loss_form='square' (eq. 4) is a form of moe_router_load_balancing_type='aux_loss', got {kind!r}"
+            )
+        if not self.moe_adaptive_aux_loss:
+            return
+        if kind != "aux_loss":
+            raise ConfigurationError(
+                f"moe_adaptive_aux_loss needs moe_router_load_balancing_type='aux_loss', got {kind!r}"
+            )
+        if not self.moe_router_telemetry:
+            raise ConfigurationError(
+                "moe_adaptive_aux_loss follows the drop rate that moe_router_telemetry=False does not measure"
+            )
+
+    def _check_parallelism(self) -> None:
+        config: Any = self
+        experts = config.num_moe_experts
         if experts % config.expert_model_parallel_size:
             raise ConfigurationError(
                 f"num_moe_experts is {experts}, expected a multiple of expert_model_parallel_size ="
                 f" {config.expert_model_parallel_size}"
             )
-        if self.moe_adaptive_aux_loss and config.moe_router_load_balancing_type != "aux_loss":
-            raise ConfigurationError(
-                f"moe_adaptive_aux_loss needs moe_router_load_balancing_type='aux_loss', got"
-                f" {config.moe_router_load_balancing_type!r}"
-            )
+        self._check_cuda_graphs()
         if self.moe_edp:
             self._check_edp()
             self._check_edp_dispatcher()
@@ -139,6 +180,21 @@ class SkyworkOptions:
             raise ConfigurationError(
                 f"edp_dispatcher={self.edp_dispatcher!r} and moe_capacity_scope={self.moe_capacity_scope!r} take"
                 " effect under EDP only: set moe_edp=True, or leave them at 'auto' and 'rank'"
+            )
+
+    def _check_cuda_graphs(self) -> None:
+        config: Any = self
+        captured = getattr(config, "cuda_graph_impl", "none") != "none" or any(
+            getattr(config, option, False) for option in ("enable_cuda_graph", "external_cuda_graph")
+        )
+        if not (captured and self.moe_adaptive_aux_loss):
+            return
+        scope = config.cuda_graph_scope
+        parts = {getattr(part, "name", part) for part in ([scope] if isinstance(scope, str) else scope)}
+        if not parts or not parts <= {"attn", "mlp"}:
+            raise ConfigurationError(
+                "moe_adaptive_aux_loss changes a coefficient every step, which a captured CUDA graph would freeze:"
+                f" cuda_graph_scope is {scope!r}, expected 'attn'"
             )
 
     def _check_edp(self) -> None:

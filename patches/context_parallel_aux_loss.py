@@ -12,11 +12,11 @@ from typing import Any
 
 def apply() -> bool:
     """Make up for the average; says whether that was needed and not done yet."""
-    from megatron.core.package_info import MAJOR, MINOR
+    from megatron.core import package_info
     from megatron.core.pipeline_parallel import schedules
 
     original = schedules.forward_step_calc_loss
-    if (MAJOR, MINOR) >= (0, 16) or hasattr(original, "__wrapped__"):
+    if [package_info.MAJOR, package_info.MINOR] >= [0, 16] or hasattr(original, "__wrapped__"):
         return False
     signature = inspect.signature(original)
 

@@ -25,7 +25,9 @@ def squared_load_balancing_loss(
         coefficient: alpha.
         group: The ranks that share a micro-batch (TP x CP).
     """
-    mean_gate = reduce_from_tensor_model_parallel_region(scores.sum(dim=0) / total_tokens, group)
+    # Summed in float64: the loss is a small difference, and must not depend on how tokens are spread over ranks.
+    share = scores.sum(dim=0, dtype=torch.float64) / total_tokens
+    mean_gate = reduce_from_tensor_model_parallel_region(share, group)
     loss = coefficient * (mean_gate - 1.0 / scores.shape[-1]).square().sum()
     return scale_value(loss, 1.0 / group.size())
 
@@ -90,10 +92,15 @@ class AdaptiveAuxLossCoefficients:
                 f"the checkpoint has auxiliary-loss coefficients for {len(values)} MoE layers, the model has"
                 f" {len(self.values)}"
             )
-        for layer, value in enumerate(values, start=1):
-            if not (math.isfinite(value) and value >= 0.0):
-                raise ConfigurationError(
-                    f"the checkpoint's auxiliary-loss coefficient of MoE layer {layer} is {value}, expected a"
-                    " finite number >= 0"
-                )
+        check_coefficients(dict(enumerate(values, start=1)))
         self.values = values
+
+
+def check_coefficients(values: Mapping[int, float]) -> None:
+    """Refuse coefficients, by layer number, that are not finite and >= 0."""
+    for layer, value in values.items():
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ConfigurationError(
+                f"the checkpoint's auxiliary-loss coefficient of MoE layer {layer} is {value}, expected a"
+                " finite number >= 0"
+            )

@@ -1,6 +1,7 @@
 """Runs the adaptive coefficients over a model: reduce once per step, commit when the optimizer has stepped."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -8,9 +9,12 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
-from nemo_skymoe.moe.aux_loss import AdaptiveAuxLossCoefficients
+from nemo_skymoe.moe.aux_loss import AdaptiveAuxLossCoefficients, check_coefficients
 from nemo_skymoe.moe.router import SkyworkRouter
 from nemo_skymoe.moe.telemetry import LayerMetrics, reduce_statistics
+
+logger = logging.getLogger(__name__)
+_KEY = "aux_loss_coefficients"
 
 
 def find_routers(model_chunks: Sequence[torch.nn.Module]) -> dict[int, SkyworkRouter]:
@@ -19,9 +23,10 @@ def find_routers(model_chunks: Sequence[torch.nn.Module]) -> dict[int, SkyworkRo
     for chunk in model_chunks:
         for module in chunk.modules():
             if isinstance(module, SkyworkRouter):
-                if module.layer_number is None:
+                if module.layer_number is None or module.layer_number in routers:
                     raise ConfigurationError(
-                        "a SkyworkRouter has no layer number: build it inside a TransformerLayer"
+                        f"a SkyworkRouter has layer number {module.layer_number}, expected one of its own: build it"
+                        " inside a TransformerLayer of the decoder"
                     )
                 routers[module.layer_number] = module
     return dict(sorted(routers.items()))
@@ -42,6 +47,8 @@ class AuxLossController:
         coefficients: One per local MoE layer, in the order of `layers`.
         layers: Global numbers of the local MoE layers.
         metrics: What the last committed step showed, by global layer number.
+        drop_rate_is_virtual: Nothing is dropped in training: `LayerMetrics.drop_rate` is what a capacity factor
+            of `moe_nominal_capacity_factor` would have dropped.
     """
 
     def __init__(self, model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -50,6 +57,7 @@ class AuxLossController:
         self._routers = find_routers(model_chunks)
         self.layers = tuple(self._routers)
         self.adaptive = options.moe_adaptive_aux_loss
+        self.drop_rate_is_virtual = self.config.moe_expert_capacity_factor is None
         self.coefficients = AdaptiveAuxLossCoefficients(
             len(self.layers),
             options.moe_adaptive_aux_loss_sensitivity,
@@ -64,14 +72,16 @@ class AuxLossController:
     def attach(self, optimizer: Any) -> None:
         """Follow training: stage when `config.finalize_model_grads_func` runs, commit when `optimizer.step` succeeds.
 
+        A controller attached to the same model before is replaced.
+
         Args:
             optimizer: A Megatron optimizer, whose `step()` returns (success, gradient norm, zeros).
         """
-        finalize, step = self.config.finalize_model_grads_func, optimizer.step
-        if finalize is None:
+        if self.config.finalize_model_grads_func is None:
             raise ConfigurationError(
                 "config.finalize_model_grads_func is None, expected Megatron's or NeMo's"
             )
+        finalize, step = _original(self.config.finalize_model_grads_func), _original(optimizer.step)
 
         def finalize_and_stage(*args: Any, **kwargs: Any) -> Any:
             result = finalize(*args, **kwargs)
@@ -86,14 +96,17 @@ class AuxLossController:
                 self.discard()
             return result
 
-        self.config.finalize_model_grads_func = finalize_and_stage
-        optimizer.step = step_and_commit
+        self.config.finalize_model_grads_func = _replace(finalize, finalize_and_stage)
+        optimizer.step = _replace(step, step_and_commit)
+        # What was seen before belongs to no step.
+        for router in self._routers.values():
+            router.statistics.reset()
 
     def stage(self) -> None:
         """Reduce and forget the routers' sums; nothing follows from them before `commit`."""
         routers = list(self._routers.values())
         if routers:
-            group = routers[0].tp_dp_cp_group
+            group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
             self._staged = reduce_statistics([r.statistics for r in routers], group, routers[0].weight.device)
 
     def commit(self) -> None:
@@ -115,24 +128,45 @@ class AuxLossController:
         return {n: router.get_aux_loss_coeff("aux_loss") for n, router in self._routers.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Coefficients of the whole model keyed by global layer number: gathered over the pipeline, so every rank calls."""
+        """Coefficients of the whole model by global layer number; gathered over the pipeline, so every rank calls.
+
+        Empty where they are not adaptive.
+        """
+        if not self.adaptive:
+            return {}
         gathered: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
         local = dict(zip(self.layers, self.coefficients.values, strict=True))
         torch.distributed.all_gather_object(
             gathered, local, group=parallel_state.get_pipeline_model_parallel_group()
         )
-        return {"aux_loss_coefficients": dict(_sorted_items(gathered))}
+        return {_KEY: dict(sorted(item for part in gathered for item in part.items()))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take this rank's layers from the whole model's coefficients; refuses another number of MoE layers."""
-        saved = {int(layer): float(value) for layer, value in state["aux_loss_coefficients"].items()}
-        expected = set(_sorted_layers(self.config))
-        if set(saved) != expected:
+        """Continue from the whole model's coefficients, saved under any parallel layout.
+
+        An empty `state`, of a checkpoint that knows no coefficients, leaves the initial value in force with a
+        warning.
+
+        Raises:
+            ConfigurationError: The MoE layers are others, or a coefficient is not finite and >= 0.
+        """
+        if not self.adaptive:
+            return
+        if _KEY not in state:
+            logger.warning(
+                "The checkpoint has no auxiliary-loss coefficients: every MoE layer starts at"
+                f" {self.coefficients.initial}."
+            )
+            return
+        saved = {int(layer): float(value) for layer, value in state[_KEY].items()}
+        expected = _moe_layers(self.config)
+        if sorted(saved) != expected:
             raise ConfigurationError(
                 f"the checkpoint has auxiliary-loss coefficients for {len(saved)} MoE layers, the model has"
-                f" {len(expected)}"
+                f" {len(expected)}: {sorted(saved)} against {expected}"
             )
-        self.coefficients.load_state_dict({"aux_loss_coefficients": [saved[layer] for layer in self.layers]})
+        check_coefficients(saved)  # all layers, so that every pipeline stage refuses
+        self.coefficients.values = [saved[layer] for layer in self.layers]
         self._publish()
 
     def _publish(self) -> None:
@@ -141,15 +175,18 @@ class AuxLossController:
                 router.aux_loss_coefficient = value
 
 
-def _sorted_items(gathered: Sequence[Mapping[int, float]]) -> Iterator[tuple[int, float]]:
-    yield from sorted(item for part in gathered for item in part.items())
+def _replace(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
+    setattr(hook, "replaces", original)  # noqa: B010
+    return hook
 
 
-def _sorted_layers(config: Any) -> list[int]:
+def _original(function: Callable[..., Any]) -> Callable[..., Any]:
+    return getattr(function, "replaces", function)
+
+
+def _moe_layers(config: Any) -> list[int]:
     """Global numbers of all MoE layers of the model."""
     frequency = config.moe_layer_freq
     if isinstance(frequency, int):
-        pattern = [int(layer % frequency == 0) for layer in range(config.num_layers)]
-    else:
-        pattern = list(frequency)
-    return [layer for layer, is_moe in enumerate(pattern, start=1) if is_moe]
+        return list(range(1, config.num_layers + 1, frequency))
+    return [layer for layer, is_moe in enumerate(frequency, start=1) if is_moe]

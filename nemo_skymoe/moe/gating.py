@@ -4,6 +4,7 @@ Shape suffixes: S sequence, B micro-batch, E experts.
 """
 
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,25 +20,26 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, logits: Tensor, scale: float, correction: int, eps: float, ties: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         # Subtracting one entry first makes rows of equal logits exactly zero, whatever their common offset.
         centred = logits - logits[..., :1]
         centred -= centred.mean(dim=-1, keepdim=True)
         freedom = max(logits.shape[-1] - correction, 1)
         std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) * freedom**-0.5
         flat = std <= eps
-        factor = scale / std.masked_fill(flat, 1.0)
-        normalized = centred.mul_(factor)
+        factor = scale / std
+        normalized = centred.mul_(factor.masked_fill(flat, 0.0))
         if ties is not None:
             normalized += ties
-        # A flat row passes its gradient on as if it had not been normalised.
-        curvature = (factor / (scale * scale * freedom)).masked_fill(flat, 0.0)
-        ctx.save_for_backward(normalized, factor, curvature)
-        return normalized
+        # A flat row passes its gradient on as a softmax of un-normalised logits would.
+        curvature = (factor / (scale * scale * freedom)).masked_fill_(flat, 0.0)
+        ctx.save_for_backward(normalized, factor.masked_fill_(flat, 1.0), curvature)
+        ctx.mark_non_differentiable(flat)
+        return normalized, flat
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        (grad,) = gradients
+        grad = gradients[0]
         normalized, factor, curvature = ctx.saved_tensors
         along = (grad * normalized).sum(dim=-1, keepdim=True) * curvature
         result = (grad - grad.mean(dim=-1, keepdim=True)) * factor
@@ -45,7 +47,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def normalize_gating_logits(
-    logits: Tensor, scale: float = 1.0, correction: int = 1, eps: float = 1e-6, ties: Tensor | None = None
+    logits: Tensor, scale: float = 1.0, correction: int = 1, eps: float = 1e-6
 ) -> Tensor:
     """Normalise every token's gating logits to mean zero and standard deviation `scale` (eq. 6).
 
@@ -53,20 +55,30 @@ def normalize_gating_logits(
         logits: [..., E], any floating type.
         scale: lambda, the standard deviation afterwards.
         correction: 1 for the sample standard deviation of the released weights, 0 for the population one.
-        eps: A row whose standard deviation is not above this is only centred: equal logits give a uniform
-            gate and the gradient of an un-normalised softmax, never NaN.
-        ties: [..., E] from `tie_order`, added to the result; too small to change anything but exact ties.
+        eps: A row whose standard deviation is not above this counts as equal logits: its gate is uniform and
+            its gradient that of an un-normalised softmax, never NaN.
 
     Returns:
         [..., E] in float32, or float64 for float64 logits.
     """
+    return normalize_and_break_ties(logits, scale, correction, eps, None)[0]
+
+
+def normalize_and_break_ties(
+    logits: Tensor, scale: float, correction: int, eps: float, ties: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`normalize_gating_logits`, with `ties` added, and [..., 1] booleans: the rows of equal logits.
+
+    Args:
+        logits: As the other arguments, those of `normalize_gating_logits`.
+        ties: [..., E] from `tie_order`, added to the result; too small to change anything but exact ties.
+    """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    result = _Normalize.apply(logits.to(dtype), scale, correction, eps, ties)
-    assert isinstance(result, Tensor)
-    return result
+    normalized, flat = cast(Any, _Normalize.apply(logits.to(dtype), scale, correction, eps, ties))
+    return normalized, flat
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def tie_order(
     sequence: int,
     batch: int,
@@ -76,7 +88,7 @@ def tie_order(
     context: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """What to add to normalised logits so that tokens with equal logits spread over the experts.
 
     Token i prefers experts i*k, i*k + 1, ... (modulo E), i its global index: a router that knows nothing
@@ -94,12 +106,12 @@ def tie_order(
         device: Of the logits.
 
     Returns:
-        [S, B, E].
+        [S, B, E] to add, and [S, B, E] booleans: the experts that a token of equal logits gets.
     """
     token_SB1 = global_token_index(sequence, batch, tensor, context, device).unsqueeze(-1)
     expert_E = torch.arange(num_experts, device=device)
     place_SBE = (expert_E - token_SB1 * topk) % num_experts
-    return (num_experts - place_SBE).to(dtype) * _TIE_STEP
+    return (num_experts - place_SBE).to(dtype) * _TIE_STEP, place_SBE < topk
 
 
 def global_token_index(

@@ -1,24 +1,26 @@
 """The MoE layer and the layer specs that put it into a Megatron-Core GPT model."""
 
 import importlib.util
-import warnings
+import logging
 from dataclasses import dataclass
 from typing import Any, cast
 
 from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer import transformer_layer
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_skymoe.config import SkyworkOptions
 from nemo_skymoe.moe import edp
 from nemo_skymoe.moe.norm import RMSNorm
 from nemo_skymoe.moe.router import SkyworkRouter
-from nemo_skymoe.patches import expert_parallel_warning, router_without_te
+from nemo_skymoe.patches import context_parallel_aux_loss, expert_parallel_warning, router_without_te
 
 
 @dataclass
@@ -35,6 +37,7 @@ class SkyworkMoELayer(MoELayer):
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         router_without_te.apply()
+        context_parallel_aux_loss.apply()
         super().__init__(config, *args, **kwargs)
         if not isinstance(self.router, SkyworkRouter):
             self.router = SkyworkRouter.adopt(self.router)
@@ -52,23 +55,15 @@ def get_skywork_moe_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
     With `config.num_moe_experts` its MLP is a `SkyworkMoELayer`; without, it is the dense layer of Skywork-13B.
     """
+    get_spec = get_gpt_layer_local_spec
     if have_transformer_engine():
-        spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-        )
-    else:
-        spec = get_gpt_layer_local_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-        )
-    submodules = cast(Any, spec.submodules)
-    if not have_transformer_engine() and config.normalization == "RMSNorm":
-        submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
-    if config.num_moe_experts:
-        submodules.mlp.module = SkyworkMoELayer
+        get_spec = get_gpt_layer_with_transformer_engine_spec
+    spec = get_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
+    _adapt(spec, config)
     return spec
 
 
@@ -77,16 +72,31 @@ def get_skywork_block_spec(
 ) -> TransformerBlockSubmodules:
     """This pipeline stage's layers and the final norm; what `GPTModel(transformer_layer_spec=...)` takes.
 
-    Megatron's default final norm refuses sequence parallelism where Transformer Engine is absent.
+    Which layers are MoE follows `config.moe_layer_freq`.
     """
-    layer_spec = get_skywork_moe_layer_spec(config)
-    if have_transformer_engine():
-        from megatron.core.extensions.transformer_engine import TENorm
+    logging.getLogger(transformer_layer.__name__).addFilter(_not_about_the_mlp)
+    spec = get_gpt_decoder_block_spec(config, have_transformer_engine(), vp_stage=vp_stage)
+    for layer_spec in spec.layer_specs or ():
+        _adapt(layer_spec, config)
+    if _needs_local_norm(config):
+        spec.layer_norm = cast(Any, RMSNorm)
+    return spec
 
-        norm: Any = TENorm
-    else:
-        norm = RMSNorm
-    num_layers = get_num_layers_to_build(config, vp_stage)
-    # Megatron warns of every MLP class it does not know, once a layer.
-    warnings.filterwarnings("ignore", message="Unknown MLP type")
-    return TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=norm)
+
+def _adapt(spec: ModuleSpec, config: TransformerConfig) -> None:
+    """Put the Skywork classes into one of Megatron's layer specs, which layers may share."""
+    submodules = cast(Any, spec.submodules)
+    if _needs_local_norm(config):
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+    if submodules.mlp.module is MoELayer:
+        submodules.mlp.module = SkyworkMoELayer
+
+
+def _not_about_the_mlp(record: logging.LogRecord) -> bool:
+    """Megatron warns of every MLP class it does not know, once a layer."""
+    return "Unknown MLP type" not in record.getMessage()
+
+
+def _needs_local_norm(config: TransformerConfig) -> bool:
+    """Megatron's own norms refuse sequence parallelism where Transformer Engine is absent."""
+    return not have_transformer_engine() and config.normalization == "RMSNorm"

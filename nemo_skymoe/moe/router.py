@@ -5,15 +5,22 @@ Shape suffixes: S sequence, B micro-batch, T = S * B tokens, H hidden, E experts
 
 from typing import Any, cast
 
+import megatron.core
 import torch
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.moe.aux_loss import scale_value, squared_load_balancing_loss
-from nemo_skymoe.moe.gating import normalize_gating_logits, tie_order
+from nemo_skymoe.moe.gate import add_gate_parameters, gate_logits
+from nemo_skymoe.moe.gating import normalize_and_break_ties, tie_order
 from nemo_skymoe.moe.telemetry import RouterStatistics
+
+# Below any effect in float32. A coefficient of zero would take the layer out of Megatron's loss log, whose
+# reduction over the pipeline waits for every stage.
+_LEAST_COEFFICIENT = 1e-12
 
 
 class SkyworkRouter(TopKRouter):
@@ -49,42 +56,56 @@ class SkyworkRouter(TopKRouter):
         return adopted
 
     def _set_up(self) -> None:
-        options = cast(SkyworkOptions, self.config)
         if not isinstance(self.config, SkyworkOptions):
             raise ConfigurationError(
                 f"SkyworkRouter needs a configuration with SkyworkOptions, got {type(self.config).__name__}"
             )
-        self._scale = options.moe_router_logit_norm_scale
-        self._raw_logits: Tensor | None = None
-        self._gate_logits_TE: Tensor | None = None
+        if "global_aux_loss" in self.routing_type and not hasattr(TopKRouter, "_apply_global_aux_loss"):
+            raise ConfigurationError(
+                f"moe_router_load_balancing_type is {self.routing_type!r}, but Megatron-Core"
+                f" {megatron.core.__version__} has no global_aux_loss: it came with 0.15"
+            )
+        options: SkyworkOptions = self.config
+        add_gate_parameters(self)
         if options.moe_adaptive_aux_loss:
             initial = options.moe_adaptive_aux_loss_initial
             self.aux_loss_coefficient = options.moe_adaptive_aux_loss_maximum if initial is None else initial
         self.statistics = RouterStatistics(cast(int, self.config.num_moe_experts), self.topk)
+        # What one call of `forward` leaves for the hooks that Megatron calls later in it.
+        self._raw_logits: Tensor | None = None
+        self._equal_rows: tuple[Tensor, Tensor] | None = None
+        self._gate_logits_TE: Tensor | None = None
+
+    @property
+    def _options(self) -> SkyworkOptions:
+        return cast(SkyworkOptions, self.config)
+
+    def _is_training(self) -> bool:
+        """True once per micro-batch: the first pass of recomputation runs without gradients, as does evaluation."""
+        return self.training and torch.is_grad_enabled()
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits [S, B, E] of the router's input [S, B, H]: z~ = lambda (z - mean) / std (eq. 6)."""
-        logits = self._raw_gating(input)
-        if self._scale is not None:
-            if self.config.moe_z_loss_coeff is not None and self.training and torch.is_grad_enabled():
-                self._raw_logits = logits
-            logits = self._normalize(logits)
-        if self.training and torch.is_grad_enabled():
-            self._gate_logits_TE = logits.detach().view(-1, logits.shape[-1])
-        return logits
+        raw_SBE = gate_logits(self, input)
+        options = self._options
+        if options.moe_router_logit_norm_scale is None:
+            return raw_SBE
+        ties_SBE, choice_SBE = self._tie_order(raw_SBE)
+        logits_SBE, equal_SB1 = normalize_and_break_ties(
+            raw_SBE,
+            options.moe_router_logit_norm_scale,
+            options.moe_router_logit_norm_correction,
+            options.moe_router_logit_norm_eps,
+            ties_SBE,
+        )
+        if self._is_training():
+            self._raw_logits = raw_SBE
+            self._equal_rows = equal_SB1.flatten(0, 1), choice_SBE.flatten(0, 1)
+        return logits_SBE
 
-    def _raw_gating(self, input: Tensor) -> Tensor:
-        double = input.dtype == torch.float64 or self.config.moe_router_dtype == "fp64"
-        dtype = torch.float64 if double else torch.float32
-        # Megatron 0.14 knows no gate bias.
-        operands: list[Any] = [input, self.weight, *([self.bias] if hasattr(self, "bias") else []), dtype]
-        return moe_utils.router_gating_linear(*operands)
-
-    def _normalize(self, logits_SBE: Tensor) -> Tensor:
-        options = cast(SkyworkOptions, self.config)
-        assert self._scale is not None
+    def _tie_order(self, logits_SBE: Tensor) -> tuple[Tensor, Tensor]:
         split = self.config.sequence_parallel
-        ties = tie_order(
+        return tie_order(
             *logits_SBE.shape,
             self.topk,
             tensor=(self.tp_group.rank(), self.tp_group.size()) if split else (0, 1),
@@ -92,79 +113,116 @@ class SkyworkRouter(TopKRouter):
             dtype=logits_SBE.dtype,
             device=logits_SBE.device,
         )
-        return normalize_gating_logits(
-            logits_SBE,
-            self._scale,
-            options.moe_router_logit_norm_correction,
-            options.moe_router_logit_norm_eps,
-            ties,
-        )
 
     def apply_z_loss(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Megatron's z-loss, on the raw logits; its value does not depend on the normalised ones."""
+        """Megatron's z-loss, on the raw logits; its value does not depend on the normalised ones.
+
+        Under `calculate_per_token_loss` its strength does not depend on TP x CP, as Megatron's does.
+        """
         raw, self._raw_logits = self._raw_logits, None
-        if raw is None:
-            return super().apply_z_loss(logits, *args, **kwargs)
+        if not self._is_training():
+            return logits
+        if self._options.moe_router_telemetry:
+            self._gate_logits_TE = logits.detach()
+        if self.config.moe_z_loss_coeff is None or logits.shape[0] == 0:  # a mean over no tokens
+            return logits
         scale = self.tp_cp_group.size() if self.config.calculate_per_token_loss else 1
-        penalised = super().apply_z_loss(_ScaleGradient.apply(raw.view_as(logits), scale), *args, **kwargs)
+        if raw is None and scale == 1:
+            return super().apply_z_loss(logits, *args, **kwargs)
+        penalised = (logits if raw is None else raw).view_as(logits)
+        penalised = super().apply_z_loss(_ScaleGradient.apply(penalised, scale), *args, **kwargs)
         return _CarryGradient.apply(logits, penalised)
 
     def is_aux_loss_enabled(self) -> bool:
         """Also true without an auxiliary loss: `_apply_aux_loss` is where the router is observed."""
-        return self.routing_type != "sinkhorn"
+        return self._options.moe_router_telemetry or super().is_aux_loss_enabled()
 
     def get_aux_loss_coeff(self, aux_loss_type: str) -> float:
         """This layer's adaptive coefficient if it has one, else Megatron's; a Python float, never a tensor."""
         if self.aux_loss_coefficient is not None and self.routing_type == aux_loss_type:
-            return self.aux_loss_coefficient
+            return max(self.aux_loss_coefficient, _LEAST_COEFFICIENT)
         return super().get_aux_loss_coeff(aux_loss_type)
 
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        # Megatron calls this once per micro-batch in training, also with recomputation.
-        logits_TE, self._gate_logits_TE = self._gate_logits_TE, None
-        if logits_TE is not None and logits_TE.shape == scores_for_aux_loss.shape:
-            routing_map = self._observe(logits_TE, scores_for_aux_loss.detach(), routing_map)
+        # The first of Megatron's auxiliary losses, called in training only. All of them get this map of the
+        # assignments before dropping, so it is put right in place.
+        with_padding = bool(kwargs.get("with_padding_mask", False) or any(args))
+        valid_T1 = routing_map.any(dim=-1, keepdim=True) if with_padding else None
+        self._assign_equal_rows(routing_map, valid_T1)
+        self._observe(scores_for_aux_loss.detach(), routing_map, valid_T1)
         coefficient = self.get_aux_loss_coeff("aux_loss")
-        if coefficient == 0 or cast(SkyworkOptions, self.config).moe_aux_loss_form == "switch":
-            return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, *args, **kwargs)
-        total_tokens = routing_map.shape[0] * self.tp_cp_group.size()
-        loss = squared_load_balancing_loss(scores_for_aux_loss, total_tokens, coefficient, self.tp_cp_group)
+        if coefficient == 0:
+            return probs
+        if self._options.moe_aux_loss_form == "square":
+            return self._apply_squared_loss(probs, scores_for_aux_loss, coefficient, valid_T1)
+        if routing_map.shape[0] == 0:
+            # The other ranks of the group wait for this one's share.
+            reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), self.tp_cp_group)
+            return probs
+        return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, *args, **kwargs)
+
+    def _apply_squared_loss(
+        self, probs: Tensor, scores_TE: Tensor, coefficient: float, valid_T1: Tensor | None
+    ) -> Tensor:
+        counts: dict[str, Any] = {}
+        total_tokens: int | Tensor = max(scores_TE.shape[0] * self.tp_cp_group.size(), 1)
+        if valid_T1 is not None:
+            counts["valid_token_count"] = valid_T1.sum()
+            total_tokens = reduce_from_tensor_model_parallel_region(valid_T1.sum(), self.tp_cp_group)
+        loss = squared_load_balancing_loss(scores_TE, total_tokens, coefficient, self.tp_cp_group)
         return self.attach_and_log_load_balancing_loss(
-            probs, coefficient, loss, "load_balancing_loss", self.tp_cp_group
+            probs, coefficient, loss, "load_balancing_loss", self.tp_cp_group, **counts
         )
 
     @torch.no_grad()
-    def _observe(self, logits_TE: Tensor, scores_TE: Tensor, routing_map: Tensor) -> Tensor:
-        """Count this micro-batch and return the map of the assignments before dropping.
+    def _assign_equal_rows(self, routing_map: Tensor, valid_T1: Tensor | None) -> None:
+        """Megatron takes the map from the scores, where a tie falls differently than in the logits."""
+        equal_rows, self._equal_rows = self._equal_rows, None
+        if equal_rows is not None and not self.config.moe_router_force_load_balancing:
+            equal_T1, choice_TE = equal_rows
+            if valid_T1 is not None:
+                equal_T1 = equal_T1 & valid_T1
+            torch.where(equal_T1, choice_TE, routing_map, out=routing_map)
 
-        Megatron takes that map from the scores, where exact ties fall differently than in the logits that
-        choose the experts.
-        """
+    @torch.no_grad()
+    def _observe(self, scores_TE: Tensor, routing_map: Tensor, valid_T1: Tensor | None) -> None:
+        logits_TE, self._gate_logits_TE = self._gate_logits_TE, None
+        if logits_TE is None:
+            return
         num_tokens, num_experts = scores_TE.shape
-        top = logits_TE.topk(min(max(self.topk, 3), num_experts), dim=-1)
-        chosen = torch.zeros_like(routing_map).scatter_(1, top.indices[:, : self.topk], True)
-        # Padding tokens, which Megatron 0.16 leaves out of its map, stay out.
-        chosen &= routing_map.any(dim=-1, keepdim=True)
+        assignments = num_tokens * self.topk
         factor = self.config.moe_expert_capacity_factor
-        if factor is None:
-            factor = cast(SkyworkOptions, self.config).moe_nominal_capacity_factor
-        capacity = moe_utils.get_capacity(num_tokens * self.topk, num_experts, factor)
-        self.statistics.observe(logits_TE, scores_TE, top.values, chosen.sum(dim=0), capacity)
-        return chosen
+        if factor is not None or self._options.moe_capacity_scope == "rank":
+            factor = self._options.moe_nominal_capacity_factor if factor is None else factor
+            capacity = moe_utils.get_capacity(assignments, num_experts, factor)
+        else:
+            capacity = assignments  # the dispatcher drops, and says so by `statistics.observe_dropped`
+        self.statistics.observe(logits_TE, scores_TE, routing_map.sum(dim=0), capacity, valid_T1)
 
     def attach_and_log_load_balancing_loss(
-        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
+        self,
+        activation: Tensor,
+        aux_loss_coeff: float,
+        aux_loss: Tensor,
+        aux_loss_name: str,
+        reduce_group: torch.distributed.ProcessGroup,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """As Megatron's, observed, and independent of TP x CP under `calculate_per_token_loss`."""
-        group_size = self.tp_cp_group.size()
-        self.statistics.observe_aux_loss(aux_loss / aux_loss_coeff, group_size)
+        self.statistics.observe_aux_loss(aux_loss / aux_loss_coeff, reduce_group.size())
         if self.config.calculate_per_token_loss:
             # Megatron up to 0.18 multiplies by this rank's tokens only, but divides by those of the group.
-            aux_loss = scale_value(aux_loss * group_size, 1.0 / group_size)
+            size = self.tp_cp_group.size()
+            aux_loss = scale_value(aux_loss * size, 1.0 / size)
+            valid = kwargs.get("valid_token_count")
+            if isinstance(valid, Tensor):  # without padding every rank has equally many
+                total = reduce_from_tensor_model_parallel_region(valid.clone(), self.tp_cp_group)
+                kwargs["valid_token_count"] = total / size
         return super().attach_and_log_load_balancing_loss(
-            activation, aux_loss_coeff, aux_loss, *args, **kwargs
+            activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, **kwargs
         )
 
 

@@ -1,10 +1,14 @@
 """Expert similarity (sec. 3.2): how far the experts of a layer have diverged from their common origin."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
+
+from nemo_skymoe.config import ConfigurationError
 
 
 @torch.no_grad()
@@ -14,6 +18,9 @@ def expert_similarity(model_chunks: Sequence[torch.nn.Module]) -> dict[int, floa
     An expert is the vector of all its weights. With u_e the unit vectors and E experts the mean over
     ordered pairs is (|sum_e u_e|^2 - E) / (E (E - 1)), which takes one reduction of one expert's size
     over the expert-parallel group a layer. 1 after upcycling by copies, about 0 from scratch.
+
+    Raises:
+        ConfigurationError: The layer's experts are of a class whose weights are not known here.
     """
     return {
         layer.layer_number: _similarity(layer)
@@ -24,27 +31,52 @@ def expert_similarity(model_chunks: Sequence[torch.nn.Module]) -> dict[int, floa
 
 
 def _similarity(layer: MoELayer) -> float:
+    experts = _num_experts(layer)
+    lengths = _add_over_tensor_ranks(
+        torch.stack([_squares(expert) for expert in expert_weights(layer)])
+    ).sqrt()
     total: Tensor | None = None
-    for vector in expert_vectors(layer):
-        unit = vector / torch.linalg.vector_norm(vector)
-        total = unit if total is None else total.add_(unit)
+    for weights, length in zip(expert_weights(layer), lengths, strict=True):
+        vector = torch.cat([_accurate(weight).flatten() for weight in weights]).div_(length)
+        total = vector if total is None else total.add_(vector)
     assert total is not None
     torch.distributed.all_reduce(total, group=layer.ep_group)
-    experts = _num_experts(layer)
-    return float((total.square().sum() - experts) / (experts * (experts - 1)))
+    square = _add_over_tensor_ranks(_squares([total]).reshape(1))
+    return float((square - experts) / (experts * (experts - 1)))
 
 
 def _num_experts(layer: MoELayer) -> int:
     return layer.config.num_moe_experts or 1
 
 
-def expert_vectors(layer: MoELayer) -> Iterator[Tensor]:
-    """All weights of each local expert as one float64 vector, in the order of the local experts."""
-    experts = layer.experts
-    if hasattr(experts, "local_experts"):
-        for expert in experts.local_experts:
-            yield torch.cat([weight.double().flatten() for weight in expert.parameters()])
-        return
+def _accurate(weight: Tensor) -> Tensor:
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of all squares, in float64: the similarity of copies is 1 to 1e-6."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return torch.stack(norms).square().sum()
+
+
+def _add_over_tensor_ranks(partial: Tensor) -> Tensor:
+    """Sums over the ranks that each hold a part of every expert; none under EDP."""
+    group: Any = parallel_state.get_expert_tensor_parallel_group()
+    if group.size() > 1:
+        torch.distributed.all_reduce(partial, group=group)
+    return partial
+
+
+def expert_weights(layer: MoELayer) -> Iterator[list[Tensor]]:
+    """The weight tensors of each local expert, in the order of the local experts."""
+    experts: Any = layer.experts
     for index in range(layer.num_local_experts):
-        weights = [getattr(linear, f"weight{index}") for linear in (experts.linear_fc1, experts.linear_fc2)]
-        yield torch.cat([weight.double().flatten() for weight in weights])
+        if hasattr(experts, "local_experts"):
+            yield list(experts.local_experts[index].parameters())
+        elif hasattr(getattr(experts, "linear_fc1", None), f"weight{index}"):
+            yield [getattr(linear, f"weight{index}") for linear in (experts.linear_fc1, experts.linear_fc2)]
+        else:
+            raise ConfigurationError(
+                f"expert similarity knows the weights of SequentialMLP and TEGroupedMLP, not of"
+                f" {type(experts).__name__}"
+            )

@@ -3,6 +3,7 @@
 Nothing here synchronises with the host in the forward pass. Shape suffixes: T tokens, E experts.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -17,7 +18,7 @@ class LayerMetrics:
     drop_rate: float
     """Dropped assignments / (k * tokens); virtual, at the nominal capacity factor, in dropless training."""
     aux_loss: float
-    """Auxiliary loss without its coefficient, mean over micro-batches and data-parallel ranks."""
+    """Auxiliary loss without its coefficient, mean over micro-batches, data-parallel ranks and kinds of loss."""
     load_max_over_mean: float
     """Assignments of the busiest expert / mean over the experts, before dropping."""
     gate_entropy: float
@@ -31,7 +32,7 @@ class LayerMetrics:
 
 
 METRICS = tuple(field.name for field in fields(LayerMetrics) if field.name != "load")
-_OBSERVED = 4
+_TOP = 3  # Figure 3 compares the three largest gate values.
 
 
 class RouterStatistics:
@@ -47,33 +48,46 @@ class RouterStatistics:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._tokens = 0
         self._micro_batches = 0.0
         self._observed: Tensor | None = None
         self._aux_loss: Tensor | None = None
 
     def observe(
-        self, logits_TE: Tensor, scores_TE: Tensor, top_TK: Tensor, load_E: Tensor, capacity: int
+        self,
+        logits_TE: Tensor,
+        scores_TE: Tensor,
+        load_E: Tensor,
+        capacity: int,
+        valid_T1: Tensor | None = None,
     ) -> None:
         """Add one micro-batch.
 
         Args:
             logits_TE: Gating logits as the top-k saw them.
             scores_TE: Their softmax.
-            top_TK: Largest logits of each token, descending, at least min(3, E) of them.
             load_E: Assignments per expert before dropping.
             capacity: Assignments an expert can take.
+            valid_T1: False for padding, which counts nowhere; None without padding.
         """
-        zero = logits_TE.new_zeros(())
         # Kept per expert is min(load, capacity) under either drop policy.
-        dropped = (load_E - capacity).clamp_min(0).sum().to(logits_TE.dtype)
-        log_max_T = scores_TE.amax(dim=-1).log()
-        entropy = (top_TK[:, 0] - log_max_T).sum() - torch.dot(scores_TE.flatten(), logits_TE.flatten())
-        steps_T = (top_TK[:, :-1] - top_TK[:, 1:]).exp().sum(dim=0)
-        ratios = [steps_T[i] if i < steps_T.shape[0] else zero for i in range(2)]
-        sums = torch.cat([torch.stack([dropped, entropy, *ratios]), load_E.to(logits_TE.dtype)]).double()
+        dropped = (load_E - capacity).clamp_min(0).sum()
+        values, index_T1 = _largest(logits_TE)
+        # Entropy: log sum exp z - sum p z, the former from one score.
+        entropy_T1 = values[0] - scores_TE.gather(1, index_T1).log()
+        # In float64, where e^88 is a number.
+        ratios_T1 = [(values[i] - values[i + 1]).double().exp() for i in range(len(values) - 1)]
+        entropy_T1, *ratios_T1 = (_keep(column, valid_T1) for column in (entropy_T1, *ratios_T1))
+        entropy = entropy_T1.sum() - torch.dot(scores_TE.flatten(), logits_TE.flatten().to(scores_TE.dtype))
+        columns = [dropped, entropy, *(ratio.sum() for ratio in ratios_T1)]
+        columns += [entropy.new_zeros(())] * (1 + _TOP - len(columns))
+        sums = torch.cat([torch.stack([column.double() for column in columns]), load_E.double()])
         self._observed = sums if self._observed is None else self._observed + sums
-        self._tokens += logits_TE.shape[0]
+
+    def observe_dropped(self, dropped: Tensor) -> None:
+        """Add assignments dropped beyond the capacity given to `observe`: this rank's share of them."""
+        sums = dropped.new_zeros(1 + _TOP + self.num_experts, dtype=torch.float64)
+        sums[0] = dropped
+        self._observed = sums if self._observed is None else self._observed + sums
 
     def observe_aux_loss(self, share: Tensor, group_size: int) -> None:
         """Add a micro-batch's auxiliary loss: this rank's share of it, coefficient removed."""
@@ -82,19 +96,33 @@ class RouterStatistics:
         self._micro_batches += 1.0 / group_size
 
     def take(self, device: torch.device) -> Tensor:
-        """[3 + 4 + E] float64 sums since the last call, which are then forgotten."""
+        """[2 + 4 + E] float64 sums since the last call, which are then forgotten."""
         observed = self._observed
         if observed is None:
-            observed = torch.zeros(_OBSERVED + self.num_experts, dtype=torch.float64, device=device)
-        aux_loss = self._aux_loss
-        if aux_loss is None:
-            aux_loss = torch.zeros((), dtype=torch.float64, device=device)
-        counts = torch.tensor([self._tokens, self._micro_batches], dtype=torch.float64).to(
-            device, non_blocking=True
-        )
-        sums = torch.cat([counts, aux_loss.reshape(1), observed])
+            observed = torch.zeros(1 + _TOP + self.num_experts, dtype=torch.float64, device=device)
+        micro_batches = observed.new_full((1,), self._micro_batches)
+        aux_loss = observed.new_zeros(1) if self._aux_loss is None else self._aux_loss.reshape(1)
         self.reset()
-        return sums
+        return torch.cat([micro_batches, aux_loss, observed])
+
+
+def _largest(logits_TE: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The up to three largest logits of each token as [T, 1] columns, and the index [T, 1] of the largest.
+
+    Repeated maxima take a third of a `topk`'s time on a CPU and none of its sorts on a GPU.
+    """
+    rest_TE = logits_TE.clone()
+    values, indices = [], []
+    for _ in range(min(_TOP, logits_TE.shape[1])):
+        value_T1, index_T1 = rest_TE.max(dim=1, keepdim=True)
+        rest_TE.scatter_(1, index_T1, -math.inf)
+        values.append(value_T1)
+        indices.append(index_T1)
+    return values, indices[0]
+
+
+def _keep(column_T1: Tensor, valid_T1: Tensor | None) -> Tensor:
+    return column_T1 if valid_T1 is None else column_T1.masked_fill(~valid_T1, 0.0)
 
 
 def reduce_statistics(
@@ -113,15 +141,15 @@ def reduce_statistics(
 
 
 def _metrics(row: list[float], topk: int) -> LayerMetrics:
-    tokens, micro_batches, aux_loss, dropped, entropy, first, second, *load = row
-    per_token = 1.0 / max(tokens, 1.0)
+    micro_batches, aux_loss, dropped, entropy, first, second, *load = row
     assignments = max(sum(load), 1.0)
+    per_token = topk / assignments
     return LayerMetrics(
-        drop_rate=min(dropped / max(topk * tokens, 1.0), 1.0),
+        drop_rate=dropped / assignments,
         aux_loss=aux_loss / micro_batches if micro_batches else 0.0,
         load_max_over_mean=max(load) * len(load) / assignments,
         gate_entropy=entropy * per_token,
-        max1_over_max2=first * per_token if len(load) > 1 else float("nan"),
-        max2_over_max3=second * per_token if len(load) > 2 else float("nan"),
+        max1_over_max2=first * per_token if len(load) > 1 else math.nan,
+        max2_over_max3=second * per_token if len(load) > 2 else math.nan,
         load=tuple(value / assignments for value in load),
     )

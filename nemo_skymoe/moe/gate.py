@@ -1,0 +1,67 @@
+"""The gate's parameters and matrix products: linear, with a bias, or the two-layer tanh gate.
+
+Shape suffixes: S sequence, B micro-batch, H hidden, F = 8 * E gate width, E experts.
+"""
+
+import inspect
+from typing import Any, cast
+
+import torch
+from megatron.core.transformer.moe import moe_utils
+from torch import Tensor
+from torch.nn import Parameter
+
+from nemo_skymoe.config import SkyworkOptions
+
+# Of the authors' published two-layer gate (MoE++): 8 hidden units an expert.
+_WIDTH_PER_EXPERT = 8
+_LINEAR_TAKES_BIAS = "bias" in inspect.signature(moe_utils.router_gating_linear).parameters
+
+
+def add_gate_parameters(router: Any) -> None:
+    """Give a stock router the gate its configuration asks for.
+
+    `weight` [E, H] stays Megatron's in the linear gate. The two-layer gate z = W2 tanh(W1 x) keeps W1 [8 E, H]
+    in `hidden_weight` and W2 [E, 8 E] in `weight`. `bias` [E] starts at zero.
+    """
+    options = cast(SkyworkOptions, router.config)
+    experts, hidden = router.weight.shape
+    if options.moe_router_two_layer_gate:
+        width = _WIDTH_PER_EXPERT * experts
+        router.hidden_weight = _parameter(router, torch.empty(width, hidden), initialize=True)
+        router.weight = _parameter(router, torch.empty(experts, width), initialize=True)
+    has_bias = options.moe_router_gate_bias or router.config.add_bias_linear
+    router.bias = _parameter(router, torch.zeros(experts)) if has_bias else None
+
+
+def _parameter(router: Any, value: Tensor, initialize: bool = False) -> Parameter:
+    config = router.config
+    value = value.to(router.weight.device)
+    if initialize and config.perform_initialization:
+        config.init_method(value)
+    parameter = Parameter(value.to(config.params_dtype))
+    # With sequence parallelism every tensor-parallel rank sees other tokens: Megatron sums such gradients.
+    setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+    return parameter
+
+
+def gate_logits(router: Any, input_SBH: Tensor) -> Tensor:
+    """Raw gating logits [S, B, E] in float32; float64 for a float64 model or `moe_router_dtype="fp64"`."""
+    double = input_SBH.dtype == torch.float64 or router.config.moe_router_dtype == "fp64"
+    dtype = torch.float64 if double else torch.float32
+    if cast(SkyworkOptions, router.config).moe_router_two_layer_gate:
+        input_SBH = torch.tanh(_linear(input_SBH, router.hidden_weight, None, dtype))
+    return _linear(input_SBH, router.weight, router.bias, dtype)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    linear: Any = moe_utils.router_gating_linear
+    if input.numel() == 0:  # Megatron's cannot shape its result
+        return torch.nn.functional.linear(
+            input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        )
+    if _LINEAR_TAKES_BIAS:
+        return linear(input, weight, bias, dtype)
+    # Megatron 0.14 knows no gate bias.
+    logits = linear(input, weight, dtype)
+    return logits if bias is None else logits + bias.to(dtype)

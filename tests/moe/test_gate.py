@@ -1,0 +1,109 @@
+"""The gate's variants: bias and the authors' two-layer tanh gate."""
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.moe.router import TopKRouter
+from worlds import Layout, build, configuration, fresh_router, generator, groups, make_router, on_ranks
+
+from nemo_skymoe.moe.router import SkyworkRouter
+
+HIDDEN, EXPERTS = 16, 8
+TWO_LAYERS = {"moe_router_two_layer_gate": True, "moe_router_gate_bias": True}
+
+
+def hidden_states() -> torch.Tensor:
+    return torch.randn(5, 3, HIDDEN, generator=generator("hidden"), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+@on_ranks(1)
+def test_formula(layers: int, bias: bool) -> None:
+    """z = W x + b, or W2 tanh(W1 x) + b; all parameters get autograd's gradient."""
+    with groups():
+        config = configuration(
+            moe_router_two_layer_gate=layers == 2,
+            moe_router_gate_bias=bias,
+            moe_router_logit_norm_scale=None,
+        )
+        router = make_router(config)
+        x = hidden_states().requires_grad_()
+        parameters = dict(router.named_parameters())
+        hidden = x if layers == 1 else torch.tanh(x @ parameters["hidden_weight"].t())
+        expected = hidden @ parameters["weight"].t() + (parameters["bias"] if bias else 0)
+        found = router.gating(x)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        upstream = torch.randn(found.shape, generator=generator("upstream"), dtype=torch.float64)
+        inputs = [x, *parameters.values()]
+        for a, b in zip(
+            torch.autograd.grad(found, inputs, upstream),
+            torch.autograd.grad(expected, inputs, upstream),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_ranks(1)
+def test_parameters(dtype: torch.dtype) -> None:
+    with groups():
+        config = configuration(
+            params_dtype=dtype,
+            moe_router_two_layer_gate=True,
+            moe_router_gate_bias=True,
+            sequence_parallel=False,
+        )
+        router = make_router(config)
+        shapes = {name: tuple(parameter.shape) for name, parameter in router.named_parameters()}
+        assert shapes == {"weight": (8, 64), "hidden_weight": (64, 16), "bias": (8,)}
+        assert all(parameter.dtype == dtype for parameter in router.parameters())
+        assert router(hidden_states().to(dtype))[0].dtype == torch.float32
+
+
+@on_ranks(1)
+def test_initialisation() -> None:
+    """Both layers by the configuration's method; the bias is zero; the linear gate's weight stays Megatron's."""
+    with groups():
+        router = fresh_router(
+            configuration(**TWO_LAYERS, params_dtype=torch.float32, init_method_std=0.5, hidden_size=64)
+        )
+        for weight in (router.weight, router.hidden_weight):
+            assert weight.std().item() == pytest.approx(0.5, rel=0.15)
+        assert not router.bias.any()
+        weights = []
+        for router_class in (SkyworkRouter, TopKRouter):
+            torch.manual_seed(0)
+            weights.append(fresh_router(configuration(), router_class).weight)
+        assert torch.equal(*weights)
+
+
+@on_ranks(1)
+def test_checkpoints_hold_the_gate() -> None:
+    """Under the router's name, whole, as one layer of the stack; no persistent buffer beside the parameters."""
+    with groups():
+        chunk = build(configuration(**TWO_LAYERS))[0]
+        state = {
+            entry.key: entry.global_shape
+            for entry in chunk.sharded_state_dict().values()
+            if isinstance(entry, ShardedTensor) and ".router." in entry.key
+        }
+        prefix = "decoder.layers.mlp.router."
+        assert state == {
+            prefix + "weight": (2, 8, 64),
+            prefix + "hidden_weight": (2, 64, 16),
+            prefix + "bias": (2, 8),
+        }
+
+
+@on_ranks(2)
+def test_sequence_parallelism_sums_its_gradients() -> None:
+    layout = Layout(tp=2, ep=2)
+    with groups(layout):
+        chunk = build(configuration(layout, **TWO_LAYERS))[0]
+        tags = {
+            name: parameter.sequence_parallel  # pyright: ignore
+            for name, parameter in chunk.named_parameters()
+            if ".router." in name
+        }
+        assert len(tags) == 2 * 3 and all(tags.values())

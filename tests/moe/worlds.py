@@ -1,0 +1,298 @@
+"""A stack of MoE layers in any parallel layout: what it computed, by global name and in full size, on every rank.
+
+Weights and tokens are functions of their names, so that every layout holds the same model and the same data. There
+is no attention: nothing else depends on how tokens are spread over ranks.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from nemo_skymoe.moe.layer import SkyworkTransformerConfig, get_skywork_block_spec
+from nemo_skymoe.moe.router import SkyworkRouter
+from nemo_skymoe.patches import cpu_runtime, router_without_te
+from nemo_skymoe.ranks import run_ranks
+
+VOCABULARY, LENGTH, BATCH = 32, 16, 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions; data parallelism takes the ranks that are left."""
+
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    pp: int = 1
+    vpp: int | None = None
+
+    def __str__(self) -> str:
+        return "-".join(f"{name}{size}" for name, size in vars(self).items() if size not in (None, 1)) or "dp"
+
+
+def on_ranks(world_size: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test in a world of its own; its assertions hold on every rank."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(*args: Any, **kwargs: Any) -> None:
+            run_ranks(in_world, world_size, functools.partial(test, *args, **kwargs), timeout=180)
+
+        return run
+
+    return decorate
+
+
+def in_world(function: Callable[..., Any], *args: Any) -> Any:
+    """Call `function` on this rank of a gloo world."""
+    cpu_runtime.apply()
+    torch.distributed.init_process_group("gloo")
+    return function(*args)
+
+
+@contextmanager
+def groups(layout: Layout = Layout()) -> Iterator[None]:
+    """Megatron's process groups and a clean slate of its global state."""
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    get_moe_layer_wise_logging_tracker().clear()
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        layout.vpp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    yield
+    parallel_state.destroy_model_parallel()
+
+
+def configuration(layout: Layout = Layout(), **options: Any) -> SkyworkTransformerConfig:
+    """Two layers of eight experts, top-2, in float64."""
+    values: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 16,
+        "ffn_hidden_size": 24,
+        "num_attention_heads": 4,
+        "num_moe_experts": 8,
+        "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.5,
+        "moe_adaptive_aux_loss": False,
+        "moe_token_dispatcher_type": "alltoall",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_dropout_fusion": False,
+        "use_cpu_initialization": True,
+        "params_dtype": torch.float64,
+        "pipeline_dtype": torch.float64,
+        "tensor_model_parallel_size": layout.tp,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": 1,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "sequence_parallel": layout.tp > 1,
+    }
+    return SkyworkTransformerConfig(**{**values, **options})
+
+
+def build(config: SkyworkTransformerConfig) -> list[GPTModel]:
+    """This rank's model chunks, one a virtual pipeline stage, with the weights that their global names stand for."""
+    stages = config.virtual_pipeline_model_parallel_size
+    chunks = [_chunk(config, stage if stages else None) for stage in range(stages or 1)]
+    for name, parameter in parameters(chunks).items():
+        parameter.data.copy_(local_part(parameter, weight(name, global_shape(parameter))))
+    return chunks
+
+
+def _chunk(config: SkyworkTransformerConfig, stage: int | None) -> GPTModel:
+    spec = get_skywork_block_spec(config, stage)
+    for layer in spec.layer_specs or ():
+        submodules: Any = layer.submodules
+        submodules.input_layernorm = submodules.self_attention = IdentityOp
+        submodules.self_attn_bda = IdentityFuncOp
+    return GPTModel(
+        config,
+        spec,
+        VOCABULARY,
+        LENGTH,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=False,
+        vp_stage=stage,
+    )
+
+
+def fresh_router(config: SkyworkTransformerConfig, router_class: type[TopKRouter] = SkyworkRouter) -> Any:
+    """A router without a layer around it, as it is initialised."""
+    router_without_te.apply()
+    if hasattr(moe_utils, "get_default_pg_collection"):
+        router: Any = router_class(config, pg_collection=moe_utils.get_default_pg_collection())
+    else:  # Megatron 0.14
+        router = router_class(config, model_comm_pgs=moe_utils.get_default_model_comm_pgs())
+    router.set_layer_number(1)
+    return router
+
+
+def make_router(config: SkyworkTransformerConfig, router_class: type[TopKRouter] = SkyworkRouter) -> Any:
+    """A router with the weights that its parameters' names stand for."""
+    router = fresh_router(config, router_class)
+    for name, parameter in router.named_parameters():
+        parameter.data.copy_(weight(name, tuple(parameter.shape)))
+    return router
+
+
+class Training:
+    """Micro-batches through Megatron's schedule: batch i is the same in every layout."""
+
+    def __init__(self, layout: Layout = Layout(), micro_batches: int = 2, **options: Any) -> None:
+        self.config = configuration(layout, **options)
+        self.chunks = build(self.config)
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
+        self.wrapped = [DistributedDataParallel(self.config, ddp, chunk) for chunk in self.chunks]
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.micro_batches = micro_batches
+
+    def run(self, step: int = 0, forward_only: bool = False) -> None:
+        """Forward and backward; gradients are in `main_grad` afterwards."""
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        names = [f"{step} {number}" for number in range(self.micro_batches)][rank::ranks]
+        get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=[iter(names) for _ in self.wrapped],
+            model=self.wrapped,
+            num_microbatches=len(names),
+            seq_length=LENGTH,
+            micro_batch_size=BATCH,
+            forward_only=forward_only,
+        )
+
+    def _forward(self, names: Iterator[str], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        positions = context_positions()
+        tokens = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator(next(names)))[:, positions]
+        output = model(tokens, positions.expand(BATCH, -1), None)
+
+        def loss(logits: Tensor) -> tuple[Any, ...]:
+            # Random weights on the logits; the mean over the micro-batch's tokens or their sum.
+            target = weight("target", (LENGTH, BATCH, VOCABULARY))[positions].transpose(0, 1)
+            whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+            total = (whole * target + whole.square()).sum()
+            if self.config.calculate_per_token_loss:
+                return total, torch.tensor(tokens.numel(), dtype=torch.int), {}
+            return total / (BATCH * LENGTH), {}
+
+        return output, loss
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Every parameter's gradient in full size by its global name, on every rank."""
+        parts: list[Any] = [None] * torch.distributed.get_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        local = {
+            name: (rank, partition(parameter), parameter.main_grad.numpy().copy())
+            for name, parameter in parameters(self.chunks).items()
+        }
+        torch.distributed.all_gather_object(parts, local)
+        whole: dict[str, dict[int, Any]] = {}
+        for part in parts:
+            for name, (rank, dimension, gradient) in part.items():
+                whole.setdefault(name, {})[rank if dimension >= 0 else 0] = (
+                    dimension,
+                    torch.from_numpy(gradient),
+                )
+        return {
+            name: torch.cat([by_rank[rank][1] for rank in sorted(by_rank)], dim=max(by_rank[0][0], 0))
+            if by_rank[0][0] >= 0
+            else by_rank[0][1]
+            for name, by_rank in whole.items()
+        }
+
+
+def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """|g - g1| / |g1| of every parameter; both must have the same ones."""
+    assert found.keys() == expected.keys()
+    return {name: float((found[name] - whole).norm() / whole.norm()) for name, whole in expected.items()}
+
+
+def context_positions() -> Tensor:
+    """Positions of this rank in the sequence: Megatron deals the i-th piece from both ends."""
+    rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    pieces = torch.arange(LENGTH).chunk(2 * size)
+    return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]]) if size > 1 else torch.arange(LENGTH)
+
+
+def generator(name: str) -> torch.Generator:
+    """A random generator that depends on a name alone."""
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    """The whole parameter of that name, float64."""
+    noise = torch.randn(shape, generator=generator(name), dtype=torch.float64)
+    return 1 + 0.1 * noise if len(shape) == 1 else 0.3 * noise
+
+
+def parameters(chunks: list[GPTModel]) -> dict[str, Any]:
+    """This rank's parameters by global name: layers and experts counted over the whole model."""
+    named: dict[str, Any] = {}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if "layers" in parts:
+                place = parts.index("layers") + 1
+                parts[place] = str(chunk.decoder.layers[int(parts[place])].layer_number)
+            if "local_experts" in parts:
+                place = parts.index("local_experts") + 1
+                count = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+                parts[place] = str(
+                    int(parts[place]) + count * parallel_state.get_expert_model_parallel_rank()
+                )
+            named[".".join(parts)] = parameter
+    return named
+
+
+def partition(parameter: Any) -> int:
+    """Dimension split over the tensor-parallel ranks, -1 for none. Experts are whole."""
+    whole = not getattr(parameter, "allreduce", True) or not getattr(
+        parameter, "tensor_model_parallel", False
+    )
+    return -1 if whole else parameter.partition_dim
+
+
+def global_shape(parameter: Any) -> tuple[int, ...]:
+    """Shape of the whole parameter."""
+    shape, dimension = list(parameter.shape), partition(parameter)
+    if dimension >= 0:
+        shape[dimension] *= parallel_state.get_tensor_model_parallel_world_size()
+    return tuple(shape)
+
+
+def local_part(parameter: Any, whole: Tensor) -> Tensor:
+    """This rank's part of a whole parameter."""
+    if (dimension := partition(parameter)) < 0:
+        return whole
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    return whole.chunk(size, dim=dimension)[parallel_state.get_tensor_model_parallel_rank()]
