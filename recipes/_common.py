@@ -20,7 +20,7 @@ def small_trainer(
     sequence_parallelism: bool = False,
     val_check_interval: int = 100,
     limit_val_batches: int = 8,
-    log_every_n_steps: int = 10,
+    log_every_n_steps: int = 5,
     callbacks: Optional[list[run.Config[pl.Callback]]] = None,
 ) -> run.Config[nl.Trainer]:
     """One machine, float32: GPUs where there are any, else CPU ranks over gloo."""

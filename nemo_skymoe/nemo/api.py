@@ -1,6 +1,7 @@
 """`pretrain`: NeMo's own, after the checks and the platform's cures that have to come before it."""
 # No `from __future__ import annotations`: NeMo-Run reads these signatures.
 
+import os
 from pathlib import Path
 from typing import Any, Optional
 
@@ -44,9 +45,15 @@ def pretrain(
 
 
 def check_world_size(trainer: Any) -> None:
-    """Refuse a number of ranks that the parallel sizes do not divide."""
+    """Refuse a number of ranks that the parallel sizes do not divide, or another than was started."""
     strategy = trainer.strategy
     world = trainer.num_devices * trainer.num_nodes
+    started = int(os.environ.get("WORLD_SIZE", world))
+    if started != world:
+        raise ConfigurationError(
+            f"trainer.devices x trainer.num_nodes is {world} ranks, {started} were started: set trainer.devices or"
+            " the executor's ntasks_per_node"
+        )
     sizes = {
         "tensor_model_parallel_size": strategy.tensor_model_parallel_size,
         "pipeline_model_parallel_size": strategy.pipeline_model_parallel_size,

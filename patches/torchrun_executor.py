@@ -1,0 +1,27 @@
+"""`run.executor=torchrun` without a GPU.
+
+Upstream: nemo/collections/llm/recipes/run/executor.py, NeMo 2.5 to 2.7: the factory counts CUDA devices and
+refuses where there are none, before `run.executor.ntasks_per_node` is looked at.
+"""
+# No `from __future__ import annotations`: NeMo-Run reads the factory's annotations.
+
+from typing import Optional
+
+CPU_RANKS = 2
+
+
+def apply() -> bool:
+    """Register a factory of the same name that starts `CPU_RANKS` ranks; says whether CUDA's absence called for it."""
+    import nemo_run as run
+    import torch
+
+    if torch.cuda.is_available():
+        return False
+    from nemo.collections.llm.recipes.run import executor
+
+    def torchrun(devices: Optional[int] = None) -> run.Config[run.LocalExecutor]:  # noqa: UP045
+        """Local executor using torchrun; ranks on the CPU."""
+        return executor.torchrun(devices=devices or CPU_RANKS)
+
+    run.cli.factory(torchrun)
+    return True
