@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class AllGatherTokenDispatcher(EdpTokenDispatcher):
         weights_TK, experts_TK = gather_assignments(*self.assignments(probs), self.ranks)
         weights_TE = self.spread(weights_TK, experts_TK)
         if self._drops:
+            self._observe_dropped(weights_TE)
             weights_TE = self._drop(weights_TE)
         return gather_from_group(hidden_states, self.ranks), weights_TE[:, self.local_experts]
 
@@ -42,6 +44,14 @@ class AllGatherTokenDispatcher(EdpTokenDispatcher):
             drop_policy=self.config.moe_token_drop_policy,
         )
         return kept
+
+    def _observe_dropped(self, weights_TE: Tensor) -> None:
+        # For the router, which leaves dropping to us: the assignments that this rank's experts do not take. Once
+        # per micro-batch, as the first pass of recomputation and evaluation run without gradients.
+        if self.router.training and torch.is_grad_enabled() and self.config.moe_router_telemetry:
+            load_e = (weights_TE.detach()[:, self.local_experts] != 0).sum(dim=0)
+            excess_e = (load_e - self.capacity(weights_TE.shape[0])).clamp_min(0)
+            self.router.statistics.observe_dropped(excess_e.sum())
 
     def permutation(self, weights_Re: Tensor) -> Permutation:
         """Which token goes to which local expert; fixed shapes with capacity padding."""

@@ -24,13 +24,14 @@ class EdpTokenDispatcher(MoETokenDispatcher):
     Args:
         config: The layer's configuration.
         groups: Process groups as Megatron passes them, of which `ep` is the EDP group: attention's or the experts', they are the same ranks.
-        router: The layer's router, asked for the layer's number should a collective fail.
+        router: The layer's router: it knows the layer's number and keeps the statistics.
     """
 
     config: Any
 
     def __init__(self, config: Any, groups: Any, router: Any) -> None:
         super().__init__(config, groups)
+        self.router = router
         self.ranks = ExpertGroup(self.ep_group, lambda: router.layer_number)
         self.topk: int = config.moe_router_topk
         self.num_experts: int = config.num_moe_experts

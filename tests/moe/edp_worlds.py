@@ -26,6 +26,7 @@ from torch import Tensor
 from nemo_skymoe.moe import edp
 from nemo_skymoe.moe.dispatch_replicated import ReplicatedTokenDispatcher
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig, get_skywork_block_spec
+from nemo_skymoe.moe.telemetry import reduce_statistics
 from nemo_skymoe.patches import cpu_runtime
 
 VOCABULARY, SEQUENCE, EXPERTS, TOPK = 32, 16, 8, 2
@@ -91,6 +92,8 @@ class Outcome:
     cp: int
     dropped: float
     """Share of the assignments that the router dropped; of the reference alone, where nothing is run twice."""
+    drop_rates: list[float]
+    """Of each layer, as telemetry reports it for the training step."""
 
 
 def run_cases(cases: list[Case]) -> list[Outcome]:
@@ -257,6 +260,9 @@ def train(case: Case) -> Outcome:
         # Over context parallelism Megatron averages gradients.
         (case.cp * loss(output, case, index, batch)).backward()
     finalize_model_grads([ddp])
+    routers: list[Any] = [layer.mlp.router for layer in model.decoder.layers]
+    statistics = [router.statistics for router in routers]
+    metrics = reduce_statistics(statistics, routers[0].tp_dp_cp_group, torch.device("cpu"))
     model.eval()
     with torch.no_grad():
         logits.append(forward(model, case, len(MICRO_BATCHES), EVALUATION_BATCH).numpy())
@@ -268,6 +274,7 @@ def train(case: Case) -> Outcome:
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_context_parallel_rank(),
         1 - sum(kept) / assignments,
+        [layer.drop_rate for layer in metrics],
     )
 
 

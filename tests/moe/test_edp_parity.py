@@ -28,6 +28,7 @@ def cases_of(n: int) -> list[Case]:
     cases += [Case(n, name, CAPACITY, recompute="moe") for name in DISPATCHERS]
     cases += [Case(n, name, CAPACITY, padded=True) for name in DISPATCHERS]
     cases += [Case(n, name, CAPACITY, "edp", padded) for name in DISPATCHERS[:2] for padded in (False, True)]
+    cases += [Case(n, "allgather", CAPACITY, "edp", recompute="full")]
     return cases + [Case(n, name, aux_loss_form="square") for name in DISPATCHERS]
 
 
@@ -70,6 +71,9 @@ def test_outputs_and_every_gradient_are_those_of_one_rank(compare: Compare, case
     assert all(abs(gradient).max() > 0 for gradient in reference.gradients.values())
     if case.capacity_factor is not None:
         assert reference.dropped >= 0.05
+        if case.reference.slices == (1, 1):
+            rates = [pytest.approx(reference.drop_rates, rel=1e-12)] * len(outcomes)
+            assert [outcome.drop_rates for outcome in outcomes] == rates
 
 
 @each(MUTANTS)
