@@ -1,8 +1,8 @@
 """Adam as Megatron-Core knows it from Apex and Transformer Engine, for the CPU.
 
 Without those two Megatron-Core falls back to torch's AdamW, which keeps a 0-dim `step` tensor
-beside the moments of each parameter. The distributed optimizer of 0.14 to 0.16 takes every such
-tensor for one of the parameter's shape, so that (optimizer/distrib_optimizer.py of 0.15.3)
+beside the moments of each parameter. The distributed optimizer takes every such tensor for one of the
+parameter's shape, so that (optimizer/distrib_optimizer.py, 0.15.3; 0.16.1 has the last two)
 
 - saving fails: `AssertionError: (torch.Size([]), 0, 16384)` in `sharded_param_state_dp_reshardable`;
 - loading into a new optimizer fails: `assert len(steps) == 1` in `state_dict`, there is no state yet;

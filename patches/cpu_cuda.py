@@ -1,14 +1,14 @@
 """`torch.cuda` without a GPU: device, streams, events and the random generator."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 
 class Stream:
-    """Inert stand-in for a CUDA stream or event: on the CPU work is finished when its call returns."""
+    """Inert stand-in for a CUDA stream: on the CPU work is finished when its call returns."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = torch.device("cpu")
@@ -33,7 +33,8 @@ class Stream:
         return 0.0
 
 
-_STREAM = Stream()
+class Event(Stream):
+    """Likewise for an event."""
 
 
 @contextlib.contextmanager
@@ -41,39 +42,48 @@ def _stream_context(_: Any = None) -> Iterator[None]:
     yield
 
 
-def _nothing(*_: Any, **__: Any) -> None: ...
+def _answer(value: Any) -> Callable[..., Any]:
+    # A new function for each name: Dynamo takes one object under two names of torch for an error.
+    return lambda *_, **__: value
 
 
 def current_device() -> None:
     """`torch.cuda.current_device()` raises: p2p_communication.py, mappings.py and more take their device from it."""
-    setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))  # noqa: B010
+    setattr(torch.cuda, "current_device", _answer(torch.device("cpu")))  # noqa: B010
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
-        setattr(torch.cuda, name, _nothing)
+        setattr(torch.cuda, name, _answer(None))
 
 
 def streams() -> None:
     """Streams and events raise: NeMo's init_model_parallel, param_and_grad_buffer.py and token_dispatcher.py use them."""
+    stream = Stream()
     for name, stand_in in {
         "Stream": Stream,
-        "Event": Stream,
+        "Event": Event,
         "stream": _stream_context,
-        "set_stream": _nothing,
-        "current_stream": lambda *_: _STREAM,
-        "default_stream": lambda *_: _STREAM,
+        "set_stream": _answer(None),
+        "current_stream": _answer(stream),
+        "default_stream": _answer(stream),
     }.items():
         setattr(torch.cuda, name, stand_in)
-    setattr(torch.Tensor, "record_stream", _nothing)  # noqa: B010
+    setattr(torch.Tensor, "record_stream", _answer(None))  # noqa: B010
 
 
 def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    """The state of the CPU generator, whatever device is asked for."""
     return torch.get_rng_state()
 
 
 def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    """Give the CPU generator a `state` of `get_rng_state`."""
     torch.set_rng_state(state)
 
 
 def _manual_seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+
+
+def _manual_seed_all(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
@@ -83,7 +93,7 @@ def random_generator() -> None:
         setattr(module, "get_rng_state", get_rng_state)  # noqa: B010
         setattr(module, "set_rng_state", set_rng_state)  # noqa: B010
         setattr(module, "manual_seed", _manual_seed)  # noqa: B010
-        setattr(module, "manual_seed_all", _manual_seed)  # noqa: B010
+        setattr(module, "manual_seed_all", _manual_seed_all)  # noqa: B010
 
 
 SUBSTITUTIONS = (current_device, streams, random_generator)

@@ -92,7 +92,8 @@ def tensor_type() -> None:
     def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return type_of(self, *args, **kwargs)
-        return type_of(self).replace("torch.", "torch.cuda.", 1)
+        # A torch function mode calls this twice: it looks methods up by name.
+        return f"torch.cuda.{type_of(self).rpartition('.')[2]}"
 
     setattr(torch.Tensor, "type", cuda_type)  # noqa: B010
 

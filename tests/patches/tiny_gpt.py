@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import (
@@ -22,6 +23,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from nemo_skymoe.moe.norm import RMSNorm
 
+VERSION = megatron.core.__version__[:4]
+# What the distributed optimizer of each Megatron-Core can write.
+FORMATS = {
+    "0.14": {"fully_sharded_model_space"},
+    "0.15": {"fully_sharded_model_space", "dp_reshardable", "fully_reshardable"},
+    "0.16": {"dp_reshardable", "fully_reshardable"},
+}[VERSION]
 VOCABULARY, LENGTH, BATCH = 64, 16, 4
 
 
@@ -127,20 +135,20 @@ class Run:
     def _model_state(self) -> dict[str, Any]:
         return {f"model{index}": chunk.module.sharded_state_dict() for index, chunk in enumerate(self.chunks)}
 
-    def state(self, loading: bool, sharding: str = "dp_reshardable") -> dict[str, Any]:
+    def state(self, loading: bool, sharding: str) -> dict[str, Any]:
         model = self._model_state()
         metadata = {"distrib_optim_sharding_type": sharding}
         optimizer = self.optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata=metadata)
         return {**model, "optimizer": optimizer}
 
-    def save(self, folder: Path, **how: Any) -> None:
+    def save(self, folder: Path, sharding: str) -> None:
         if torch.distributed.get_rank() == 0:
             folder.mkdir()
         torch.distributed.barrier()
-        dist_checkpointing.save(self.state(loading=False, **how), str(folder))
+        dist_checkpointing.save(self.state(False, sharding), str(folder))
 
-    def load(self, folder: Path, **how: Any) -> None:
-        state = dist_checkpointing.load(self.state(loading=True, **how), str(folder))
+    def load(self, folder: Path, sharding: str) -> None:
+        state = dist_checkpointing.load(self.state(True, sharding), str(folder))
         self.load_model_state(state)
         self.optimizer.load_state_dict(state["optimizer"])
 
