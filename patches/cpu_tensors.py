@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.jit import _builtins
 from torch.utils import _device
 
 CPU = torch.device("cpu")
@@ -36,6 +37,9 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **_without_cuda(kwargs)) if kwargs else function(*args)
 
+    operator = _builtins._find_builtin(function)
+    if operator:  # so that TorchScript still knows it
+        _builtins._register_builtin(on_cpu, operator)
     return on_cpu
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_gpt import FORMATS, Case, Run, groups
+from torch._dynamo import trace_rules
 
 from nemo_skymoe.patches import cpu_runtime, nemo_cpu
 from nemo_skymoe.ranks import run_ranks
@@ -187,6 +188,19 @@ def test_every_way_to_ask_for_cuda_gives_the_cpu_in_every_thread() -> None:
     assert here.pop("to keyword") == "cpu torch.float64"
     assert here.pop("to tensor") == "cpu torch.int32"
     assert set(here.values()) == {"cpu torch.float32"}
+
+
+def test_torchscript_and_dynamo_still_know_torch() -> None:
+    def world() -> list[float]:
+        cpu_runtime.apply()
+        trace_rules.get_torch_obj_rule_map()  # raises where two names of torch have one object
+
+        def add(x: torch.Tensor) -> torch.Tensor:
+            return x.new_ones([2]) + torch.ones([2]).to(x.device) + torch.arange(2)
+
+        return torch.jit.script(add)(torch.ones(2)).tolist()
+
+    assert run_ranks(world, 1) == [[2.0, 3.0]]
 
 
 def test_a_fork_of_a_rank_trains_too() -> None:
