@@ -15,6 +15,7 @@ from torch import nn
 
 from nemo_skymoe.config import SkyworkOptions
 from nemo_skymoe.moe.layer import get_skywork_block_spec, have_transformer_engine
+from nemo_skymoe.patches import expert_parallel_warning
 
 _TE = have_transformer_engine()
 _CUDA = torch.cuda.is_available()
@@ -60,6 +61,10 @@ class SkyworkMoEDefaults(SkyworkOptions):
     moe_grouped_gemm: bool = _TE
     moe_permute_fusion: bool = _TE
     moe_edp: bool = True
+
+    def __post_init__(self) -> None:
+        expert_parallel_warning.apply()
+        super().__post_init__()
 
 
 @dataclass
