@@ -1,0 +1,277 @@
+"""What a router reports, against the same numbers counted one token at a time."""
+
+import math
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from megatron.core import package_info, parallel_state
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from worlds import (
+    BATCH,
+    LENGTH,
+    Layout,
+    configuration,
+    context_positions,
+    generator,
+    groups,
+    make_router,
+    on_ranks,
+    weight,
+)
+
+from nemo_skymoe.moe import gating
+from nemo_skymoe.moe.telemetry import METRICS, LayerMetrics, RouterStatistics, reduce_statistics
+
+HIDDEN, MICRO_BATCHES = 16, 4
+CPU = torch.device("cpu")
+
+Token = tuple[int, Tensor]
+"""A token's index in its micro-batch and its hidden state."""
+
+
+def micro_batch(index: int) -> Tensor:
+    """[sequence, batch, hidden], one token of it zero: equal logits."""
+    x = torch.randn(LENGTH, BATCH, HIDDEN, generator=generator(f"micro-batch {index}"), dtype=torch.float64)
+    x[3, 1] = 0
+    return x
+
+
+def tokens_at(index: int, positions: Tensor) -> list[Token]:
+    x = micro_batch(index)
+    return [(int(p) * BATCH + b, x[p, b]) for p in positions for b in range(BATCH)]
+
+
+def gate_of(token: Token, config: Any) -> tuple[list[float], list[int]]:
+    """Gate values and the experts from best to worst."""
+    experts, index = config.num_moe_experts, token[0]
+    z = (weight("weight", (experts, HIDDEN)) @ token[1]).tolist()
+    if not any(z):
+        if config.moe_router_logit_norm_scale is None:  # torch decides
+            return [1 / experts] * experts, torch.zeros(experts).topk(config.moe_router_topk).indices.tolist()
+        return [1 / experts] * experts, [
+            (index * config.moe_router_topk + e) % experts for e in range(experts)
+        ]
+    if config.moe_router_logit_norm_scale is not None:
+        mean = sum(z) / experts
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in z) / (experts - 1))
+        z = [config.moe_router_logit_norm_scale * (v - mean) / deviation for v in z]
+    gate = [math.exp(v) / sum(map(math.exp, z)) for v in z]
+    return gate, sorted(range(experts), key=lambda expert: -gate[expert])
+
+
+def token_by_token(config: Any, micro_batches: list[list[list[Token]]]) -> dict[str, Any]:
+    """The metrics by their definitions. A micro-batch is a list of its ranks' tokens: each has its own capacity."""
+    experts, topk = config.num_moe_experts, config.moe_router_topk
+    factor = config.moe_expert_capacity_factor or config.moe_nominal_capacity_factor
+    load, dropped, gates, aux_losses = [0] * experts, 0, [], []
+    for parts in micro_batches:
+        here, mean_gate = [0] * experts, [0.0] * experts
+        for part in parts:
+            found = [gate_of(token, config) for token in part]
+            counts = [sum(expert in order[:topk] for _, order in found) for expert in range(experts)]
+            capacity = math.ceil(len(part) * topk / experts * factor)
+            dropped += sum(max(0, count - capacity) for count in counts)
+            here = [a + b for a, b in zip(here, counts, strict=True)]
+            gates += [sorted(gate, reverse=True) for gate, _ in found]
+            mean_gate = [m + sum(gate[e] for gate, _ in found) for e, m in enumerate(mean_gate)]
+        size = sum(map(len, parts))
+        aux_losses.append(
+            experts * sum(n * m for n, m in zip(here, mean_gate, strict=True)) / (topk * size * size)
+        )
+        load = [a + b for a, b in zip(load, here, strict=True)]
+    return {
+        "drop_rate": dropped / (topk * len(gates)),
+        "aux_loss": sum(aux_losses) / len(aux_losses),
+        "load_max_over_mean": max(load) / (sum(load) / experts),
+        "gate_entropy": -sum(g * math.log(g) for gate in gates for g in gate) / len(gates),
+        "max1_over_max2": sum(gate[0] / gate[1] for gate in gates) / len(gates),
+        "max2_over_max3": sum(gate[1] / gate[2] for gate in gates) / len(gates) if experts > 2 else math.nan,
+        "load": [n / sum(load) for n in load],
+    }
+
+
+def observed(layout: Layout, config: Any) -> LayerMetrics:
+    """The metrics of the micro-batches routed in this layout, dealt over data-parallel ranks."""
+    router = make_router(config)
+    positions = context_positions().chunk(layout.tp)[parallel_state.get_tensor_model_parallel_rank()]
+    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    for index in range(rank, MICRO_BATCHES, ranks):
+        router(micro_batch(index)[positions].to(config.params_dtype).requires_grad_())
+    group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    with mock.patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce) as reduction:
+        (metrics,) = reduce_statistics([router.statistics], group, CPU)
+    assert reduction.call_count == 1
+    return metrics
+
+
+def agree(metrics: LayerMetrics, expected: dict[str, Any]) -> None:
+    assert metrics.drop_rate > 0
+    for name in ("drop_rate", "load_max_over_mean"):
+        assert getattr(metrics, name) == pytest.approx(expected[name], rel=1e-14), name
+    assert list(metrics.load) == pytest.approx(expected["load"], rel=1e-14)
+    for name in ("aux_loss", "gate_entropy", "max1_over_max2", "max2_over_max3"):
+        assert getattr(metrics, name) == pytest.approx(expected[name], rel=2e-6, nan_ok=True), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"params_dtype": torch.float32},
+        {"moe_router_logit_norm_scale": 2.0, "moe_nominal_capacity_factor": 1.0},
+        {"moe_expert_capacity_factor": 0.75},
+        {"moe_expert_capacity_factor": 0.75, "moe_token_drop_policy": "position"},
+        {"moe_expert_capacity_factor": 0.75, "moe_pad_expert_input_to_capacity": True},
+        {"moe_router_topk": 3},
+        {"num_moe_experts": 2, "moe_nominal_capacity_factor": 0.5},
+        {"moe_router_logit_norm_scale": None, "moe_nominal_capacity_factor": 0.9},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "default",
+)
+@on_ranks(1)
+def test_one_rank(options: dict[str, Any]) -> None:
+    with groups():
+        config = configuration(**options)
+        everywhere = torch.arange(LENGTH)
+        agree(
+            observed(Layout(), config),
+            token_by_token(config, [[tokens_at(index, everywhere)] for index in range(MICRO_BATCHES)]),
+        )
+
+
+def over_ranks(layout: Layout) -> list[list[list[Token]]]:
+    """The micro-batches with each rank's tokens apart."""
+    pieces = torch.arange(LENGTH).chunk(2 * layout.cp)
+    contexts = [
+        torch.cat([pieces[rank], pieces[2 * layout.cp - 1 - rank]]).sort().values for rank in range(layout.cp)
+    ]
+    parts = [positions for context in contexts for positions in context.chunk(layout.tp)]
+    return [[tokens_at(index, part) for part in parts] for index in range(MICRO_BATCHES)]
+
+
+@pytest.mark.parametrize("form", ["switch", "square"])
+@on_ranks(2)
+def test_two_ranks(form: str) -> None:
+    """Tokens over tensor- or context-parallel ranks, micro-batches over data-parallel ranks."""
+    for layout in (Layout(tp=2), Layout(cp=2), Layout()):
+        with groups(layout):
+            config = configuration(layout, moe_aux_loss_form=form)
+            expected = token_by_token(config, over_ranks(layout))
+            metrics = observed(layout, config)
+            if form == "square":
+                assert 0 < metrics.aux_loss < 0.1
+                expected["aux_loss"] = metrics.aux_loss
+            agree(metrics, expected)
+
+
+@on_ranks(1)
+def test_the_squared_loss_is_reported_without_its_coefficient() -> None:
+    with groups():
+        metrics = observed(Layout(), configuration(moe_aux_loss_form="square", moe_aux_loss_coeff=7.0))
+        config = configuration()
+        values = []
+        for index in range(MICRO_BATCHES):
+            gates = [gate_of(token, config)[0] for token in tokens_at(index, torch.arange(LENGTH))]
+            values.append(sum((1 / 8 - sum(column) / len(gates)) ** 2 for column in zip(*gates, strict=True)))
+        assert metrics.aux_loss == pytest.approx(sum(values) / MICRO_BATCHES, rel=1e-6)
+
+
+@on_ranks(1)
+def test_taking_forgets() -> None:
+    with groups():
+        router = make_router(configuration())
+        router(micro_batch(0))
+        assert router.statistics.take(CPU)[6:].sum() == 2 * LENGTH * BATCH
+        assert not router.statistics.take(CPU).any()
+
+
+@on_ranks(1)
+def test_evaluation_and_absent_telemetry_observe_nothing() -> None:
+    with groups():
+        silent = make_router(configuration(moe_router_telemetry=False))
+        silent(micro_batch(0).requires_grad_())
+        router = make_router(configuration()).eval()
+        router(micro_batch(0).requires_grad_())
+        router.train()
+        with torch.no_grad():
+            router(micro_batch(0))
+        assert not router.statistics.take(CPU).any()
+        assert not silent.statistics.take(CPU)[2:].any()
+
+
+@on_ranks(1)
+def test_it_is_observed_without_an_auxiliary_loss_too() -> None:
+    with groups():
+        router = make_router(configuration(moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0))
+        router(micro_batch(0).requires_grad_())
+        (
+            micro_batches,
+            aux_loss,
+            *_,
+        ) = router.statistics.take(CPU).tolist()
+        assert micro_batches == aux_loss == 0
+        router(micro_batch(0).requires_grad_())
+        assert reduce_statistics([router.statistics], torch.distributed.group.WORLD, CPU)[0].gate_entropy > 1
+
+
+@on_ranks(1)
+def test_the_forward_pass_never_waits_for_the_device() -> None:
+    """Fake tensors have no values: whoever asks for one, as `.item()` does, is caught."""
+    with groups(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        with pytest.raises(DataDependentOutputException):
+            torch.ones(1).item()
+        for form in ("switch", "square"):
+            router = make_router(configuration(moe_aux_loss_form=form, moe_z_loss_coeff=0.1))
+            x = fake.from_tensor(torch.ones(LENGTH, BATCH, HIDDEN, dtype=torch.float64)).requires_grad_()
+            probs, _ = router(x)
+            probs.sum().backward()
+            assert router.statistics.take(CPU).shape == (6 + 8,)
+    gating.tie_order.cache_clear()  # of fake tensors
+
+
+def test_dropped_elsewhere() -> None:
+    """A dispatcher that drops over a whole group adds to what the router saw."""
+    statistics = RouterStatistics(4, 1)
+    statistics.observe_dropped(torch.tensor(3))
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 4)
+    statistics.observe(logits, logits.softmax(-1), torch.tensor([4, 0, 0, 0]), capacity=4)
+    assert statistics.take(CPU)[2].item() == 3
+
+
+def test_names() -> None:
+    assert METRICS == (
+        "drop_rate", "aux_loss", "load_max_over_mean", "gate_entropy", "max1_over_max2", "max2_over_max3",
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(
+    [package_info.MAJOR, package_info.MINOR] < [0, 16], reason="Megatron 0.16 brought padding masks"
+)
+@pytest.mark.parametrize("form", ["switch", "square"])
+@on_ranks(1)
+def test_padding_counts_nowhere(form: str) -> None:
+    """A padded micro-batch is the micro-batch of its other tokens: metrics and gradients."""
+    with groups():
+        options: dict[str, Any] = {
+            "moe_aux_loss_form": form,
+            "moe_z_loss_coeff": 0.1,
+            "moe_nominal_capacity_factor": 8,
+        }
+        outcomes = []
+        for padded in (True, False):
+            router = make_router(configuration(**options))
+            x = micro_batch(0)
+            x[3, 1] = 1.0
+            mask = (torch.arange(LENGTH) >= LENGTH // 2)[:, None].expand(LENGTH, BATCH)
+            probs, _ = router(x, padding_mask=mask) if padded else router(x[: LENGTH // 2])
+            (gradient,) = torch.autograd.grad(probs[: LENGTH * BATCH // 2].square().sum(), router.weight)
+            group: Any = torch.distributed.group.WORLD
+            outcomes.append((gradient, reduce_statistics([router.statistics], group, CPU)[0]))
+        (left, left_metrics), (right, right_metrics) = outcomes
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-9)
+        for name in METRICS:
+            assert getattr(left_metrics, name) == pytest.approx(getattr(right_metrics, name), rel=1e-6), name
+        assert left_metrics.load == right_metrics.load
