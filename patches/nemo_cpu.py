@@ -1,4 +1,11 @@
-"""NeMo on a CPU: what needs NeMo imported. Nothing acts on import, and nothing where CUDA is available."""
+"""NeMo on a CPU: what needs NeMo imported. Nothing acts on import, and nothing where CUDA is available.
+
+What a run still has to say itself: `nl.Trainer(accelerator="cpu", devices=ranks)`; in the model's
+configuration nothing that asks for Transformer Engine or Apex (`apply_rope_fusion`, `moe_grouped_gemm`,
+`moe_permute_fusion` and `gradient_accumulation_fusion` off, the local layer spec), for sequence parallelism a
+norm that supports it (`nemo_skymoe.moe.norm`), and for fp32 `bf16=False, params_dtype=torch.float32` where a
+class defaults to bf16; with pipeline parallelism `pipeline_dtype=torch.float32` in the strategy.
+"""
 
 import random
 from collections.abc import Callable

@@ -64,6 +64,7 @@ def broadcast_data() -> None:
 def fuse_without_a_compiler() -> None:
     from torch._inductor import config
 
+    torch._dynamo.config.suppress_errors = False  # which importing NeMo sets
     config.force_disable_caches = True
     config.cpp.cxx = ("/nonexistent",)
     bias_gelu(torch.ones(4), torch.ones(4))
