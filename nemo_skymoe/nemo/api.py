@@ -48,7 +48,7 @@ def check_world_size(trainer: Any) -> None:
     """Refuse a number of ranks that the parallel sizes do not divide, or another than was started."""
     strategy = trainer.strategy
     world = trainer.num_devices * trainer.num_nodes
-    started = int(os.environ.get("WORLD_SIZE", world))
+    started = int(os.environ.get("WORLD_SIZE", str(world)))
     if started != world:
         raise ConfigurationError(
             f"trainer.devices x trainer.num_nodes is {world} ranks, {started} were started: set trainer.devices or"

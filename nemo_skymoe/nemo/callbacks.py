@@ -1,45 +1,70 @@
 """Lightning callback that runs, saves and logs the adaptive auxiliary loss in a NeMo training."""
+# No `from __future__ import annotations`: NeMo-Run reads these signatures.
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
 from megatron.core import parallel_state
-from nemo.utils import logging
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
 
+from nemo_skymoe.checkpoint.torch_dist import weights_folder
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.controller import AuxLossController
 from nemo_skymoe.moe.similarity import expert_similarity
 from nemo_skymoe.moe.telemetry import METRICS
 
+_LOSSES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+
 
 class SkyworkMoECallback(pl.Callback):
-    """Keep the per-layer coefficients in step with the optimizer, in checkpoints, and everything in the logs.
+    """Keep the per-layer coefficients in step with the optimizer and in checkpoints, and everything in the logs.
 
-    Logged as `moe/<metric>_layer_<global number>` for every metric of `telemetry.LayerMetrics`, for
-    `aux_loss_coefficient` and, less often, `expert_similarity`, from whichever pipeline stage has the layer.
+    Logged from whichever pipeline stage has the layer, as `moe/<metric>_layer_<global number>`: every metric of
+    `telemetry.LayerMetrics` (in dropless training the drop rate is `virtual_drop_rate`), `aux_loss_coefficient`
+    and, less often, `expert_similarity`; with `histogram` also `moe/load_layer_<n>_expert_<e>`. Megatron's own
+    MoE losses, mean over layers, are logged under their names (`load_balancing_loss`, `z_loss`): NeMo's strategy
+    has that switched off.
 
     Args:
         log_interval: Optimizer steps between two log entries; None follows the trainer's `log_every_n_steps`.
         similarity_interval: Optimizer steps between two measurements of expert similarity; 0 for never.
+        histogram: Log the share of assignments of every expert too.
+        warm_start: Coefficients of a run that starts from another's weights (`nl.RestoreConfig`): "reset" begins
+            at the initial value, "keep" takes those of the checkpoint. A resumed run always continues them.
     """
 
-    def __init__(self, log_interval: int | None = None, similarity_interval: int = 100) -> None:
+    def __init__(
+        self,
+        log_interval: Optional[int] = None,
+        similarity_interval: int = 100,
+        histogram: bool = False,
+        warm_start: str = "reset",
+    ) -> None:
+        if warm_start not in ("reset", "keep"):
+            raise ConfigurationError(f"warm_start is {warm_start!r}, expected 'reset' or 'keep'")
         self.log_interval = log_interval
         self.similarity_interval = similarity_interval
-        self._controller: AuxLossController | None = None
-        self._restored: dict[str, Any] | None = None
+        self.histogram = histogram
+        self.warm_start = warm_start
+        self._controller: Optional[AuxLossController] = None
+        self._restored: dict[str, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the model and optimizer that NeMo has built by now."""
         chunks: Any = trainer.model
         controller = AuxLossController([chunk.module for chunk in chunks])
-        if self._restored is not None:
+        restore: Any = getattr(trainer.strategy, "restore_config", None)
+        if trainer.ckpt_path is not None:
             controller.load_state_dict(self._restored)
-        elif trainer.ckpt_path is not None and controller.adaptive:
-            logging.warning(
-                "The checkpoint has no auxiliary-loss coefficients: every MoE layer starts at"
-                f" {controller.coefficients.initial}."
-            )
+        elif restore is not None and self.warm_start == "keep":
+            controller.load_state_dict(self._saved_state(Path(restore.path)))
         controller.attach(_megatron_optimizer(trainer))
         self._controller = controller
         self._log_similarity(trainer)
@@ -49,6 +74,8 @@ class SkyworkMoECallback(pl.Callback):
         step, interval = trainer.global_step, self.log_interval or getattr(trainer, "log_every_n_steps", 50)
         if step % interval == 0:
             self._log_metrics(trainer)
+            self._log_losses(trainer)
+        clear_aux_losses_tracker()
         if self.similarity_interval and step % self.similarity_interval == 0:
             self._log_similarity(trainer)
 
@@ -58,7 +85,11 @@ class SkyworkMoECallback(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the model exists."""
-        self._restored = state_dict or None
+        self._restored = state_dict
+
+    def _saved_state(self, checkpoint: Path) -> dict[str, Any]:
+        common = torch.load(weights_folder(checkpoint) / "common.pt", weights_only=False)
+        return common.get("callbacks", {}).get(self.state_key, {})
 
     def _log_metrics(self, trainer: pl.Trainer) -> None:
         controller = self._controller
@@ -66,12 +97,36 @@ class SkyworkMoECallback(pl.Callback):
         local = {
             f"moe/aux_loss_coefficient_layer_{n}": v for n, v in controller.coefficient_by_layer().items()
         }
+        names = {name: name for name in METRICS}
+        if controller.drop_rate_is_virtual:
+            names["drop_rate"] = "virtual_drop_rate"
         for layer, metrics in controller.metrics.items():
-            local |= {f"moe/{name}_layer_{layer}": getattr(metrics, name) for name in METRICS}
+            local |= {f"moe/{names[name]}_layer_{layer}": getattr(metrics, name) for name in METRICS}
+            if self.histogram:
+                local |= {f"moe/load_layer_{layer}_expert_{e}": share for e, share in enumerate(metrics.load)}
         _log(trainer, local)
 
-    def _log_similarity(self, trainer: pl.Trainer) -> None:
+    def _log_losses(self, trainer: pl.Trainer) -> None:
         assert self._controller is not None
+        config = self._controller.config
+        kinds = config.moe_router_load_balancing_type
+        names = [_LOSSES[kind] for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind in _LOSSES]
+        names += ["z_loss"] if config.moe_z_loss_coeff is not None else []
+        losses: dict[str, torch.Tensor] = {}
+        # By name on every rank: a stage without an MoE layer has to take part in the reductions.
+        track_moe_metrics(
+            loss_scale=1.0 / (get_num_microbatches() or 1),
+            iteration=trainer.global_step,
+            writer=None,
+            total_loss_dict=losses,
+            force_initialize=True,
+            track_names=names,
+            num_layers=config.num_layers,
+            moe_layer_freq=config.moe_layer_freq,
+        )
+        _log(trainer, {name: float(losses[name]) for name in names})
+
+    def _log_similarity(self, trainer: pl.Trainer) -> None:
         chunks: Any = trainer.model
         similarity = expert_similarity([chunk.module for chunk in chunks])
         _log(trainer, {f"moe/expert_similarity_layer_{layer}": value for layer, value in similarity.items()})

@@ -12,6 +12,7 @@ import nemo_run as run
 import pytest
 import torch
 
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.telemetry import METRICS
 from nemo_skymoe.nemo.callbacks import SkyworkMoECallback
 from nemo_skymoe.nemo.corpus import build_corpus
@@ -127,12 +128,24 @@ def test_a_resumed_run_equals_the_uninterrupted_one(whole: list[Kept], resumed: 
         assert not different
 
 
+def test_a_warm_start_keeps_or_resets_the_coefficients(folder: Path, whole: list[Kept]) -> None:
+    (checkpoint,) = (folder / "whole" / "checkpoints").glob("*-last")
+    saved = SkyworkMoECallback(warm_start="keep")._saved_state(checkpoint)
+    assert saved == {"aux_loss_coefficients": whole[0].coefficients[-1]}
+    with pytest.raises(ConfigurationError, match="warm_start is 'forget'"):
+        SkyworkMoECallback(warm_start="forget")
+
+
 def test_telemetry_reaches_tensorboard_by_global_layer(folder: Path, whole: list[Kept]) -> None:
     curves = read_curves(folder / "tensorboard" / "whole")
     names = {*METRICS, "aux_loss_coefficient"}
     expected = {f"moe/{name}_layer_{layer}" for name in names for layer in range(1, LAYERS + 1)}
     assert expected <= set(curves)
     assert all(len(curves[name]) == STEPS for name in expected)
+    # Megatron's own log, which NeMo switched off: the mean over layers of the same losses.
+    for step in range(STEPS):
+        layers = [curves[f"moe/aux_loss_layer_{layer}"].values[step] for layer in range(1, LAYERS + 1)]
+        assert curves["load_balancing_loss"].values[step] == pytest.approx(sum(layers) / LAYERS, rel=1e-5)
     last = whole[0].coefficients[-1]
     for layer in range(1, LAYERS + 1):
         assert curves[f"moe/aux_loss_coefficient_layer_{layer}"].last == pytest.approx(last[layer], rel=1e-6)
