@@ -1,7 +1,7 @@
 """The figures of a report: what they show and what their captions say."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -122,9 +122,18 @@ def _draw_losses(losses: Sequence[LossCurve]) -> Picture | None:
     return Picture("losses", FIGURE_TITLES["losses"], drawing.png(figure), caption)
 
 
+def _panel_of_run(panel: Panel, telemetry: Mapping[str, Curve]) -> Panel:
+    """Dropless training logs a drop rate that would have been, under a name that says so."""
+    virtual = f"virtual_{panel.metric}"
+    if layer_curves(telemetry, panel.metric) or not layer_curves(telemetry, virtual):
+        return panel
+    return replace(panel, metric=virtual, label=f"Virtual {panel.label.lower()}")
+
+
 def _draw_layers(spec: LayerFigure, telemetry: Mapping[str, Curve]) -> Picture | None:
     """A line for each layer, coloured early to late, in each panel that has data; None where none has."""
-    layers = {panel: layer_curves(telemetry, panel.metric) for panel in spec.panels}
+    panels = [_panel_of_run(panel, telemetry) for panel in spec.panels]
+    layers = {panel: layer_curves(telemetry, panel.metric) for panel in panels}
     layers = {panel: curves for panel, curves in layers.items() if any(map(_has_data, curves.values()))}
     if not layers:
         return None
@@ -137,7 +146,7 @@ def _draw_layers(spec: LayerFigure, telemetry: Mapping[str, Curve]) -> Picture |
         drawing.finish_axes(axes, panel.label, panel.floor)
     drawing.add_layer_key(figure, all_axes, colours)
     smoothed = ", ".join(panel.label for panel in layers if panel.smooth)
-    absent = ", ".join(panel.label for panel in spec.panels if panel not in layers)
+    absent = ", ".join(panel.label for panel in panels if panel not in layers)
     caption = spec.caption
     caption += f" Drawn as a mean over 4% of the run: {smoothed}." if smoothed else ""
     caption += f" Not logged: {absent}." if absent else ""

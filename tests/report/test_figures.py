@@ -121,3 +121,14 @@ def test_labels_are_spread_as_little_as_possible():
     assert drawing.spread([0.0, 50.0], 10.0, floor=0.0) == [0.0, 50.0]
     assert drawing.spread([20.0, 20.0, 20.0], 10.0, floor=0.0) == [10.0, 20.0, 30.0]
     assert drawing.spread([2.0, 2.0, 90.0], 10.0, floor=5.0) == [5.0, 15.0, 90.0]
+
+
+def test_a_virtual_drop_rate_is_drawn_and_called_so() -> None:
+    curve = Curve.from_points({1: 0.1, 2: 0.2})
+    real = {picture.name: picture for picture in draw_figures([], {"moe/drop_rate_layer_1": curve})}
+    virtual = {
+        picture.name: picture for picture in draw_figures([], {"moe/virtual_drop_rate_layer_1": curve})
+    }
+    assert "Virtual token drop rate" in virtual["drop_rate"].caption
+    assert "Virtual" not in real["drop_rate"].caption
+    assert real["drop_rate"].png != virtual["drop_rate"].png
