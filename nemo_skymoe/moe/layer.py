@@ -12,9 +12,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import transformer_layer
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from nemo_skymoe.config import SkyworkOptions
 from nemo_skymoe.moe import edp
@@ -43,6 +45,17 @@ class SkyworkMoELayer(MoELayer):
             self.router = SkyworkRouter.adopt(self.router)
         if cast(SkyworkOptions, config).moe_edp:
             edp.install(self)
+        elif type(self.token_dispatcher) is MoEAllGatherTokenDispatcher:
+            self.token_dispatcher.__class__ = StockAllGatherTokenDispatcher
+
+
+class StockAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
+    """Megatron's, except that it combines in the model's dtype rather than in the router weights' float32."""
+
+    def token_combine(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[T, H] to this rank's [t, H] of the sum over the ranks; Megatron takes the dtype from `local_probs`."""
+        self.local_probs = self.local_probs.to(hidden_states.dtype)
+        return super().token_combine(hidden_states, *args, **kwargs)
 
 
 def have_transformer_engine() -> bool:

@@ -120,13 +120,14 @@ def configuration(layout: Layout = Layout(), **options: Any) -> SkyworkTransform
 def build(config: SkyworkTransformerConfig) -> list[GPTModel]:
     """This rank's model chunks, one a virtual pipeline stage, with the weights that their global names stand for."""
     stages = config.virtual_pipeline_model_parallel_size
-    chunks = [_chunk(config, stage if stages else None) for stage in range(stages or 1)]
+    chunks = [model_chunk(config, stage if stages else None) for stage in range(stages or 1)]
     for name, parameter in parameters(chunks).items():
         parameter.data.copy_(local_part(parameter, weight(name, global_shape(parameter))))
     return chunks
 
 
-def _chunk(config: SkyworkTransformerConfig, stage: int | None) -> GPTModel:
+def model_chunk(config: SkyworkTransformerConfig, stage: int | None = None) -> GPTModel:
+    """One (virtual) pipeline stage as Megatron initialises it."""
     spec = get_skywork_block_spec(config, stage)
     for layer in spec.layer_specs or ():
         submodules: Any = layer.submodules
