@@ -145,8 +145,10 @@ def pretrain(case: Case, corpus: Path, folder: Path) -> tuple[list[float], dict[
     return losses.values, parameters
 
 
-SHORT = [Case(), Case(ranks=2, tp=2, distributed=True)]
+# On two ranks tests/nemo/test_moe_training.py resumes an MoE with the distributed optimizer.
+SHORT = [Case()]
 LONG = [
+    Case(ranks=2, tp=2, distributed=True),
     Case(distributed=True),
     Case(ranks=2, pp=2),
     Case(ranks=2, tp=2),
