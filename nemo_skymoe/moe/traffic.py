@@ -7,7 +7,7 @@ Plain arithmetic, no torch.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Exchange:
         capacity_factor: None for dropless.
         padded: Experts' inputs are padded to their capacity.
         rows: Rows a rank sends to others in one all-to-all, if known; else what uniform routing makes.
+        rows_received: Rows it gets from others, if known; else as many.
     """
 
     ranks: int
@@ -37,6 +38,7 @@ class Exchange:
     capacity_factor: float | None = None
     padded: bool = False
     rows: float | None = None
+    rows_received: float | None = None
 
     @property
     def others(self) -> int:
@@ -111,8 +113,8 @@ def alltoall(x: Exchange) -> Traffic:
         sent = x.others * x.local_experts * x.capacity * (2 * x.hidden_bytes + x.weight_bytes)
         return Traffic(sent, sent)
     rows = x.others * x.tokens * probability_of_rank(x) if x.rows is None else x.rows
-    sent = rows * (2 * x.hidden_bytes + x.local_experts * x.weight_bytes)
-    return Traffic(sent + x.others * (1 + x.local_experts) * 4, sent)
+    counts = x.others * (1 + x.local_experts) * 4
+    return _there_and_back(x, rows, x.local_experts * x.weight_bytes, counts)
 
 
 def stock_allgather(x: Exchange) -> Traffic:
@@ -131,8 +133,14 @@ def stock_alltoall(x: Exchange) -> Traffic:
     if x.padded:
         return alltoall(x)
     rows = x.others / x.ranks * x.tokens * x.topk * x.kept if x.rows is None else x.rows
-    sent = rows * (2 * x.hidden_bytes + x.weight_bytes)
-    return Traffic(sent + x.others * x.num_experts * 8, sent)
+    return _there_and_back(x, rows, x.weight_bytes, x.others * x.num_experts * 8)
+
+
+def _there_and_back(x: Exchange, rows: float, beside: int, counts: int) -> Traffic:
+    """Rows go out with their weights and come back without; backward it is the other way round."""
+    received = rows if x.rows_received is None else x.rows_received
+    hidden = (rows + received) * x.hidden_bytes
+    return Traffic(hidden + rows * beside + counts, hidden + received * beside)
 
 
 def probability_of_rank(x: Exchange) -> float:
@@ -160,8 +168,3 @@ def fewest_bytes(x: Exchange, choices: Iterable[str]) -> str:
 def per_token(traffic: Traffic, x: Exchange) -> float:
     """Bytes a rank sends per token of its own, both passes."""
     return traffic.total / x.tokens
-
-
-def dropless(x: Exchange) -> Exchange:
-    """The same exchange without a capacity."""
-    return replace(x, capacity_factor=None, padded=False)
