@@ -84,10 +84,16 @@ def patches(versions: Mapping[str, str | None], devices: Sequence[str]) -> list[
 
 
 def _applies(module: str, versions: Mapping[str, str | None], devices: Sequence[str]) -> bool:
-    if module == "router_without_te":
-        return not versions["transformer-engine"]
+    core = versions["megatron-core"] or ""
+    single = {
+        "router_without_te": not versions["transformer-engine"],
+        "context_parallel_aux_loss": core.startswith(("0.14.", "0.15.")),
+        "expert_parallel_warning": core.startswith("0.15."),
+        "torchrun_executor": not devices and bool(versions["nemo-toolkit"]),
+    }
     # All others stand in for CUDA; those named after NeMo do so in NeMo.
-    return not devices and (bool(versions["nemo-toolkit"]) or not module.startswith("nemo_"))
+    for_cpu = not devices and (bool(versions["nemo-toolkit"]) or not module.startswith("nemo_"))
+    return single.get(module, for_cpu)
 
 
 def _declared(module: str, tree: ast.Module) -> list[Patch]:
