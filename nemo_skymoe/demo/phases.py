@@ -7,7 +7,8 @@ from typing import Any
 import fiddle as fdl
 import nemo_run as run
 
-from nemo_skymoe.demo.progress import TerminalProgress, redirect_output
+from nemo_skymoe.demo.output import redirect_output
+from nemo_skymoe.demo.progress import TerminalProgress
 from nemo_skymoe.moe.mesh import edp_mesh_rows
 from nemo_skymoe.nemo.checkpoint import upcycle_checkpoint
 from nemo_skymoe.nemo.corpus import Corpus, validation_batches

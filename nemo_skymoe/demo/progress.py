@@ -1,8 +1,6 @@
 """Progress of a training in the terminal, while everything NeMo prints goes to a log file."""
 
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -64,14 +62,3 @@ class TerminalProgress(pl.Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress.console.file.flush()
-
-
-def redirect_output(log: Path) -> None:
-    """Send this process's standard output and error to `log`, appending."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.demo.output import output_to
 from nemo_skymoe.ranks import run_ranks
 
 RANKS = 2
@@ -39,7 +41,7 @@ class Story:
 
 
 def run(output: Path, quick: bool = False) -> Path:
-    """Tell the whole story in `output`, which is emptied first, and write its report.
+    """Tell the whole story in `output` and write its report; an earlier demo's runs there are removed.
 
     Args:
         output: Folder for the corpus (kept from an earlier run), the runs and the report.
@@ -53,13 +55,12 @@ def run(output: Path, quick: bool = False) -> Path:
     console.print(
         "[bold]Skywork-MoE on a laptop[/]: dense, upcycled, trained on. Loading NeMo (about 20 s) ..."
     )
+    _clear(story.output)
     begin = time.monotonic()
-    from nemo_skymoe.demo import phases
-    from nemo_skymoe.demo.summary import write
-
+    with output_to(story.folder("logs") / "import.log"):
+        from nemo_skymoe.demo import phases
+        from nemo_skymoe.demo.summary import write
     story.seconds["import of NeMo"] = time.monotonic() - begin
-    for name in ("dense", "moe", "dense_continued", "upcycled", "tensorboard"):
-        shutil.rmtree(story.folder(name), ignore_errors=True)
     _corpus(story, console)
     _dense(story, phases, console)
     _upcycle(story, phases, console)
@@ -69,6 +70,19 @@ def run(output: Path, quick: bool = False) -> Path:
         f"\n{_verdict(story)}\nReport: [bold]{report}[/]  ({_minutes(sum(story.seconds.values()))} in all)"
     )
     return report
+
+
+def _clear(output: Path) -> None:
+    """Remove an earlier demo's runs, and nothing else's."""
+    marker = output / ".skymoe-demo"
+    if output.exists() and any(output.iterdir()) and not marker.exists():
+        raise ConfigurationError(
+            f"--output is '{output}', which holds other files: expected a new folder, or that of an earlier demo"
+        )
+    for name in ("dense", "moe", "dense_continued", "upcycled", "tensorboard", "logs", "report"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    marker.touch()
 
 
 def _corpus(story: Story, console: Console) -> None:
