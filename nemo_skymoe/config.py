@@ -54,9 +54,11 @@ class SkyworkOptions:
     """Capacity factor of the *virtual* drop rate, used when training is dropless."""
 
     moe_edp: bool = False
-    """Expert Data Parallelism (appendix B.1): the expert-parallel group is the tensor-parallel group."""
+    """Expert Data Parallelism (appendix B.1): the expert-parallel group is the tensor-parallel group. Not what
+    Megatron abbreviates EDP, the size of the expert-data-parallel group."""
     edp_dispatcher: str = "auto"
-    """Token dispatcher under EDP: "auto", "replicated", "allgather" or "alltoall"."""
+    """Token dispatcher under EDP. Without sequence parallelism "replicated", which dispatches nothing and combines in
+    one all-reduce; with it "allgather" or "alltoall". "auto": of those the one that sends the fewest bytes."""
     moe_capacity_scope: str = "rank"
     """Tokens over which an expert's capacity is counted: those of a "rank" or of the "edp" group."""
     edp_replica_check_interval: int = 0
