@@ -55,7 +55,7 @@ def scheme_table(hidden: int, experts: int) -> str:
             names = ("replicated", "allgather", "alltoall", "stock_allgather", "stock_alltoall")
             sent = {name: getattr(traffic, name)(x).total for name in names}
             best = traffic.fewest_bytes(x, ("allgather", "alltoall"))
-            cells = [ranks, topk, *(f"{sent[name] / 1e6:.0f}" for name in names), best]
+            cells = [ranks, topk, *(f"{sent[name] / 1e6:.1f}" for name in names), best]
             cells += [f"{1e6 * sent[best] / link:.0f}" for link in (NVLINK, ROCE)]
             data = experts // ranks
             cells += [f"{1e6 * etp_seconds(x, data):.0f}", f"{1e6 * ep_seconds(x, data):.0f}"]

@@ -260,9 +260,9 @@ def train(case: Case) -> Outcome:
         # Over context parallelism Megatron averages gradients.
         (case.cp * loss(output, case, index, batch)).backward()
     finalize_model_grads([ddp])
-    routers: list[Any] = [layer.mlp.router for layer in model.decoder.layers]
-    statistics = [router.statistics for router in routers]
-    metrics = reduce_statistics(statistics, routers[0].tp_dp_cp_group, torch.device("cpu"))
+    group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    statistics = [layer.mlp.router.statistics for layer in model.decoder.layers]
+    metrics = reduce_statistics(statistics, group, torch.device("cpu"))
     model.eval()
     with torch.no_grad():
         logits.append(forward(model, case, len(MICRO_BATCHES), EVALUATION_BATCH).numpy())

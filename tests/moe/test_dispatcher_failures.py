@@ -2,7 +2,9 @@
 
 import os
 import time
+from typing import Any
 
+import edp_worlds
 import pytest
 import torch
 from edp_crafted import (
@@ -91,3 +93,16 @@ def dying(how: str) -> str:
 def test_a_rank_that_dies_ends_the_others_naming_layer_and_group(how: str):
     said = run_ranks(dying, 2, how)[0]
     assert "MoE layer 7" in said and "EDP group of ranks [0, 1]" in said and "all-to-all" in said
+
+
+def layer_names() -> list[str]:
+    edp_worlds.start_world()
+    case = edp_worlds.Case(1, "auto")
+    with edp_worlds.layout(case):
+        layers: list[Any] = list(edp_worlds.build(case).decoder.layers)
+        return [str(layer.mlp.token_dispatcher.ranks) for layer in layers]
+
+
+def test_a_dispatcher_knows_its_layers_number():
+    names = run_ranks(layer_names, 1)[0]
+    assert names == [f"MoE layer {number}, EDP group of ranks [0]" for number in (1, 2)]
