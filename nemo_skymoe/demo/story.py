@@ -14,6 +14,7 @@ from rich.table import Table
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.demo.output import output_to
+from nemo_skymoe.doctor import require_supported
 from nemo_skymoe.ranks import run_ranks
 
 RANKS = 2
@@ -50,6 +51,7 @@ def run(output: Path, quick: bool = False) -> Path:
     Returns:
         The report's path.
     """
+    require_supported(nemo=True)
     console = Console()
     story = Story(output.resolve(), *((20, 20) if quick else (400, 300)))
     console.print(

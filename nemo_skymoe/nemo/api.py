@@ -1,6 +1,7 @@
 """`pretrain`: NeMo's own, after the checks and the platform's cures that have to come before it."""
 # No `from __future__ import annotations`: NeMo-Run reads these signatures.
 
+import copy
 import os
 from pathlib import Path
 from typing import Any, Optional
@@ -11,6 +12,7 @@ from nemo.lightning import AutoResume, NeMoLogger, OptimizerModule, Trainer
 from nemo.utils import logging
 
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
+from nemo_skymoe.doctor import require_supported
 from nemo_skymoe.nemo.callbacks import SkyworkMoECallback
 from nemo_skymoe.nemo.checkpoint import check_architecture
 from nemo_skymoe.patches import nemo_cpu
@@ -30,10 +32,13 @@ def pretrain(
     its adaptive auxiliary loss, unless the trainer has one already.
 
     Raises:
-        ConfigurationError: The world size does not match, or the checkpoint to start from is missing.
+        ConfigurationError: Versions that do not work together, ranks or experts that the parallel sizes do not
+            divide, or a checkpoint to start from that is missing or of another architecture.
     """
+    require_supported(nemo=True)
     nemo_cpu.apply()
     check_world_size(trainer)
+    check_parallel_sizes(getattr(model, "config", None), trainer.strategy)
     check_warm_start(resume, getattr(model, "config", None))
     shorten_warmup(optim, trainer.max_steps)
     callbacks: Any = trainer
@@ -42,6 +47,24 @@ def pretrain(
     ):
         callbacks.callbacks.append(SkyworkMoECallback())
     return llm.pretrain(model=model, data=data, trainer=trainer, log=log, resume=resume, optim=optim)
+
+
+def check_parallel_sizes(config: Any, strategy: Any) -> None:
+    """Check the configuration with the strategy's parallel sizes, which NeMo sets only when it builds the model."""
+    if not isinstance(config, SkyworkOptions):
+        return
+    probe: Any = copy.copy(config)
+    for option in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "sequence_parallel",
+    ):
+        setattr(probe, option, getattr(strategy, option))
+    probe.pipeline_dtype = probe.pipeline_dtype or probe.params_dtype
+    probe.__post_init__()
 
 
 def check_world_size(trainer: Any) -> None:

@@ -69,6 +69,30 @@ def test_another_world_than_was_started_is_refused(monkeypatch: pytest.MonkeyPat
         api.check_world_size(trainer(2))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            {"tensor_model_parallel_size": 3, "expert_model_parallel_size": 3},
+            "num_moe_experts is 16, .*multiple",
+        ),
+        (
+            {"tensor_model_parallel_size": 2},
+            "expert_model_parallel_size is 1, expected tensor_model_parallel_size",
+        ),
+        ({"expert_tensor_parallel_size": 2}, "expert_tensor_parallel_size is 2"),
+    ],
+)
+def test_parallel_sizes_that_do_not_fit_are_refused_by_name(sizes: dict[str, int], message: str) -> None:
+    strategy = fdl.build(skywork_moe_tiny.pretrain_recipe(edp=1, devices=1).trainer.strategy)
+    config = SkyworkMoETinyConfig(num_moe_experts=6)
+    api.check_parallel_sizes(config, strategy)
+    for option, size in sizes.items():
+        setattr(strategy, option, size)
+    with pytest.raises(ConfigurationError, match=message):
+        api.check_parallel_sizes(config, strategy)
+
+
 def test_a_missing_checkpoint_is_answered_with_the_command(tmp_path: Path) -> None:
     resume = SimpleNamespace(restore_config=SimpleNamespace(path=str(tmp_path / "nothing")))
     with pytest.raises(ConfigurationError, match="`skymoe demo` makes one"):
