@@ -73,8 +73,8 @@ def test_another_world_than_was_started_is_refused(monkeypatch: pytest.MonkeyPat
     ("sizes", "message"),
     [
         (
-            {"tensor_model_parallel_size": 3, "expert_model_parallel_size": 3},
-            "num_moe_experts is 16, .*multiple",
+            {"tensor_model_parallel_size": 4, "expert_model_parallel_size": 4},
+            "num_moe_experts is 6, .*multiple of expert_model_parallel_size = 4",
         ),
         (
             {"tensor_model_parallel_size": 2},
