@@ -9,6 +9,7 @@ from collections.abc import Callable
 import edp_worlds
 import pytest
 import torch
+from edp_compare import gradient_errors, logit_error
 from edp_worlds import Case, Outcome
 
 from nemo_skymoe.ranks import run_ranks
@@ -64,8 +65,8 @@ def each(cases: list[Case]) -> pytest.MarkDecorator:
 @each(CASES[2] + CASES[4] + CONTEXT)
 def test_outputs_and_every_gradient_are_those_of_one_rank(compare: Compare, case: Case):
     outcomes, reference = compare(case)
-    errors = edp_worlds.gradient_errors(outcomes, reference)
-    assert edp_worlds.logit_error(outcomes, reference) <= TOLERANCE
+    errors = gradient_errors(outcomes, reference)
+    assert logit_error(outcomes, reference) <= TOLERANCE
     assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
     assert set(errors) == set(reference.gradients)
     assert all(abs(gradient).max() > 0 for gradient in reference.gradients.values())
@@ -79,9 +80,9 @@ def test_outputs_and_every_gradient_are_those_of_one_rank(compare: Compare, case
 @each(MUTANTS)
 def test_without_a_correction_outputs_are_right_and_gradients_wrong(compare: Compare, case: Case):
     outcomes, reference = compare(case)
-    worst = max(edp_worlds.gradient_errors(outcomes, reference).values())
+    worst = max(gradient_errors(outcomes, reference).values())
     print(f"\n{case.name}: largest |g - g1| / |g1| = {worst:.2g}")
-    assert edp_worlds.logit_error(outcomes, reference) <= TOLERANCE
+    assert logit_error(outcomes, reference) <= TOLERANCE
     assert worst > 1e-2
 
 
@@ -89,6 +90,6 @@ def test_without_a_correction_outputs_are_right_and_gradients_wrong(compare: Com
 def test_single_precision_differs_by_reduction_order(compare: Compare, case: Case):
     """The figure is for the reader; that it is above the tolerance is why the others run in float64."""
     outcomes, reference = compare(case)
-    worst = max(edp_worlds.gradient_errors(outcomes, reference).values())
+    worst = max(gradient_errors(outcomes, reference).values())
     print(f"\n{case.name}: largest |g - g1| / |g1| = {worst:.2g}")
     assert worst > TOLERANCE
