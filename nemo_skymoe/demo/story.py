@@ -119,6 +119,7 @@ def _upcycle(story: Story, phases: Any, console: Console) -> None:
 
 
 def _continue(story: Story, phases: Any, console: Console) -> None:
+    from nemo_skymoe.moe.mesh import mesh_table
     from nemo_skymoe.recipes import skywork_moe_tiny, skywork_tiny
 
     shared = {
@@ -134,6 +135,8 @@ def _continue(story: Story, phases: Any, console: Console) -> None:
     moe = skywork_moe_tiny.pretrain_recipe(name="moe", resume_path=str(story.folder("upcycled")), **shared)
     results = _train(story, phases, console, "moe", "MoE pretraining (skywork_moe_tiny, EDP on 2 ranks)", moe)
     story.mesh = results[0]["mesh"]
+    console.print("Device mesh: the expert-parallel (ep) group is the tensor-parallel (tp) group")
+    console.print(mesh_table(story.mesh), highlight=False)
     dense_checkpoint = phases.last_checkpoint(story.folder("dense"))
     dense = skywork_tiny.pretrain_recipe(name="dense_continued", resume_path=str(dense_checkpoint), **shared)
     _train(story, phases, console, "dense_continued", "Dense continued, same batches, same schedule", dense)
