@@ -1,8 +1,8 @@
 """What the `nemo` command finds through the entry-point group `nemo_run.cli`: the recipe factories."""
 
 from nemo_skymoe.patches import torchrun_executor
-from nemo_skymoe.recipes import skywork_moe_tiny, skywork_tiny
+from nemo_skymoe.recipes import skywork_moe_146b, skywork_moe_tiny, skywork_tiny
 
 torchrun_executor.apply()
 
-__all__ = ["skywork_moe_tiny", "skywork_tiny"]
+__all__ = ["skywork_moe_146b", "skywork_moe_tiny", "skywork_tiny"]

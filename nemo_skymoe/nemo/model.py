@@ -73,6 +73,25 @@ class SkyworkMoEConfig(SkyworkMoEDefaults, SkyworkConfig):
 
 
 @dataclass
+class Skywork13BConfig(SkyworkConfig):
+    """Skywork-13B (arXiv 2310.19341), dense, at its vocabulary of 65,519 padded to 65,536."""
+
+    num_layers: int = 52
+    hidden_size: int = 4608
+    ffn_hidden_size: int = 12288
+    num_attention_heads: int = 36
+    seq_length: int = 4096
+    rotary_base: int = 10000
+
+
+@dataclass
+class SkyworkMoE146BConfig(SkyworkMoEDefaults, Skywork13BConfig):
+    """Skywork-MoE (Table 2): Skywork-13B with 16 experts in every layer, native sequence length 8192."""
+
+    seq_length: int = 8192
+
+
+@dataclass
 class SkyworkTinyConfig(SkyworkConfig):
     """Skywork-13B's architecture at about 2M parameters, for a laptop."""
 

@@ -18,11 +18,22 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo import api
 from nemo_skymoe.nemo.checkpoint import check_architecture
 from nemo_skymoe.nemo.corpus import build_corpus
-from nemo_skymoe.nemo.model import SkyworkMoETinyConfig, SkyworkTinyConfig
-from nemo_skymoe.recipes import skywork_moe_tiny, skywork_tiny
+from nemo_skymoe.nemo.evaluate import start_single_rank
+from nemo_skymoe.nemo.model import (
+    Skywork13BConfig,
+    SkyworkMoE146BConfig,
+    SkyworkMoETinyConfig,
+    SkyworkTinyConfig,
+)
+from nemo_skymoe.ranks import run_ranks
+from nemo_skymoe.recipes import skywork_moe_146b, skywork_moe_tiny, skywork_tiny
 from tests.checkpoint.test_upcycle import HIDDEN, LAYERS, NUM_EXPERTS, dense
 
-RECIPES = {"skywork_tiny": skywork_tiny, "skywork_moe_tiny": skywork_moe_tiny}
+RECIPES = {
+    "skywork_tiny": skywork_tiny,
+    "skywork_moe_tiny": skywork_moe_tiny,
+    "skywork_moe_146b": skywork_moe_146b,
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -38,11 +49,28 @@ def test_the_entry_point_leads_to_the_factories() -> None:
     assert all(hasattr(module, name) for name in RECIPES)
 
 
-def test_edp_is_the_default_of_the_moe() -> None:
-    strategy = skywork_moe_tiny.pretrain_recipe().trainer.strategy
-    assert strategy.tensor_model_parallel_size == strategy.expert_model_parallel_size == 2
+@pytest.mark.parametrize(("name", "size"), [("skywork_moe_tiny", 2), ("skywork_moe_146b", 4)])
+def test_edp_is_the_default_of_the_moe(name: str, size: int) -> None:
+    strategy = RECIPES[name].pretrain_recipe().trainer.strategy
+    assert strategy.tensor_model_parallel_size == strategy.expert_model_parallel_size == size
     assert strategy.expert_tensor_parallel_size == 1 and strategy.sequence_parallel
-    assert fdl.build(skywork_moe_tiny.model().config).moe_edp
+    assert fdl.build(RECIPES[name].model().config).moe_edp
+
+
+def parameters_on_the_meta_device() -> tuple[int, int]:
+    start_single_rank()
+    counts = []
+    for config in (Skywork13BConfig(), SkyworkMoE146BConfig()):
+        config.vocab_size, config.init_model_with_meta_device = 65536, True
+        config.perform_initialization = False
+        model = config.configure_model(tokenizer=None, pre_process=True, post_process=True)
+        counts.append(sum(parameter.numel() for parameter in model.parameters()))
+    return counts[0], counts[1]
+
+
+def test_the_large_models_have_the_reports_sizes() -> None:
+    [counts] = run_ranks(parameters_on_the_meta_device, 1, timeout=120)
+    assert counts == (13_854_269_952, 146_356_167_168)
 
 
 def trainer(devices: int, **sizes: int) -> Any:
