@@ -70,7 +70,7 @@ class SkyworkRouter(TopKRouter):
         if options.moe_adaptive_aux_loss:
             initial = options.moe_adaptive_aux_loss_initial
             self.aux_loss_coefficient = options.moe_adaptive_aux_loss_maximum if initial is None else initial
-        self.statistics = RouterStatistics(cast(int, self.config.num_moe_experts), self.topk)
+        self.statistics = RouterStatistics(cast(int, self.config.num_moe_experts))
         # What one call of `forward` leaves for the hooks that Megatron calls later in it.
         self._raw_logits: Tensor | None = None
         self._equal_rows: tuple[Tensor, Tensor] | None = None
@@ -182,6 +182,8 @@ class SkyworkRouter(TopKRouter):
         equal_rows, self._equal_rows = self._equal_rows, None
         if equal_rows is not None and not self.config.moe_router_force_load_balancing:
             equal_T1, choice_TE = equal_rows
+            if equal_T1.is_cpu and not equal_T1.any():  # a GPU would have to be waited for
+                return
             if valid_T1 is not None:
                 equal_T1 = equal_T1 & valid_T1
             torch.where(equal_T1, choice_TE, routing_map, out=routing_map)

@@ -22,7 +22,7 @@ class LayerMetrics:
     load_max_over_mean: float
     """Assignments of the busiest expert / mean over the experts, before dropping."""
     gate_entropy: float
-    """Mean entropy of a token's gate, nats."""
+    """Mean entropy of a token's gate, nats; this and the ratios over a sample, see `GATE_SAMPLE`."""
     max1_over_max2: float
     """Mean ratio of a token's largest to its second gate value (Figure 3); NaN with one expert."""
     max2_over_max3: float
@@ -32,7 +32,10 @@ class LayerMetrics:
 
 
 METRICS = tuple(field.name for field in fields(LayerMetrics) if field.name != "load")
+GATE_SAMPLE = 1024
+"""Entropy and ratios are means over at most so many tokens, evenly spaced, of each micro-batch and rank."""
 _TOP = 3  # Figure 3 compares the three largest gate values.
+_SUMS = 2 + _TOP  # dropped, sampled tokens, entropy and the ratios; then the load
 
 
 class RouterStatistics:
@@ -41,9 +44,8 @@ class RouterStatistics:
     Every entry is a sum over tokens or micro-batches, so ranks and steps combine by addition alone.
     """
 
-    def __init__(self, num_experts: int, topk: int) -> None:
+    def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
-        self.topk = topk
         self.reset()
 
     def reset(self) -> None:
@@ -69,23 +71,17 @@ class RouterStatistics:
             capacity: Assignments an expert can take.
             valid_T1: False for padding, which counts nowhere; None without padding.
         """
+        stride = -(-logits_TE.shape[0] // GATE_SAMPLE) or 1
+        valid_T1 = None if valid_T1 is None else valid_T1[::stride]
+        shape = _shape_of_gate(logits_TE[::stride], scores_TE[::stride], valid_T1)
         # Kept per expert is min(load, capacity) under either drop policy.
-        dropped = (load_E - capacity).clamp_min(0).sum()
-        values, index_T1 = _largest(logits_TE)
-        # Entropy: log sum exp z - sum p z, the former from one score.
-        entropy_T1 = values[0] - scores_TE.gather(1, index_T1).log()
-        # In float64, where e^88 is a number.
-        ratios_T1 = [(values[i] - values[i + 1]).double().exp() for i in range(len(values) - 1)]
-        entropy_T1, *ratios_T1 = (_keep(column, valid_T1) for column in (entropy_T1, *ratios_T1))
-        entropy = entropy_T1.sum() - torch.dot(scores_TE.flatten(), logits_TE.flatten().to(scores_TE.dtype))
-        columns = [dropped, entropy, *(ratio.sum() for ratio in ratios_T1)]
-        columns += [entropy.new_zeros(())] * (1 + _TOP - len(columns))
-        sums = torch.cat([torch.stack([column.double() for column in columns]), load_E.double()])
+        dropped = (load_E - capacity).clamp_min(0).sum(dim=0, keepdim=True)
+        sums = torch.cat([dropped.double(), shape, load_E.double()])
         self._observed = sums if self._observed is None else self._observed + sums
 
     def observe_dropped(self, dropped: Tensor) -> None:
         """Add assignments dropped beyond the capacity given to `observe`: this rank's share of them."""
-        sums = dropped.new_zeros(1 + _TOP + self.num_experts, dtype=torch.float64)
+        sums = dropped.new_zeros(_SUMS + self.num_experts, dtype=torch.float64)
         sums[0] = dropped
         self._observed = sums if self._observed is None else self._observed + sums
 
@@ -96,33 +92,43 @@ class RouterStatistics:
         self._micro_batches += 1.0 / group_size
 
     def take(self, device: torch.device) -> Tensor:
-        """[2 + 4 + E] float64 sums since the last call, which are then forgotten."""
+        """[2 + 5 + E] float64 sums since the last call, which are then forgotten."""
         observed = self._observed
         if observed is None:
-            observed = torch.zeros(1 + _TOP + self.num_experts, dtype=torch.float64, device=device)
+            observed = torch.zeros(_SUMS + self.num_experts, dtype=torch.float64, device=device)
         micro_batches = observed.new_full((1,), self._micro_batches)
         aux_loss = observed.new_zeros(1) if self._aux_loss is None else self._aux_loss.reshape(1)
         self.reset()
         return torch.cat([micro_batches, aux_loss, observed])
 
 
+def _shape_of_gate(logits_TE: Tensor, scores_TE: Tensor, valid_T1: Tensor | None) -> Tensor:
+    """[4] sums over tokens, float64: their number, entropies, and the two ratios of the largest gate values."""
+    values, index_T1 = _largest(logits_TE)
+    # Entropy: log sum exp z - sum p z, the former from one score.
+    mean_T1 = (scores_TE * logits_TE).sum(dim=1, keepdim=True)
+    entropy_T1 = values[0] - scores_TE.gather(1, index_T1).log() - mean_T1
+    # In float64, where e^88 is a number.
+    largest_T3 = torch.cat([*values, *values[:1] * (_TOP - len(values))], dim=1).double()
+    ratios_T2 = (largest_T3[:, :-1] - largest_T3[:, 1:]).exp()
+    columns_T4 = torch.cat([torch.ones_like(entropy_T1), entropy_T1, ratios_T2], dim=1)
+    if valid_T1 is not None:
+        columns_T4 = columns_T4.masked_fill(~valid_T1, 0.0)
+    return columns_T4.sum(dim=0)
+
+
 def _largest(logits_TE: Tensor) -> tuple[list[Tensor], Tensor]:
     """The up to three largest logits of each token as [T, 1] columns, and the index [T, 1] of the largest.
 
-    Repeated maxima take a third of a `topk`'s time on a CPU and none of its sorts on a GPU.
+    Repeated maxima take half of a `topk`'s time on a CPU and none of its sorts on a GPU.
     """
-    rest_TE = logits_TE.clone()
-    values, indices = [], []
-    for _ in range(min(_TOP, logits_TE.shape[1])):
-        value_T1, index_T1 = rest_TE.max(dim=1, keepdim=True)
+    value_T1, first_T1 = logits_TE.max(dim=1, keepdim=True)
+    values, rest_TE, index_T1 = [value_T1], logits_TE.clone(), first_T1
+    while len(values) < min(_TOP, logits_TE.shape[1]):
         rest_TE.scatter_(1, index_T1, -math.inf)
+        value_T1, index_T1 = rest_TE.max(dim=1, keepdim=True)
         values.append(value_T1)
-        indices.append(index_T1)
-    return values, indices[0]
-
-
-def _keep(column_T1: Tensor, valid_T1: Tensor | None) -> Tensor:
-    return column_T1 if valid_T1 is None else column_T1.masked_fill(~valid_T1, 0.0)
+    return values, first_T1
 
 
 def reduce_statistics(
@@ -135,15 +141,14 @@ def reduce_statistics(
     if not statistics:
         return []
     packed = torch.stack([entry.take(device) for entry in statistics])
-    torch.distributed.all_reduce(packed, group=group)
-    rows = packed.tolist()
-    return [_metrics(row, entry.topk) for row, entry in zip(rows, statistics, strict=True)]
+    if group.size() > 1:
+        torch.distributed.all_reduce(packed, group=group)
+    return [_metrics(row) for row in packed.tolist()]
 
 
-def _metrics(row: list[float], topk: int) -> LayerMetrics:
-    micro_batches, aux_loss, dropped, entropy, first, second, *load = row
-    assignments = max(sum(load), 1.0)
-    per_token = topk / assignments
+def _metrics(row: list[float]) -> LayerMetrics:
+    micro_batches, aux_loss, dropped, sampled, entropy, first, second, *load = row
+    assignments, per_token = max(sum(load), 1.0), 1.0 / max(sampled, 1.0)
     return LayerMetrics(
         drop_rate=dropped / assignments,
         aux_loss=aux_loss / micro_batches if micro_batches else 0.0,

@@ -245,7 +245,7 @@ def test_one_reduction_for_all_layers_and_one_update() -> None:
             adaptive.controller.stage()
             assert reduce.call_count == 1
             (packed,) = reduce.call_args.args
-            assert packed.shape == (LAYERS, 6 + EXPERTS) and packed.dtype == torch.float64
+            assert packed.shape == (LAYERS, 7 + EXPERTS) and packed.dtype == torch.float64
 
 
 @on_ranks(1)

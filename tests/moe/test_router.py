@@ -175,7 +175,7 @@ def test_equal_logits_are_assigned_by_token_index_also_in_the_auxiliary_loss() -
         assert torch.equal(routing_map, expected)
         assert torch.equal(probs, 0.5 * expected)
         sums = router.statistics.take(torch.device("cpu"))
-        assert sums[6:].tolist() == [tokens * 2 / EXPERTS] * EXPERTS
+        assert sums[7:].tolist() == [tokens * 2 / EXPERTS] * EXPERTS
         (gradient,) = torch.autograd.grad(router(hidden_states())[0].square().sum(), router.weight)
         assert torch.isfinite(gradient).all()
 
@@ -197,7 +197,7 @@ def test_random_logits_for_benchmarks_are_not_taken_for_the_gate() -> None:
         router = router_of(moe_router_force_load_balancing=True)
         router.weight.data.zero_()
         _, routing_map = router(hidden_states(torch.float32))
-        load = router.statistics.take(torch.device("cpu"))[6:]
+        load = router.statistics.take(torch.device("cpu"))[7:]
         assert torch.equal(load, routing_map.sum(0).double())
 
 
