@@ -2,6 +2,7 @@
 # No `from __future__ import annotations`: NeMo-Run reads these signatures.
 
 import copy
+import logging as python_logging
 import os
 from pathlib import Path
 from typing import Any, Optional
@@ -36,6 +37,7 @@ def pretrain(
             divide, or a checkpoint to start from that is missing or of another architecture.
     """
     require_supported(nemo=True)
+    log_through_nemo()
     nemo_cpu.apply()
     check_world_size(trainer)
     check_parallel_sizes(getattr(model, "config", None), trainer.strategy)
@@ -47,6 +49,21 @@ def pretrain(
     ):
         callbacks.callbacks.append(SkyworkMoECallback())
     return llm.pretrain(model=model, data=data, trainer=trainer, log=log, resume=resume, optim=optim)
+
+
+class _ToNemo(python_logging.Handler):
+    def emit(self, record: python_logging.LogRecord) -> None:
+        say = logging.warning if record.levelno >= python_logging.WARNING else logging.info
+        say(self.format(record))
+
+
+def log_through_nemo() -> None:
+    """Let NeMo's log carry what this package says, such as the dispatcher that was chosen."""
+    logger = python_logging.getLogger("nemo_skymoe")
+    if not logger.handlers:
+        logger.addHandler(_ToNemo())
+        logger.setLevel(python_logging.INFO)
+        logger.propagate = False
 
 
 def check_parallel_sizes(config: Any, strategy: Any) -> None:

@@ -1,5 +1,6 @@
 """The recipes as NeMo-Run sees them, and what `pretrain` refuses before anything is built."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -191,3 +192,14 @@ def test_nemo_llm_pretrain_runs_the_recipe_on_two_torchrun_ranks(tmp_path: Path)
     assert list((tmp_path / "runs" / "skywork_moe_tiny" / "checkpoints").glob("*-last")), process.stdout[
         -3000:
     ]
+
+
+def test_what_the_package_says_reaches_nemos_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(api.logging, "info", said.append)
+    monkeypatch.setattr(api.logging, "warning", said.append)
+    api.log_through_nemo()
+    api.log_through_nemo()
+    logging.getLogger("nemo_skymoe.moe.edp").info("chosen")
+    logging.getLogger("nemo_skymoe.moe.controller").warning("missing")
+    assert said == ["chosen", "missing"]
