@@ -5,7 +5,6 @@ whatever else the machine does meets them alike; compared are the fastest runs.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,8 +135,8 @@ def main() -> None:
     torch.set_num_threads(1)
     cpu_runtime.apply()
     router_without_te.apply()
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "RANK": "0", "WORLD_SIZE": "1"}
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(0)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread, float32"

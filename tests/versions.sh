@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The tests of nemo_skymoe/moe with the other Megatron-Cores that it supports: tests/versions.sh [VERSION...]
+# Each is unpacked once beside the installed one, which it hides for the run.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-.venv/bin/python}
+[ $# -gt 0 ] || set -- 0.14.0 0.16.1
+for version in "$@"; do
+    folder=.venv/megatron-core-$version
+    if [ ! -d "$folder" ]; then
+        "$python" -m pip install --quiet --disable-pip-version-check --no-deps ${PIP_ARGS:-} \
+            --target "$folder.part" "megatron-core==$version"
+        mv "$folder.part" "$folder"
+    fi
+    echo "megatron-core $version"
+    export PYTHONPATH=$PWD/$folder OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
+    found=$("$python" -c "from megatron.core.package_info import __version__ as v; print(v)")
+    [ "$found" = "$version" ] || { echo "megatron-core $version is not what is imported, but $found" >&2; exit 1; }
+    "$python" -m pytest tests/moe tests/test_config.py -m "${MARKERS:-not long}"
+done
