@@ -109,7 +109,14 @@ def test_interrupt_is_quiet_and_takes_the_ranks_along(tmp_path: Path):
             time.sleep(600)
         run_ranks(stuck, 2)
     """
-    process = subprocess.Popen(with_probe(body), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        with_probe(body),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A job in the background of a script is started deaf to Ctrl-C, and so would be its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 30
     while len(list(tmp_path.iterdir())) < 2:
         assert time.monotonic() < deadline, "the ranks did not start"
