@@ -79,7 +79,7 @@ class FixedRouting(torch.nn.Module):
         self.map = map_tE
         self.layer_number = 1
 
-    def forward(self, _: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *_: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights and routing map, as Megatron's routers return them."""
         return self.weights * self.map, self.map
 

@@ -295,6 +295,7 @@ def test_it_needs_its_options() -> None:
             hidden_size=16,
             num_attention_heads=4,
             num_moe_experts=8,
+            add_bias_linear=False,
             use_cpu_initialization=True,
         )
         with pytest.raises(
