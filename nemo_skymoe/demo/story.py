@@ -53,7 +53,7 @@ def run(output: Path, quick: bool = False) -> Path:
     """
     require_supported(nemo=True)
     console = Console()
-    story = Story(output.resolve(), *((20, 20) if quick else (400, 300)))
+    story = Story(output.resolve(), *((20, 20) if quick else (300, 300)))
     console.print(
         "[bold]Skywork-MoE on a laptop[/]: dense, upcycled, trained on. Loading NeMo (about 20 s) ..."
     )
