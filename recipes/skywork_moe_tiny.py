@@ -35,7 +35,7 @@ def pretrain_recipe(
     max_steps: int = 300,
     seq_length: int = 256,
     global_batch_size: int = 8,
-    micro_batch_size: int = 4,
+    micro_batch_size: int = 8,
     max_lr: float = 1e-3,
     min_lr: float = 1e-4,
     warmup_steps: int = 20,
