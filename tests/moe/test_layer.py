@@ -16,7 +16,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
-from worlds import Layout, configuration, generator, groups, model_chunk, on_ranks
+from worlds import Layout, build, configuration, generator, groups, model_chunk, on_ranks
 
 from nemo_skymoe.moe.controller import AuxLossController
 from nemo_skymoe.moe.layer import SkyworkMoELayer, get_skywork_block_spec, get_skywork_moe_layer_spec
@@ -206,3 +206,19 @@ def test_a_step_skipped_for_overflow_leaves_the_coefficients() -> None:
             pytest.fail("the loss scale never came down")
         assert training.controller.coefficient_by_layer() != initial
         assert set(training.controller.metrics) == {1, 2}
+
+
+@on_ranks(2)
+def test_a_rank_without_tokens_takes_part() -> None:
+    """Its experts see the other rank's tokens, whose outputs and gradients are those of a rank alone."""
+    outcomes = []
+    for layout in (Layout(ep=2), Layout()):
+        with groups(layout):
+            layer = build(configuration(layout, moe_expert_capacity_factor=1.0))[0].decoder.layers[0].mlp
+            tokens = 8 if torch.distributed.get_rank() == 0 else 0
+            x = torch.randn(tokens, 2, 16, generator=generator("x"), dtype=torch.float64).requires_grad_()
+            output, _ = layer(x)
+            output.square().sum().backward()
+            outcomes.append((output, x.grad, layer.router.weight.grad))
+    for apart, alone in zip(*outcomes, strict=True):
+        torch.testing.assert_close(apart, alone, rtol=1e-12, atol=1e-12)
