@@ -29,6 +29,8 @@ class SkyworkRouter(TopKRouter):
     `gating` returns normalised logits in float32 (float64 for a float64 model), so top-k, combine weights
     and auxiliary scores all see them; the z-loss sees the raw ones. With
     `moe_router_logit_norm_scale=None` this is the stock router with `moe_router_dtype="fp32"`, bit for bit.
+    A token of equal logits gets the experts of `gating.tie_order`; with `moe_router_pre_softmax`, which top-1
+    needs, those that Megatron takes among equal scores.
 
     Attributes:
         aux_loss_coefficient: This layer's coefficient; a Python float set by the controller, constant
@@ -100,7 +102,8 @@ class SkyworkRouter(TopKRouter):
         )
         if self._is_training():
             self._raw_logits = raw_SBE
-            self._equal_rows = equal_SB1.flatten(0, 1), choice_SBE.flatten(0, 1)
+            if not self.config.moe_router_pre_softmax:  # where the choice is among equal scores, Megatron's
+                self._equal_rows = equal_SB1.flatten(0, 1), choice_SBE.flatten(0, 1)
         return logits_SBE
 
     def _tie_order(self, logits_SBE: Tensor) -> tuple[Tensor, Tensor]:

@@ -192,6 +192,16 @@ def test_dropping_uses_the_assignment_of_equal_logits(policy: str) -> None:
 
 
 @on_ranks(1)
+def test_top_1_leaves_equal_scores_to_megatron() -> None:
+    """Who has to choose among scores, not logits; the auxiliary loss and the telemetry see what it chose."""
+    with groups():
+        router = router_of(moe_router_topk=1, moe_router_pre_softmax=True)
+        router.weight.data.zero_()
+        _, routing_map = router(hidden_states(torch.float32))
+        assert torch.equal(router.statistics.take(torch.device("cpu"))[7:], routing_map.sum(0).double())
+
+
+@on_ranks(1)
 def test_random_logits_for_benchmarks_are_not_taken_for_the_gate() -> None:
     with groups():
         router = router_of(moe_router_force_load_balancing=True)
