@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 # One thread a process: ranks share the cores, and worlds are forked (OpenMP threads do not survive a fork).
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long test-versions lint clean
 
 demo: $(STAMP)
 	@$(RUN) $(BIN)/skymoe demo
@@ -20,6 +20,9 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	@$(RUN) $(BIN)/pytest
+
+test-versions: $(STAMP)
+	@bash tests/versions.sh
 
 lint: $(STAMP)
 	@$(BIN)/ruff format .
