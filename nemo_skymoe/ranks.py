@@ -9,6 +9,7 @@ import ctypes
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -156,6 +157,12 @@ def _torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, st
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that the system itself hands out, so that nothing takes it before rank 0 listens."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise RankFailed("no free port between 20000 and 32000 for the ranks to meet at")

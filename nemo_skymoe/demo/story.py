@@ -5,7 +5,6 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,13 @@ from rich.table import Table
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.demo.output import output_to
+from nemo_skymoe.demo.record import Story
 from nemo_skymoe.doctor import require_supported
 from nemo_skymoe.ranks import run_ranks
 
 RANKS = 2
 PEAK_LR, FINAL_LR = 1.5e-3, 1.5e-4
 """Of the MoE and of the continued dense model alike: the one peak there is time for, chosen before comparing."""
-
-
-@dataclass
-class Story:
-    """What the phases left: folders, losses, times."""
-
-    output: Path
-    dense_steps: int
-    steps: int
-    corpus: Any = None
-    before: dict[str, float] = field(default_factory=dict)
-    after: dict[str, float] = field(default_factory=dict)
-    mesh: list[dict[str, int]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    memory: int = 0
-
-    def folder(self, name: str) -> Path:
-        """Folder of a phase."""
-        return self.output / name
 
 
 def run(output: Path, quick: bool = False) -> Path:

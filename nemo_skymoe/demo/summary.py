@@ -1,19 +1,16 @@
 """The demo's report: what was trained on what, three losses before, three after, and the router's curves."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nemo_skymoe.demo.phases import BATCH, BATCHES, SEQUENCE
+from nemo_skymoe.demo.record import Story
 from nemo_skymoe.report.curves import LossCurve, read_curves
 from nemo_skymoe.report.page import Table, Text, write_report
-
-if TYPE_CHECKING:
-    from nemo_skymoe.demo.story import Story
 
 HELD_OUT_TOKENS = BATCH * BATCHES * SEQUENCE
 
 
-def write(story: "Story") -> Path:
+def write(story: Story) -> Path:
     """Write the report of a finished story; returns its path."""
     curves = {
         name: read_curves(story.output / "tensorboard" / name) for name in ("dense", "moe", "dense_continued")
@@ -39,7 +36,7 @@ def write(story: "Story") -> Path:
     )
 
 
-def _lead(story: "Story") -> str:
+def _lead(story: Story) -> str:
     difference = story.after["MoE, nothing dropped"] - story.after["dense"]
     return (
         "A dense model of Skywork-13B's architecture with 1.9M parameters was trained on the sources of Python's"
@@ -54,7 +51,7 @@ def _lead(story: "Story") -> str:
     )
 
 
-def _loss_tables(story: "Story") -> list[Table]:
+def _loss_tables(story: Story) -> list[Table]:
     def table(title: str, losses: dict[str, float], note: str) -> Table:
         return Table(
             title,
@@ -74,7 +71,7 @@ def _loss_tables(story: "Story") -> list[Table]:
     ]
 
 
-def _corpus_table(story: "Story") -> Table:
+def _corpus_table(story: Story) -> Table:
     corpus = story.corpus
     rows = [
         ("training", corpus.train_files, f"{corpus.train_bytes / 1e6:.2f}", corpus.train_tokens),
@@ -89,7 +86,7 @@ def _corpus_table(story: "Story") -> Table:
     )
 
 
-def _mesh_table(story: "Story") -> Table:
+def _mesh_table(story: Story) -> Table:
     columns = tuple(story.mesh[0])
     return Table(
         "Device mesh",
@@ -100,7 +97,7 @@ def _mesh_table(story: "Story") -> Table:
     )
 
 
-def _time_table(story: "Story") -> Table:
+def _time_table(story: Story) -> Table:
     return Table(
         "Time",
         ("phase", "seconds"),
@@ -109,6 +106,6 @@ def _time_table(story: "Story") -> Table:
     )
 
 
-def _configuration(story: "Story") -> Text:
+def _configuration(story: Story) -> Text:
     path = story.output / "upcycled" / "context" / "model.yaml"
     return Text("Configuration of the MoE", path.read_text())

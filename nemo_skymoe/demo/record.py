@@ -1,0 +1,24 @@
+"""What the phases of the demo leave for its report."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Story:
+    """What the phases left: folders, losses, times."""
+
+    output: Path
+    dense_steps: int
+    steps: int
+    corpus: Any = None
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    mesh: list[dict[str, int]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: int = 0
+
+    def folder(self, name: str) -> Path:
+        """Folder of a phase."""
+        return self.output / name
