@@ -11,7 +11,7 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo.api import finetune
 from nemo_skymoe.nemo.pipeline import PipelinePlan
 from nemo_skymoe.recipes import _common, _ours
-from nemo_skymoe.recipes._toy import at_scale
+from nemo_skymoe.recipes._scale import at_scale
 
 ATTENTION, MLP = ["linear_qkv", "linear_proj"], ["linear_fc1", "linear_fc2"]
 

@@ -10,7 +10,7 @@ from nemo_skymoe.nemo.api import pretrain as skywork_pretrain
 from nemo_skymoe.nemo.model import Skywork13BConfig, SkyworkModel
 from nemo_skymoe.recipes import _common, _finetune, _ours, _report
 from nemo_skymoe.recipes._data import with_data
-from nemo_skymoe.recipes._toy import at_scale
+from nemo_skymoe.recipes._scale import at_scale
 
 NAME = "skywork_13b"
 CHECKPOINT = "nemo://Skywork/Skywork-13B-base"

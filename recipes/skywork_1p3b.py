@@ -16,7 +16,7 @@ from nemo_skymoe.nemo.model import (
 )
 from nemo_skymoe.recipes import _common, _ours, _report
 from nemo_skymoe.recipes._data import with_data
-from nemo_skymoe.recipes._toy import at_scale
+from nemo_skymoe.recipes._scale import at_scale
 
 NAME = "skywork_1p3b"
 MOE = "skywork_moe_1p3b_x8"

@@ -14,7 +14,7 @@ from nemo_skymoe.nemo.model import SkyworkMoE146BConfig, SkyworkMoEModel
 from nemo_skymoe.nemo.pipeline import PipelinePlan
 from nemo_skymoe.recipes import _common, _finetune, _ours, _report
 from nemo_skymoe.recipes._data import with_data
-from nemo_skymoe.recipes._toy import at_scale
+from nemo_skymoe.recipes._scale import at_scale
 
 NAME = "skywork_moe_146b"
 CHECKPOINT = "nemo://Skywork/Skywork-MoE-Base"

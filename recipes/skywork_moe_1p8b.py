@@ -11,7 +11,7 @@ from nemo_skymoe.nemo.api import pretrain as skywork_pretrain
 from nemo_skymoe.nemo.model import SkyworkMoE1p8BConfig, SkyworkMoEModel
 from nemo_skymoe.recipes import _common, _ours, _report
 from nemo_skymoe.recipes._data import with_data
-from nemo_skymoe.recipes._toy import at_scale
+from nemo_skymoe.recipes._scale import at_scale
 
 NAME = "skywork_moe_1p8b"
 

@@ -12,7 +12,7 @@ from nemo_skymoe.nemo.model import SkyworkModel, SkyworkTinyConfig
 from nemo_skymoe.recipes import _finetune
 from nemo_skymoe.recipes._common import adam, logger, resume_from, small_trainer
 from nemo_skymoe.recipes._data import with_data
-from nemo_skymoe.recipes._toy import at_scale
+from nemo_skymoe.recipes._scale import at_scale
 
 NAME = "skywork_tiny"
 

@@ -9,6 +9,7 @@ import pytest
 from factories import FACTORIES, VARIANTS, label, leaves
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from nemo.collections.llm import api
+from nemo.collections.llm.recipes.precision.mixed_precision import bf16_mixed
 from nemo.lightning.run.plugins import ConfigValidationPlugin
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
@@ -18,8 +19,8 @@ from nemo_skymoe.pipeline import plan
 from nemo_skymoe.recipes import _common
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=label)
-# What `scale=toy` may change, beside what only says so again.
-TOY = {
+# What `scale=` may change, beside what only says so again.
+SIZES = {
     "width and depth": {
         "model.config.num_layers",
         "model.config.hidden_size",
@@ -62,7 +63,13 @@ TOY = {
         "resume.restore_config.path",
     },
 }
-ALLOWED = set().union(*TOY.values())
+ALLOWED = set().union(*SIZES.values())
+FLOAT32 = {
+    "trainer.strategy.sequence_parallel",
+    "trainer.strategy.pipeline_dtype",
+    "trainer.plugins()",
+    *(f"trainer.plugins.{name}" for name in fdl.ordered_arguments(bf16_mixed()) | {"autocast_enabled": None}),
+}
 
 
 def made(variant: tuple[str, dict[str, Any]], **more: Any) -> Any:
@@ -71,19 +78,34 @@ def made(variant: tuple[str, dict[str, Any]], **more: Any) -> Any:
 
 
 @variants
-@pytest.mark.parametrize("scale", [None, "toy"])
+@pytest.mark.parametrize("scale", [None, "toy", "miniature"])
 def test_recipes_survive_serialisation(variant: Any, scale: str | None) -> None:
     recipe, serializer = made(variant, scale=scale), ZlibJSONSerializer()
     assert serializer.deserialize(serializer.serialize(recipe)) == recipe
 
 
 @variants
-def test_the_toy_differs_in_nothing_but_size(variant: Any) -> None:
-    full, toy = dict(leaves(made(variant))), dict(leaves(made(variant, scale="toy")))
-    differences = {path for path in full.keys() | toy.keys() if full.get(path) != toy.get(path)}
+@pytest.mark.parametrize("scale", ["toy", "miniature"])
+def test_a_scale_differs_in_nothing_but_size(variant: Any, scale: str) -> None:
+    full, small = dict(leaves(made(variant))), dict(leaves(made(variant, scale=scale)))
+    differences = {path for path in full.keys() | small.keys() if full.get(path) != small.get(path)}
     different = {path for path in differences if not path.startswith("pipeline.recompute")}
-    assert different - ALLOWED == set()
-    assert TOY["width and depth"] | {"trainer.max_steps", "model.config.seq_length"} <= different
+    assert different - ALLOWED - (FLOAT32 if scale == "miniature" else set()) == set()
+    assert SIZES["width and depth"] | {"trainer.max_steps", "model.config.seq_length"} <= different
+
+
+def test_a_miniature_keeps_the_shares_of_tokens_and_schedule() -> None:
+    full = FACTORIES["pretrain skywork_moe_1p8b"]()
+    small = FACTORIES["pretrain skywork_moe_1p8b"](scale="miniature")
+    tokens = [
+        made.trainer.max_steps * made.data.seq_length * made.data.global_batch_size for made in (full, small)
+    ]
+    assert tokens[1] / tokens[0] == pytest.approx(1e-5, rel=1e-3)
+    schedules = [made.optim.lr_scheduler for made in (full, small)]
+    for part in ("warmup_steps", "decay_steps"):
+        shares = [getattr(schedule, part) / schedule.max_steps for schedule in schedules]
+        assert shares[1] == pytest.approx(shares[0], abs=1 / small.trainer.max_steps)
+    assert small.optim.config.lr == full.optim.config.lr
 
 
 @variants
@@ -224,7 +246,7 @@ def test_lora_takes_attention_and_experts_and_leaves_the_router(name: str) -> No
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        ("pretrain skywork_13b", {"scale": "small"}, "scale is 'small', expected toy"),
+        ("pretrain skywork_13b", {"scale": "small"}, "scale is 'small', expected toy or miniature"),
         ("pretrain skywork_moe_300m_x8", {"start": "200b"}, "start is '200b', expected one of scratch, 100b"),
         ("pretrain skywork_moe_300m_x8", {"budget": "1b"}, "budget is '1b', expected one of 100b, 300b"),
         ("pretrain skywork_moe_300m_x8", {"start": "100b"}, "expected skywork_300m after 100B tokens, upcycled"),

@@ -1,0 +1,96 @@
+"""Questions that the report leaves open and that decide defaults, on Figure 3's model at lambda 1.
+
+python -m benchmarks.paper.defaults --budget full
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.paper import figure3, pictures
+from benchmarks.paper.command import Figure, Page, Results, main
+from benchmarks.paper.results import paired
+from benchmarks.paper.runs import Run
+
+LABELS = {
+    "1": "default",
+    "population": "population std",
+    "square": "eq. (4)",
+    "square_x8": "eq. (4), coefficients x 8",
+    "initial_0": "alpha_0 = 0",
+    "initial_1e-3": "alpha_0 = 1e-3",
+    "scope_rank": "2 ranks, scope rank",
+    "scope_edp": "2 ranks, scope edp",
+}
+REFERENCE = {arm: "scope_rank" if arm == "scope_edp" else "1" for arm in LABELS}
+"""What each is compared with: EDP on two ranks counts a rank's capacity over half of the tokens."""
+CONFIG: dict[str, dict[str, Any]] = {
+    "population": {"moe_router_logit_norm_correction": 0},
+    "square": {"moe_aux_loss_form": "square"},
+    # n/2 = 8 makes the gradients of both forms equal where the load is balanced.
+    "square_x8": {
+        "moe_aux_loss_form": "square",
+        "moe_adaptive_aux_loss_maximum": 0.08,
+        "moe_adaptive_aux_loss_sensitivity": 1.6,
+    },
+    "initial_0": {"moe_adaptive_aux_loss_initial": 0.0},
+    "initial_1e-3": {"moe_adaptive_aux_loss_initial": 1e-3},
+    "scope_rank": {"moe_capacity_scope": "rank"},
+    "scope_edp": {"moe_capacity_scope": "edp"},
+}
+_TWO_RANKS = {
+    "trainer.devices": 2,
+    "trainer.strategy.tensor_model_parallel_size": 2,
+    "trainer.strategy.expert_model_parallel_size": 2,
+    "trainer.strategy.sequence_parallel": True,
+}
+
+
+def runs(seed: int) -> list[Run]:
+    """Figure 3's run at lambda 1, and one an answer."""
+    (reference,) = (run for run in figure3.runs(seed) if run.arm == "1")
+    return [reference, *(_answer(reference, arm) for arm in CONFIG)]
+
+
+def _answer(reference: Run, arm: str) -> Run:
+    ranks = 2 if arm.startswith("scope") else 1
+    settings = {f"model.config.{option}": value for option, value in CONFIG[arm].items()}
+    return Run(
+        "defaults", arm, reference.seed, reference.factory, reference.arguments,
+        settings | (_TWO_RANKS if ranks == 2 else {}), ranks=ranks,
+    )  # fmt: skip
+
+
+def page(found: Results) -> Page:
+    """Each answer's loss and drop rate against the default's."""
+    figure, axes = pictures.grid(1, 2, width=5.2, height=3.2)
+    rows = []
+    differences: dict[str, list[Any]] = {"loss": [], "drop": []}
+    arms = [arm for arm in LABELS if REFERENCE[arm] != arm]
+    for arm in arms:
+        runs, reference = found[arm], found[REFERENCE[arm]]
+        loss = paired([run.loss for run in runs], [run.loss for run in reference])
+        drop = paired(
+            [run.at_end("drop_rate") for run in runs], [run.at_end("drop_rate") for run in reference]
+        )
+        differences["loss"].append(loss)
+        differences["drop"].append(drop)
+        rows.append((LABELS[arm], LABELS[REFERENCE[arm]], loss, loss.verdict, drop, drop.verdict))
+    for axis, (name, found_differences) in zip(axes[0], differences.items(), strict=True):
+        errors = [each.error if np.isfinite(each.error) else 0.0 for each in found_differences]
+        pictures.beside(
+            axis, [LABELS[arm] for arm in arms], [None] * len(arms), [each.mean for each in found_differences], errors,
+            {"loss": "Loss", "drop": "Drop rate"}[name] + " minus the default's",
+        )  # fmt: skip
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.tick_params(axis="x", labelsize=7, rotation=25)
+    columns = ("answer", "compared with", "loss", "", "drop rate", "")
+    return Page(figure, pictures.table(columns, rows))
+
+
+FIGURE = Figure("defaults", "Questions that decide defaults", runs, page)
+
+if __name__ == "__main__":
+    main(FIGURE)

@@ -1,0 +1,152 @@
+"""Figure 1 (section 3): upcycling against training from scratch under two budgets, and expert similarity.
+
+python -m benchmarks.paper.figure1 --budget full
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from benchmarks.paper import pictures
+from benchmarks.paper.command import Figure, Page, Results, main
+from benchmarks.paper.results import Result, paired
+from benchmarks.paper.runs import Run, Start
+from nemo_skymoe.checkpoint.upcycling import Upcycling
+
+STARTS = {
+    "scratch": "scratch",
+    "100b": "from 1/3 of the dense run",
+    "300b": "from its end, constant rate",
+    "300b_high_lr": "from its end, 4x the rate",
+}
+SHARE = {"100b": 1 / 3, "300b": 1.0, "300b_high_lr": 1.0}
+BUDGETS = {"100b": "2/3 of the dense run's cost", "300b": "twice its cost"}
+REPORT = {
+    "100b": {"scratch": 2.265, "100b": 2.258, "300b": 2.285},
+    "300b": {"scratch": 2.20, "300b_high_lr": 2.228, "100b": 2.235, "300b": 2.248},
+}
+"""Final losses, read off the report's figure."""
+
+
+def dense(seed: int) -> Run:
+    """The dense model that is upcycled, here and in Figures 4 and 8: at this scale they are of one size."""
+    return Run("figure1", "dense", seed, "skywork_300m.pretrain_recipe")
+
+
+def start(seed: int, share: float, experts: int = 8) -> Start:
+    """`experts` copies of the dense model after a share of its tokens."""
+    return Start({"base": (dense(seed), share)}, Upcycling(experts, 2, seed=seed))
+
+
+def runs(seed: int) -> list[Run]:
+    """The dense run, and the MoEs of each budget."""
+    return [
+        dense(seed),
+        *(
+            Run(
+                "figure1",
+                _arm(budget, name),
+                seed,
+                "skywork_300m.moe_pretrain_recipe",
+                {"start": name, "budget": budget, "similarity_interval": 20},
+                start=None if name == "scratch" else start(seed, SHARE[name]),
+            )
+            for budget, read in REPORT.items()
+            for name in STARTS
+            if name in read
+        ),
+    ]
+
+
+def _arm(budget: str, name: str) -> str:
+    return f"moe_{budget}_{name}"
+
+
+def page(found: Results) -> Page:
+    """Left and middle the loss of each budget, right the similarity of the longer one; below, readings beside ours."""
+    figure, axes = pictures.grid(2, 3, width=4.2)
+    for place, (budget, meaning) in enumerate(BUDGETS.items()):
+        arms = _of(found, budget)
+        pictures.lines(axes[0, place], arms, STARTS, pictures.train_loss, f"Training loss, {meaning}")
+        axes[0, place].set_ylim(
+            top=float(
+                np.percentile([run.curves["reduced_train_loss"].values[5] for run in arms["scratch"]], 50)
+            )
+        )
+        names = [name for name in STARTS if name in REPORT[budget]]
+        gaps = [paired(_losses(arms[name]), _losses(arms["scratch"])) for name in names]
+        pictures.beside(
+            axes[1, place],
+            [name.replace("_high_lr", " 4x") for name in names],
+            [REPORT[budget][name] - REPORT[budget]["scratch"] for name in names],
+            [gap.mean for gap in gaps],
+            [gap.error if np.isfinite(gap.error) else 0.0 for gap in gaps],
+            "Final loss minus that from scratch",
+        )
+    long = _of(found, "300b")
+    pictures.lines(
+        axes[0, 2], long, STARTS, lambda run: run.mean_curve("expert_similarity"), "Expert similarity"
+    )
+    pictures.key(figure, axes[0, 1])
+    axes[1, 0].legend()
+    axes[1, 2].set_axis_off()
+    return Page(figure, _lines(found))
+
+
+def _lines(found: Results) -> list[str]:
+    rows: list[Sequence[object]] = [
+        ("dense", "", pictures.mean_and_spread(_losses(found["dense"])), "", 2.44, "", "")
+    ]
+    for budget, meaning in BUDGETS.items():
+        arms = _of(found, budget)
+        for name, runs in arms.items():
+            gap = paired(_losses(runs), _losses(arms["scratch"]))
+            end = pictures.mean_and_spread(
+                [float(run.mean_curve("expert_similarity").values[-1]) for run in runs], 3
+            )
+            report = REPORT[budget][name]
+            rows.append((
+                STARTS[name], meaning, pictures.mean_and_spread(_losses(runs)), "" if name == "scratch" else gap,
+                report, f"{report - REPORT[budget]['scratch']:+.3f}", end,
+            ))  # fmt: skip
+    columns = ("MoE", "budget", "loss", "minus scratch", "report", "minus scratch", "similarity at the end")
+    return [*pictures.table(columns, rows), "", *_crossings(found)]
+
+
+def _crossings(found: Results) -> list[str]:
+    """Where scratch's training loss falls below that of each upcycled model for good."""
+    arms = _of(found, "300b")
+    lines = []
+    for name, runs in arms.items():
+        if name == "scratch":
+            continue
+        tokens = [_crossing(scratch, run) for scratch, run in zip(arms["scratch"], runs, strict=True)]
+        where = ", ".join("never" if token is None else f"{token:.2f}M" for token in tokens)
+        lines.append(
+            f"Under the longer budget scratch's smoothed training loss is the lower one for good, against '{STARTS[name]}', from (tokens, by seed): {where}."
+        )
+    return lines
+
+
+def _crossing(scratch: Result, other: Result) -> float | None:
+    below = pictures.train_loss(scratch).values < pictures.train_loss(other).values
+    if not below[-1]:
+        return None
+    first = int(np.flatnonzero(~below)[-1]) + 1 if not below.all() else 0
+    return float(pictures.train_loss(scratch).steps[first]) * scratch.tokens_per_step / pictures.MILLION
+
+
+def _of(found: Results, budget: str) -> Mapping[str, Sequence[Result]]:
+    return {name: found[_arm(budget, name)] for name in STARTS if name in REPORT[budget]}
+
+
+def _losses(runs: Sequence[Result]) -> list[float]:
+    return [run.loss for run in runs]
+
+
+FIGURE = Figure("figure1", "Figure 1 in miniature: upcycling against training from scratch", runs, page)
+
+if __name__ == "__main__":
+    main(FIGURE)

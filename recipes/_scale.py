@@ -1,0 +1,105 @@
+"""`scale=`: any recipe at a size that trains on CPU ranks, "toy" to see that it works, "miniature" to learn something."""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import nemo_run as run
+import torch
+from nemo import lightning as nl
+
+from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.recipes import _common
+
+CORPUS = "runs/corpus"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of model and data; `token_share` of the recipe's tokens, or else so many `steps`."""
+
+    layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    heads: int
+    seq_length: int
+    batch: int
+    ranks: int
+    steps: int = 0
+    token_share: float = 0.0
+    least_warmup: int = 1
+    log_interval: int = 1
+    validations: int = 1
+    validation_batches: int = 1
+    float32: bool = False
+    """bf16 otherwise, as the recipe says; a CPU has float32 faster, and small differences survive in it."""
+
+
+SCALES = {
+    "toy": Scale(2, 64, 96, 4, seq_length=64, batch=4, ranks=2, steps=4),
+    # 1B tokens become 10,000. A warm-up does not shrink below what Adam's second moment remembers (beta 0.95).
+    "miniature": Scale(
+        4, 64, 176, 4, seq_length=128, batch=16, ranks=1, token_share=1e-5, least_warmup=20,
+        log_interval=10, validations=5, validation_batches=32, float32=True,
+    ),
+}  # fmt: skip
+
+
+def at_scale(recipe: Any, scale: Optional[str], corpus: Optional[str] = None) -> Any:
+    """`recipe` itself, or, at a scale of `SCALES`, smaller in width, depth, sequence, batch, vocabulary, steps and devices.
+
+    Model-parallel sizes shrink with the devices: EDP to at most as many ranks, else the pipeline to as many stages,
+    else they are DP ranks. Learning rates stay. The vocabulary is that of the corpus in the folder `corpus`, default
+    `runs/corpus`.
+
+    Raises:
+        ConfigurationError: Another scale.
+    """
+    if scale is None:
+        return recipe
+    if scale not in SCALES:
+        raise ConfigurationError(
+            f"scale is {scale!r}, expected {' or '.join(SCALES)}, or nothing for the size of the report"
+        )
+    sizes = SCALES[scale]
+    config = recipe.model.config
+    config.num_layers, config.hidden_size = sizes.layers, sizes.hidden_size
+    config.ffn_hidden_size, config.num_attention_heads = sizes.ffn_hidden_size, sizes.heads
+    config.seq_length = sizes.seq_length
+    _shrink_steps(recipe, sizes)
+    recipe.data = _common.data(corpus or CORPUS, sizes.seq_length, sizes.batch, sizes.batch // sizes.ranks)
+    _shrink_devices(recipe, sizes.ranks)
+    if sizes.float32:
+        recipe.trainer.plugins = run.Config(nl.MegatronMixedPrecision, precision="32", autocast_enabled=False)
+        recipe.trainer.strategy.pipeline_dtype = torch.float32
+    return recipe
+
+
+def _shrink_steps(recipe: Any, sizes: Scale) -> None:
+    trainer, schedule, before = recipe.trainer, recipe.optim.lr_scheduler, recipe.trainer.max_steps
+    steps = sizes.steps
+    if sizes.token_share:
+        tokens = before * recipe.data.seq_length * recipe.data.global_batch_size
+        steps = _common.steps(tokens * sizes.token_share, sizes.seq_length, sizes.batch)
+
+    def shrunk(count: int, least: int) -> int:
+        return min(count, max(least, round(count * steps / before)))
+
+    trainer.max_steps = steps
+    trainer.val_check_interval = max(1, steps // sizes.validations)
+    trainer.limit_val_batches, trainer.log_every_n_steps = sizes.validation_batches, sizes.log_interval
+    saved = recipe.log.ckpt.every_n_train_steps
+    recipe.log.ckpt.every_n_train_steps = shrunk(saved, 1) if sizes.token_share else steps
+    schedule.warmup_steps = shrunk(schedule.warmup_steps, sizes.least_warmup)
+    schedule.max_steps, schedule.decay_steps = steps, shrunk(schedule.decay_steps, 1)
+
+
+def _shrink_devices(recipe: Any, ranks: int) -> None:
+    recipe.trainer.num_nodes, recipe.trainer.devices = 1, ranks
+    strategy = recipe.trainer.strategy
+    edp = min(ranks, strategy.tensor_model_parallel_size)
+    strategy.tensor_model_parallel_size = strategy.expert_model_parallel_size = edp
+    strategy.sequence_parallel = strategy.sequence_parallel and edp > 1
+    if strategy.pipeline_model_parallel_size > 1:
+        strategy.pipeline_model_parallel_size = ranks // edp
+    if getattr(recipe, "pipeline", None) is not None:
+        recipe.pipeline = None  # a plan is for so many layers and stages
