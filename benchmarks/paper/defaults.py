@@ -24,8 +24,8 @@ LABELS = {
     "scope_rank": "2 ranks, scope rank",
     "scope_edp": "2 ranks, scope edp",
 }
-REFERENCE = {arm: "scope_rank" if arm == "scope_edp" else "1" for arm in LABELS}
-"""What each is compared with: EDP on two ranks counts a rank's capacity over half of the tokens."""
+REFERENCE = {arm: "scope_rank" if arm.startswith("scope") else "1" for arm in LABELS}
+"""What each is compared with: on two ranks under EDP a capacity is of half of the tokens, another question."""
 CONFIG: dict[str, dict[str, Any]] = {
     "population": {"moe_router_logit_norm_correction": 0},
     "square": {"moe_aux_loss_form": "square"},
@@ -37,7 +37,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     },
     "initial_0": {"moe_adaptive_aux_loss_initial": 0.0},
     "initial_1e-3": {"moe_adaptive_aux_loss_initial": 1e-3},
-    "scope_rank": {"moe_capacity_scope": "rank"},
+    "scope_rank": {},
     "scope_edp": {"moe_capacity_scope": "edp"},
 }
 _TWO_RANKS = {
