@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from benchmarks.paper import figure3, pictures
 from benchmarks.paper.command import Figure, Page, Results, main
-from benchmarks.paper.results import paired
+from benchmarks.paper.results import Difference, losses, paired
 from benchmarks.paper.runs import Run
 
 LABELS = {
@@ -67,23 +65,20 @@ def page(found: Results) -> Page:
     """Each answer's loss and drop rate against the default's."""
     figure, axes = pictures.grid(1, 2, width=5.2, height=3.2)
     rows = []
-    differences: dict[str, list[Any]] = {"loss": [], "drop": []}
+    differences: dict[str, list[Difference]] = {"Loss": [], "Drop rate": []}
     arms = [arm for arm in LABELS if REFERENCE[arm] != arm]
     for arm in arms:
         runs, reference = found[arm], found[REFERENCE[arm]]
-        loss = paired([run.loss for run in runs], [run.loss for run in reference])
+        loss = paired(losses(runs), losses(reference))
         drop = paired(
             [run.at_end("drop_rate") for run in runs], [run.at_end("drop_rate") for run in reference]
         )
-        differences["loss"].append(loss)
-        differences["drop"].append(drop)
+        differences["Loss"].append(loss)
+        differences["Drop rate"].append(drop)
         rows.append((LABELS[arm], LABELS[REFERENCE[arm]], loss, loss.verdict, drop, drop.verdict))
     for axis, (name, found_differences) in zip(axes[0], differences.items(), strict=True):
-        errors = [each.error if np.isfinite(each.error) else 0.0 for each in found_differences]
-        pictures.beside(
-            axis, [LABELS[arm] for arm in arms], [None] * len(arms), [each.mean for each in found_differences], errors,
-            {"loss": "Loss", "drop": "Drop rate"}[name] + " minus the default's",
-        )  # fmt: skip
+        names = [LABELS[arm] for arm in arms]
+        pictures.against(axis, names, [None] * len(arms), found_differences, f"{name} minus the default's")
         axis.axhline(0, color="black", linewidth=0.6)
         axis.tick_params(axis="x", labelsize=7, rotation=25)
     columns = ("answer", "compared with", "loss", "", "drop rate", "")

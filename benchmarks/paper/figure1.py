@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.paper import pictures
 from benchmarks.paper.command import Figure, Page, Results, main
-from benchmarks.paper.results import Result, paired
+from benchmarks.paper.results import Result, losses, paired
 from benchmarks.paper.runs import Run, Start
 from nemo_skymoe.checkpoint.upcycling import Upcycling
 
@@ -23,6 +23,8 @@ STARTS = {
 }
 SHARE = {"100b": 1 / 3, "300b": 1.0, "300b_high_lr": 1.0}
 BUDGETS = {"100b": "2/3 of the dense run's cost", "300b": "twice its cost"}
+_BEGINNING = 5
+"""Logged losses from scratch that a picture leaves out: they would flatten the rest."""
 REPORT = {
     "100b": {"scratch": 2.265, "100b": 2.258, "300b": 2.285},
     "300b": {"scratch": 2.20, "300b_high_lr": 2.228, "100b": 2.235, "300b": 2.248},
@@ -70,19 +72,14 @@ def page(found: Results) -> Page:
     for place, (budget, meaning) in enumerate(BUDGETS.items()):
         arms = _of(found, budget)
         pictures.lines(axes[0, place], arms, STARTS, pictures.train_loss, f"Training loss, {meaning}")
-        axes[0, place].set_ylim(
-            top=float(
-                np.percentile([run.curves["reduced_train_loss"].values[5] for run in arms["scratch"]], 50)
-            )
-        )
+        axes[0, place].set_ylim(top=pictures.train_loss(arms["scratch"][0]).values[_BEGINNING])
         names = [name for name in STARTS if name in REPORT[budget]]
-        gaps = [paired(_losses(arms[name]), _losses(arms["scratch"])) for name in names]
-        pictures.beside(
+        gaps = [paired(losses(arms[name]), losses(arms["scratch"])) for name in names]
+        pictures.against(
             axes[1, place],
             [name.replace("_high_lr", " 4x") for name in names],
             [REPORT[budget][name] - REPORT[budget]["scratch"] for name in names],
-            [gap.mean for gap in gaps],
-            [gap.error if np.isfinite(gap.error) else 0.0 for gap in gaps],
+            gaps,
             "Final loss minus that from scratch",
         )
     long = _of(found, "300b")
@@ -97,18 +94,18 @@ def page(found: Results) -> Page:
 
 def _lines(found: Results) -> list[str]:
     rows: list[Sequence[object]] = [
-        ("dense", "", pictures.mean_and_spread(_losses(found["dense"])), "", 2.44, "", "")
+        ("dense", "", pictures.mean_and_spread(losses(found["dense"])), "", 2.44, "", "")
     ]
     for budget, meaning in BUDGETS.items():
         arms = _of(found, budget)
         for name, runs in arms.items():
-            gap = paired(_losses(runs), _losses(arms["scratch"]))
+            gap = paired(losses(runs), losses(arms["scratch"]))
             end = pictures.mean_and_spread(
                 [float(run.mean_curve("expert_similarity").values[-1]) for run in runs], 3
             )
             report = REPORT[budget][name]
             rows.append((
-                STARTS[name], meaning, pictures.mean_and_spread(_losses(runs)), "" if name == "scratch" else gap,
+                STARTS[name], meaning, pictures.mean_and_spread(losses(runs)), "" if name == "scratch" else gap,
                 report, f"{report - REPORT[budget]['scratch']:+.3f}", end,
             ))  # fmt: skip
     columns = ("MoE", "budget", "loss", "minus scratch", "report", "minus scratch", "similarity at the end")
@@ -140,10 +137,6 @@ def _crossing(scratch: Result, other: Result) -> float | None:
 
 def _of(found: Results, budget: str) -> Mapping[str, Sequence[Result]]:
     return {name: found[_arm(budget, name)] for name in STARTS if name in REPORT[budget]}
-
-
-def _losses(runs: Sequence[Result]) -> list[float]:
-    return [run.loss for run in runs]
 
 
 FIGURE = Figure("figure1", "Figure 1 in miniature: upcycling against training from scratch", runs, page)

@@ -5,14 +5,12 @@ python -m benchmarks.paper.figure3 --budget full
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from benchmarks.paper import pictures
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.gates import record
-from benchmarks.paper.results import Result, paired
+from benchmarks.paper.results import losses, paired
 from benchmarks.paper.runs import Run
 
 LABELS = {"off": "off", "0.5": "λ = 0.5", "1": "λ = 1", "2": "λ = 2"}
@@ -25,6 +23,13 @@ REPORT = {
 """Read off the report's figure at 75B tokens."""
 GATE = 3
 """The layer whose ratios the report shows."""
+
+
+TITLES = {
+    "drop_rate": "Token drop rate, mean of layers",
+    "max1_over_max2": f"Max1 / Max2, layer {GATE}",
+    "max2_over_max3": f"Max2 / Max3, layer {GATE}",
+}
 
 
 def runs(seed: int) -> list[Run]:
@@ -44,18 +49,12 @@ def page(found: Results) -> Page:
     metrics = (("drop_rate", None), ("max1_over_max2", GATE), ("max2_over_max3", GATE))
     pictures.lines(axes[0, 0], found, LABELS, pictures.train_loss, "Training loss")
     for place, (metric, layer) in enumerate(metrics, start=1):
-        title = {"drop_rate": "Token drop rate, mean of layers"}.get(
-            metric
-        ) or f"{_name(metric)}, layer {GATE}"
-        pictures.lines(axes[0, place], found, LABELS, pictures.router(metric, layer), title)
+        pictures.lines(axes[0, place], found, LABELS, pictures.router(metric, layer), TITLES[metric])
     pictures.key(figure, axes[0, 0])
     names = list(LABELS)
-    gaps = {arm: paired(_losses(found[arm]), _losses(found["off"])) for arm in names[1:]}
-    pictures.beside(
-        axes[1, 0], names, [REPORT[arm]["loss"] - REPORT["off"]["loss"] for arm in names],
-        [0.0, *(gap.mean for gap in gaps.values())],
-        [0.0, *(gap.error if np.isfinite(gap.error) else 0.0 for gap in gaps.values())], "Loss minus loss of off",
-    )  # fmt: skip
+    gaps = [paired(losses(found[arm]), losses(found["off"])) for arm in names]
+    report = [REPORT[arm]["loss"] - REPORT["off"]["loss"] for arm in names]
+    pictures.against(axes[1, 0], names, report, gaps, "Loss minus loss of off")
     for place, (metric, layer) in enumerate(metrics, start=1):
         ends = [[run.at_end(metric, layer) for run in found[arm]] for arm in names]
         spread = [np.std(end, ddof=1) if len(end) > 1 else 0.0 for end in ends]
@@ -72,22 +71,14 @@ def _lines(found: Results) -> list[str]:
     rows = []
     for arm, runs in found.items():
         read = REPORT[arm]
-        gap = "" if arm == "off" else str(paired(_losses(runs), _losses(found["off"])))
+        gap = "" if arm == "off" else str(paired(losses(runs), losses(found["off"])))
         rows.append([
-            arm, pictures.mean_and_spread(_losses(runs)), gap, f"{read['loss'] - 2.357:+.3f}",
+            arm, pictures.mean_and_spread(losses(runs)), gap, f"{read['loss'] - 2.357:+.3f}",
             pictures.mean_and_spread([run.at_end("drop_rate") for run in runs]), read["drop_rate"],
             *(cell for metric in ("max1_over_max2", "max2_over_max3") for cell in (
                 pictures.mean_and_spread([run.at_end(metric, GATE) for run in runs], 2), read[metric])),
         ])  # fmt: skip
     return pictures.table(columns, rows)
-
-
-def _losses(runs: Sequence[Result]) -> list[float]:
-    return [run.loss for run in runs]
-
-
-def _name(metric: str) -> str:
-    return metric.replace("max", "Max").replace("_over_", " / ")
 
 
 FIGURE = Figure(

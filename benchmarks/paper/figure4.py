@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.paper import pictures
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.figure1 import start
-from benchmarks.paper.results import Result, paired
+from benchmarks.paper.results import Result, losses, paired
 from benchmarks.paper.runs import Run
 from nemo_skymoe.report import drawing
 
@@ -75,8 +75,8 @@ def _lines(found: Results) -> list[str]:
     for arm, runs in found.items():
         drops = [run.at_end("drop_rate") for run in runs]
         rows.append((
-            LABELS[arm], pictures.mean_and_spread(_losses(runs)),
-            "" if arm == "adaptive" else paired(_losses(runs), _losses(found["adaptive"])),
+            LABELS[arm], pictures.mean_and_spread(losses(runs)),
+            "" if arm == "adaptive" else paired(losses(runs), losses(found["adaptive"])),
             pictures.mean_and_spread(drops),
             "" if arm == "adaptive" else paired(drops, [run.at_end("drop_rate") for run in found["adaptive"]]),
             ", ".join(f"{_coefficient(runs, arm, layer):.4f}" for layer in runs[0].by_layer("drop_rate")),
@@ -100,10 +100,6 @@ def _coefficient(runs: Sequence[Result], arm: str, layer: int) -> float:
     if arm in COEFFICIENTS:
         return COEFFICIENTS[arm]
     return float(np.mean([run.by_layer("aux_loss_coefficient")[layer].values[-1] for run in runs]))
-
-
-def _losses(runs: Sequence[Result]) -> list[float]:
-    return [run.loss for run in runs]
 
 
 FIGURE = Figure(

@@ -5,8 +5,6 @@ python -m benchmarks.paper.figure7 --budget full
 
 from __future__ import annotations
 
-import numpy as np
-
 from benchmarks.paper import pictures
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.results import Result, paired
@@ -35,16 +33,14 @@ def page(found: Results) -> Page:
     figure, axes = pictures.grid(1, 3, width=4.0)
     pictures.lines(axes[0, 0], found, LABELS, pictures.train_loss, "Training loss")
     axes[0, 0].legend()
-    for place, (title, value) in enumerate((("Before", before), ("After", lambda run: run.loss))):
+    for place, (when, value) in enumerate((("Before", before), ("After", lambda run: run.loss))):
         gaps = [
             paired([value(run) for run in found[arm]], [value(run) for run in found["baseline"]])
             for arm in LABELS
         ]
-        pictures.beside(
-            axes[0, place + 1], list(LABELS), [REPORT[arm][place] - REPORT["baseline"][place] for arm in LABELS],
-            [gap.mean for gap in gaps], [gap.error if np.isfinite(gap.error) else 0.0 for gap in gaps],
-            f"{title} the decay to zero: loss minus baseline's",
-        )  # fmt: skip
+        report = [REPORT[arm][place] - REPORT["baseline"][place] for arm in LABELS]
+        title = f"{when} the decay to zero: loss minus baseline's"
+        pictures.against(axes[0, place + 1], list(LABELS), report, gaps, title)
     axes[0, 1].legend()
     rows = []
     for arm, runs in found.items():

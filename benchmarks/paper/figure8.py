@@ -6,12 +6,12 @@ initialisations.
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
 
 from benchmarks.paper import pictures
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.figure1 import dense
-from benchmarks.paper.results import paired
+from benchmarks.paper.results import losses, paired
 from benchmarks.paper.runs import Run, Start
 from nemo_skymoe.checkpoint.upcycling import Upcycling
 
@@ -58,8 +58,6 @@ def source(seed: int, domain: str) -> Run:
 
 def runs(seed: int) -> list[Run]:
     """The sources, then an arm an initialisation."""
-    from dataclasses import replace
-
     sources = {domain: source(seed, domain) for domain in ("zh", "en", "code")}
     every = {"base": (dense(seed), 1.0)}
     return [
@@ -86,24 +84,15 @@ def page(found: Results) -> Page:
     pictures.lines(
         axes[0, 1], found, LABELS, lambda run: run.mean_curve("expert_similarity"), "Expert similarity"
     )
-    losses = {arm: [run.loss for run in found[arm]] for arm in LABELS}
-    gaps = {arm: paired(losses[arm], losses["copy"]) for arm in LABELS}
+    gaps = {arm: paired(losses(found[arm]), losses(found["copy"])) for arm in LABELS}
     report = [REPORT[arm] - REPORT["copy"] if arm in REPORT else None for arm in LABELS]
-    errors = [gap.error if np.isfinite(gap.error) else 0.0 for gap in gaps.values()]
-    pictures.beside(
-        axes[0, 2],
-        list(LABELS),
-        report,
-        [gap.mean for gap in gaps.values()],
-        errors,
-        "Loss minus that of copies",
-    )
+    pictures.against(axes[0, 2], list(LABELS), report, list(gaps.values()), "Loss minus that of copies")
     axes[0, 2].legend()
     axes[0, 2].tick_params(axis="x", labelsize=7)
     pictures.key(figure, axes[0, 0])
     rows = [
         (
-            LABELS[arm], pictures.mean_and_spread(losses[arm]), "" if arm == "copy" else gaps[arm], REPORT.get(arm),
+            LABELS[arm], pictures.mean_and_spread(losses(found[arm])), "" if arm == "copy" else gaps[arm], REPORT.get(arm),
             pictures.mean_and_spread([float(run.mean_curve("expert_similarity").values[-1]) for run in found[arm]], 3),
         )
         for arm in LABELS

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.paper.results import Result
+from benchmarks.paper.results import Difference, Result
 from nemo_skymoe.report import drawing
 from nemo_skymoe.report.curves import TRAIN_LOSS, Curve
 
@@ -49,7 +49,6 @@ def lines(
     labels: Mapping[str, str],
     curve: Callable[[Result], Curve],
     title: str,
-    log: bool = False,
 ) -> None:
     """The mean over the seeds of every arm against tokens, and the range of the seeds as a band."""
     for arm, colour in colours(list(labels)).items():
@@ -65,8 +64,6 @@ def lines(
         )
     axes.set_title(title)
     axes.set_xlabel("million tokens")
-    if log:
-        axes.set_yscale("log")
 
 
 def beside(
@@ -74,9 +71,8 @@ def beside(
     names: Sequence[str],
     report: Sequence[float | None],
     ours: Sequence[float],
-    errors: Sequence[float] | None,
+    errors: Sequence[float],
     title: str,
-    log: bool = False,
 ) -> None:
     """The report's readings as open diamonds, ours as points with their errors, a place an arm."""
     places = np.arange(len(names))
@@ -95,8 +91,19 @@ def beside(
     axes.set_xticks(places, names)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_title(title)
-    if log:
-        axes.set_yscale("log")
+
+
+def against(
+    axes: Any,
+    names: Sequence[str],
+    report: Sequence[float | None],
+    differences: Sequence[Difference],
+    title: str,
+) -> None:
+    """`beside`, of paired differences."""
+    beside(
+        axes, names, report, [each.mean for each in differences], [each.bar for each in differences], title
+    )
 
 
 def key(figure: Any, axes: Any) -> None:

@@ -103,6 +103,11 @@ def read(path: Path) -> Result:
     return Result(facts, {tag: Curve.from_points(found) for tag, found in points.items()})
 
 
+def losses(runs: Sequence[Result]) -> list[float]:
+    """Of each run, on held-out text at its end."""
+    return [run.loss for run in runs]
+
+
 @dataclass(frozen=True)
 class Difference:
     """Of paired values: mean, and half the width of its 95 % confidence interval (Student's t, n - 1)."""
@@ -117,6 +122,11 @@ class Difference:
         if self.count < 2 or not abs(self.mean) > self.error:
             return "undecided"
         return "lower" if self.mean < 0 else "higher"
+
+    @property
+    def bar(self) -> float:
+        """Of the error, as long as one can be drawn."""
+        return self.error if math.isfinite(self.error) else 0.0
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} ± {self.error:.4f}" if self.count > 1 else f"{self.mean:+.4f} (one seed)"

@@ -5,6 +5,7 @@ The unit of work is a run: its CSV appears when it has ended, and a run whose CS
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -126,7 +127,11 @@ class Workshop:
         log = self.folder / "logs" / run.figure / f"{run.name}.log"
         say(f"{run.figure} {run.name}: {recipe.trainer.max_steps} steps")
         begin = time.monotonic()
-        run_ranks(_child, run.ranks, recipe, run.seed, log, timeout=3600)
+        terminal = os.dup(1)
+        try:
+            run_ranks(_child, run.ranks, recipe, run.seed, terminal, log, timeout=3600)
+        finally:
+            os.close(terminal)
         facts = {
             "figure": run.figure,
             "arm": run.arm,
@@ -158,14 +163,14 @@ class Workshop:
         return output
 
 
-def _child(recipe: Any, seed: int, log: Path) -> None:
+def _child(recipe: Any, seed: int, terminal: int, log: Path) -> None:
     import nemo_run as run
 
     from nemo_skymoe.demo.phases import train
     from nemo_skymoe.nemo.seed import InitialSeed
 
     recipe.trainer.callbacks.append(run.Config(InitialSeed, seed=seed))
-    train(recipe, recipe.log.name, 1, log)
+    train(recipe, recipe.log.name, terminal, log)
 
 
 def _upcycle(sources: Mapping[str, Path], upcycling: Upcycling, output: Path, log: Path) -> None:
