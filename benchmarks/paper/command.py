@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paper.claims import Claim
 from benchmarks.paper.results import Result
 from benchmarks.paper.runs import BUDGETS, Run, Workshop
 
@@ -32,6 +33,8 @@ class Figure:
     title: str
     runs: Callable[[int], Sequence[Run]]
     page: Callable[[Results], Page]
+    claims: Callable[[Results], Sequence[Claim]]
+    """Of the report, or, of `defaults`, ours, with what was found."""
     after: Callable[[Workshop, Run], None] | None = None
     """Called after each run, for what curves do not hold."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.paper import figure3, pictures
+from benchmarks.paper.claims import UNDECIDED, Claim
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.results import Difference, losses, paired
 from benchmarks.paper.runs import Run
@@ -85,7 +86,22 @@ def page(found: Results) -> Page:
     return Page(figure, pictures.table(columns, rows))
 
 
-FIGURE = Figure("defaults", "Questions that decide defaults", runs, page)
+def claims(found: Results) -> list[Claim]:
+    """Each question with its answer's loss against the default's."""
+    made = []
+    for arm in CONFIG:
+        if REFERENCE[arm] == arm:
+            continue
+        ours = paired(losses(found[arm]), losses(found[REFERENCE[arm]]))
+        verdict = {"lower": "better than the default", "higher": "worse than the default"}.get(
+            ours.verdict, UNDECIDED
+        )
+        statement = f"loss, {LABELS[arm]} minus {LABELS[REFERENCE[arm]]}"
+        made.append(Claim("not given", statement, "not published", str(ours), verdict))
+    return made
+
+
+FIGURE = Figure("defaults", "Questions that decide defaults", runs, page, claims)
 
 if __name__ == "__main__":
     main(FIGURE)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from benchmarks.paper import pictures
+from benchmarks.paper.claims import Claim, signed
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.results import Result, losses, paired
 from benchmarks.paper.runs import Run, Start
@@ -23,6 +24,8 @@ STARTS = {
 }
 SHARE = {"100b": 1 / 3, "300b": 1.0, "300b_high_lr": 1.0}
 BUDGETS = {"100b": "2/3 of the dense run's cost", "300b": "twice its cost"}
+SIMILARITY, SIMILARITY_100B = {"300b": 0.23, "300b_high_lr": 0.15}, 0.075
+"""Expert similarity at the end of the longer budget, read off the report's figure."""
 _BEGINNING = 5
 """Logged losses from scratch that a picture leaves out: they would flatten the rest."""
 REPORT = {
@@ -100,9 +103,7 @@ def _lines(found: Results) -> list[str]:
         arms = _of(found, budget)
         for name, runs in arms.items():
             gap = paired(losses(runs), losses(arms["scratch"]))
-            end = pictures.mean_and_spread(
-                [float(run.mean_curve("expert_similarity").values[-1]) for run in runs], 3
-            )
+            end = pictures.mean_and_spread(_similarities(runs), 3)
             report = REPORT[budget][name]
             rows.append((
                 STARTS[name], meaning, pictures.mean_and_spread(losses(runs)), "" if name == "scratch" else gap,
@@ -110,6 +111,10 @@ def _lines(found: Results) -> list[str]:
             ))  # fmt: skip
     columns = ("MoE", "budget", "loss", "minus scratch", "report", "minus scratch", "similarity at the end")
     return [*pictures.table(columns, rows), "", *_crossings(found)]
+
+
+def _similarities(runs: Sequence[Result]) -> list[float]:
+    return [float(run.mean_curve("expert_similarity").values[-1]) for run in runs]
 
 
 def _crossings(found: Results) -> list[str]:
@@ -139,7 +144,27 @@ def _of(found: Results, budget: str) -> Mapping[str, Sequence[Result]]:
     return {name: found[_arm(budget, name)] for name in STARTS if name in REPORT[budget]}
 
 
-FIGURE = Figure("figure1", "Figure 1 in miniature: upcycling against training from scratch", runs, page)
+def claims(found: Results) -> list[Claim]:
+    """The orders of the final losses under both budgets, and of the similarities."""
+    made = []
+    for budget, meaning in BUDGETS.items():
+        arms = _of(found, budget)
+        for name in [name for name in arms if name != "scratch"]:
+            published = REPORT[budget][name] - REPORT[budget]["scratch"]
+            ours = paired(losses(arms[name]), losses(arms["scratch"]))
+            statement = f"{meaning}: loss {STARTS[name]}, minus from scratch"
+            made.append(signed("sec. 3, Fig. 1", statement, published, ours))
+    long = {name: _similarities(runs) for name, runs in _of(found, "300b").items()}
+    for name, published in SIMILARITY.items():
+        ours = paired(long[name], long["100b"])
+        statement = f"expert similarity at the end {STARTS[name]}, minus {STARTS['100b']}"
+        made.append(signed("Fig. 1", statement, published - SIMILARITY_100B, ours))
+    return made
+
+
+FIGURE = Figure(
+    "figure1", "Figure 1 in miniature: upcycling against training from scratch", runs, page, claims
+)
 
 if __name__ == "__main__":
     main(FIGURE)

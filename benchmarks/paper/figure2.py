@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.paper import figure3, pictures
+from benchmarks.paper.claims import Claim, signed
 from benchmarks.paper.command import Figure, Page, Results, main, place
 from benchmarks.paper.figure3 import GATE
 from benchmarks.paper.gates import TOKENS, gates_csv, record
+from benchmarks.paper.results import paired
 from benchmarks.paper.runs import Run
 
 LABELS = {"off": "without normalisation", "1": "λ = 1"}
@@ -56,7 +58,20 @@ def _gates(budget: str, arm: str, seed: int) -> Sequence[float]:
     return rows[GATE]
 
 
-FIGURE = Figure("figure2", "Figure 2 in miniature: distribution of the gate", runs, page, after=record)
+def claims(found: Results) -> list[Claim]:
+    """Normalisation makes the gate sharper."""
+    (largest, _, _), (normalised, _, _) = REPORT["off"], REPORT["1"]
+    ours = {
+        arm: [_gates(run.facts["budget"], arm, run.facts["seed"])[0] for run in runs]
+        for arm, runs in found.items()
+    }
+    statement = "a token's largest gate probability, λ = 1 minus without normalisation"
+    return [signed("sec. 4.1, Fig. 2", statement, normalised - largest, paired(ours["1"], ours["off"]))]
+
+
+FIGURE = Figure(
+    "figure2", "Figure 2 in miniature: distribution of the gate", runs, page, claims, after=record
+)
 
 if __name__ == "__main__":
     main(FIGURE)

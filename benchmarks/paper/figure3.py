@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.paper import pictures
+from benchmarks.paper.claims import Claim, signed
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.gates import record
 from benchmarks.paper.results import losses, paired
@@ -55,8 +56,8 @@ def page(found: Results) -> Page:
     gaps = [paired(losses(found[arm]), losses(found["off"])) for arm in names]
     report = [REPORT[arm]["loss"] - REPORT["off"]["loss"] for arm in names]
     pictures.against(axes[1, 0], names, report, gaps, "Loss minus loss of off")
-    for place, (metric, layer) in enumerate(metrics, start=1):
-        ends = [[run.at_end(metric, layer) for run in found[arm]] for arm in names]
+    for place, (metric, _) in enumerate(metrics, start=1):
+        ends = [_ends(found, metric, arm) for arm in names]
         spread = [np.std(end, ddof=1) if len(end) > 1 else 0.0 for end in ends]
         report = [REPORT[arm][metric] for arm in names]
         pictures.beside(axes[1, place], names, report, [np.mean(end) for end in ends], spread, "at the end")
@@ -81,8 +82,30 @@ def _lines(found: Results) -> list[str]:
     return pictures.table(columns, rows)
 
 
+def claims(found: Results) -> list[Claim]:
+    """Lower losses and drop rates with normalisation, sharper gates with a larger lambda."""
+    place, made = "sec. 4.1, Fig. 3", []
+    for metric, name in (("loss", "loss"), ("drop_rate", "drop rate")):
+        for arm in list(LABELS)[1:]:
+            ours = paired(_ends(found, metric, arm), _ends(found, metric, "off"))
+            published = REPORT[arm][metric] - REPORT["off"][metric]
+            made.append(signed(place, f"{name}, {LABELS[arm]} minus off", published, ours))
+    for metric in ("max1_over_max2", "max2_over_max3"):
+        for less, more in (("off", "0.5"), ("0.5", "1"), ("1", "2")):
+            ours = paired(_ends(found, metric, more), _ends(found, metric, less))
+            name = f"{TITLES[metric]}, {LABELS[more]} minus {LABELS[less]}"
+            made.append(signed(place, name, REPORT[more][metric] - REPORT[less][metric], ours))
+    return made
+
+
+def _ends(found: Results, metric: str, arm: str) -> list[float]:
+    if metric == "loss":
+        return losses(found[arm])
+    return [run.at_end(metric, None if metric == "drop_rate" else GATE) for run in found[arm]]
+
+
 FIGURE = Figure(
-    "figure3", "Figure 3 in miniature: normalisation of the gating logits", runs, page, after=record
+    "figure3", "Figure 3 in miniature: normalisation of the gating logits", runs, page, claims, after=record
 )
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.paper import pictures
+from benchmarks.paper.claims import UNDECIDED, Claim, signed
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.figure1 import start
 from benchmarks.paper.results import Result, losses, paired
@@ -102,8 +103,35 @@ def _coefficient(runs: Sequence[Result], arm: str, layer: int) -> float:
     return float(np.mean([run.by_layer("aux_loss_coefficient")[layer].values[-1] for run in runs]))
 
 
+def claims(found: Results) -> list[Claim]:
+    """Coefficients that have settled at a fifth of the drop rate, the first layer highest; and the ablation."""
+    adaptive, place = found["adaptive"], "sec. 4.2, Fig. 4"
+    first, rest = (
+        [float(np.mean([run.at_end("drop_rate", layer) for layer in layers])) for run in adaptive]
+        for layers in ((1,), range(2, adaptive[0].layers + 1))
+    )
+    made = [
+        signed(place, "drop rate at the end, first layer minus the mean of the others", 0.017 - 0.005, paired(first, rest)),
+        signed(
+            place, "drop rate, end minus first tenth, mean of layers", 0.01 - 0.05,
+            paired([run.at_end("drop_rate") for run in adaptive], [_beginning(run) for run in adaptive]),
+        ),
+    ]  # fmt: skip
+    for arm in COEFFICIENTS:
+        ours = paired(losses(adaptive), losses(found[arm]))
+        verdict = {"lower": "adaptive wins", "higher": "fixed wins"}.get(ours.verdict, UNDECIDED)
+        statement = f"loss, adaptive minus {LABELS[arm]} (ours, not the report's)"
+        made.append(Claim(place, statement, "not published", str(ours), verdict))
+    return made
+
+
+def _beginning(run: Result) -> float:
+    curve = run.mean_curve("drop_rate")
+    return float(np.mean(curve.values[curve.steps <= 0.1 * run.facts["steps"]]))
+
+
 FIGURE = Figure(
-    "figure4", "Figure 4 in miniature: adaptive and fixed auxiliary-loss coefficients", runs, page
+    "figure4", "Figure 4 in miniature: adaptive and fixed auxiliary-loss coefficients", runs, page, claims
 )
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ python -m benchmarks.paper.figure7 --budget full
 from __future__ import annotations
 
 from benchmarks.paper import pictures
+from benchmarks.paper.claims import Claim, equal, signed
 from benchmarks.paper.command import Figure, Page, Results, main
-from benchmarks.paper.results import Result, paired
+from benchmarks.paper.results import Result, losses, paired
 from benchmarks.paper.runs import Run
 
 LABELS = {"baseline": "6e-3", "expert": "experts 1.5e-3, others 6e-3", "all": "1.5e-3"}
@@ -61,7 +62,28 @@ def before(run: Result) -> float:
     return float(curve.values[curve.steps <= end][-10:].mean())
 
 
-FIGURE = Figure("figure7", "Figure 7 in miniature: the experts' learning rate", runs, page)
+def claims(found: Results) -> list[Claim]:
+    """Smaller rates lead before the last decay, and lead no more after it."""
+    made = []
+    for arm in list(LABELS)[1:]:
+        statement = f"before the decay to zero: loss at {LABELS[arm]} minus at {LABELS['baseline']}"
+        ours = paired([before(run) for run in found[arm]], [before(run) for run in found["baseline"]])
+        made.append(signed("app. C.1, Fig. 7", statement, REPORT[arm][0] - REPORT["baseline"][0], ours))
+    for arm in list(LABELS)[1:]:
+        statement = f"after it: loss at {LABELS[arm]} equals that at {LABELS['baseline']}"
+        made.append(
+            equal(
+                "app. C.1, Fig. 7",
+                statement,
+                0.0,
+                paired(losses(found[arm]), losses(found["baseline"])),
+                0.01,
+            )
+        )
+    return made
+
+
+FIGURE = Figure("figure7", "Figure 7 in miniature: the experts' learning rate", runs, page, claims)
 
 if __name__ == "__main__":
     main(FIGURE)

@@ -112,11 +112,11 @@ def key(figure: Any, axes: Any) -> None:
     figure.legend(handles, labels, loc="outside right upper", handlelength=1.4)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Markdown."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], alignment: str = "---:") -> list[str]:
+    """Markdown; `alignment` of all columns but the first."""
     return [
         "| " + " | ".join(columns) + " |",
-        "|" + "|".join(["---", *["---:"] * (len(columns) - 1)]) + "|",
+        "|" + "|".join(["---", *[alignment] * (len(columns) - 1)]) + "|",
         *("| " + " | ".join("" if cell is None else str(cell) for cell in row) + " |" for row in rows),
     ]
 

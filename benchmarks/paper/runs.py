@@ -194,7 +194,7 @@ def _shorten(recipe: Any, share: float) -> None:
     """Train on a share of the tokens; the schedule keeps its shape."""
     trainer, schedule = recipe.trainer, recipe.optim.lr_scheduler
     trainer.max_steps = max(10, round(trainer.max_steps * share))
-    trainer.val_check_interval = max(1, trainer.max_steps // VALIDATIONS)
+    trainer.val_check_interval = -(-trainer.max_steps // VALIDATIONS)
     trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, trainer.max_steps // 20))
     schedule.max_steps = trainer.max_steps
     schedule.warmup_steps = min(schedule.warmup_steps, trainer.max_steps // 4)

@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 from factories import leaves
 
-from benchmarks.paper import command, defaults, figure1, figure2, figure3, figure4, figure7, figure8
+from benchmarks.paper import command, defaults, figure2, figure3, figure4, figures
+from benchmarks.paper.claims import CONTRADICTED, HOLDS
 from benchmarks.paper.command import Figure
 from benchmarks.paper.results import Result
 from benchmarks.paper.runs import BUDGETS, Run, Start, Workshop
 from nemo_skymoe.report.curves import Curve
 
-FIGURES = {
-    module.FIGURE.name: module.FIGURE
-    for module in (figure1, figure2, figure3, figure4, figure7, figure8, defaults)
-}
+FIGURES = {figure.name: figure for figure in figures.FIGURES}
 ALL = pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES)
 
 
@@ -135,6 +133,8 @@ def test_a_page_is_drawn_from_any_number_of_seeds(
         for run in figure.runs(seed):
             found.setdefault(run.arm, []).append(invented(run))
     page = command.write(figure, workshop, found).read_text()
+    claims = figure.claims(found)
+    assert claims and (seeds > 1 or not {claim.verdict for claim in claims} & {HOLDS, CONTRADICTED})
     assert f"seeds {', '.join(map(str, range(1, seeds + 1)))}," in page and "nan" not in page
     assert (workshop.results / f"{figure.name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,0 +1,128 @@
+"""Every claim of the report that can be checked, in one table: published, ours, whether it holds.
+
+python -m benchmarks.paper.claims > benchmarks/README.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+from benchmarks.paper.results import Difference
+
+HOLDS, CONTRADICTED, UNDECIDED, NOT_HERE = "holds", "**does not**", "undecided", "cannot be asked here"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row; `place` in the report, `published` and `ours` as they are printed."""
+
+    place: str
+    statement: str
+    published: str
+    ours: str
+    verdict: str
+    command: str = ""
+
+
+def signed(place: str, statement: str, published: float, ours: Difference) -> Claim:
+    """A claim about a sign, that of `published`: decided where the confidence interval of `ours` excludes zero."""
+    expected = "lower" if published < 0 else "higher"
+    verdict = {expected: HOLDS, "undecided": UNDECIDED}.get(ours.verdict, CONTRADICTED)
+    return Claim(place, statement, f"{published:+.3f}", str(ours), verdict)
+
+
+def equal(place: str, statement: str, published: float, ours: Difference, within: float) -> Claim:
+    """A claim that a difference is at most `within`, decided where the whole interval is inside or outside."""
+    verdict = UNDECIDED
+    if isfinite(ours.error):
+        if abs(ours.mean) + ours.error <= within:
+            verdict = HOLDS
+        elif abs(ours.mean) - ours.error > within:
+            verdict = CONTRADICTED
+    return Claim(place, f"{statement} (within {within:g})", f"{published:+.3f}", str(ours), verdict)
+
+
+_PARAMETERS = "pytest tests/recipes/test_parameters.py"
+_COST = "python benchmarks/cost_model.py"
+BEFORE: Sequence[Claim] = (
+    Claim("sec. 1, Table 2", "parameters", "146B", "146,356,167,168", HOLDS, _PARAMETERS),
+    Claim("sec. 1, Table 2", "activated parameters", "22B", "22.69B, 22.09B without embeddings", HOLDS, _PARAMETERS),
+    Claim("sec. 3, fn.", "activated parameters over the dense model's", "about 1.7", "1.667", HOLDS, _PARAMETERS),
+    Claim("sec. 3, fn.", "GPU-hours a token over the dense model's", "about 2", "", NOT_HERE),
+    Claim("app. C.1", "experts' share of the parameters", "over 97%", ".970 and .984, without embeddings",
+          HOLDS, _PARAMETERS),
+    Claim("sec. 2.1, 3", "upcycled, nothing dropped: the dense model's loss", "equal", "4.551597 and 4.551597",
+          HOLDS, "make demo"),
+)  # fmt: skip
+AFTER: Sequence[Claim] = (
+    Claim("Table 1", "scores on six benchmarks", "C-Eval 82.2, ... HumanEval 43.9", "", NOT_HERE),
+    Claim("app. B.1", "EDP trains what one rank trains", "not published", "gradients within 3e-15, float64",
+          HOLDS, "pytest tests/moe"),
+    Claim("app. B.1", "EDP sends less than Megatron's dispatchers on the same mesh", "not published",
+          "0.90 of its all-to-all, 0.30 of its all-gather", HOLDS, "python benchmarks/edp.py"),
+    Claim("app. B.2, Fig. 6", "bubble of [5,5,5,5,4] against [6,6,6,6] (simulated)", "up to -10%",
+          "tokens/GPU/s -8.8% at 4 micro-batches, +2.6% at 16, +8.1% at 64", "depends on the micro-batches",
+          "python benchmarks/pipeline.py"),
+    Claim("app. B.3", "tokens per GPU and second on 1536 A800 (predicted)", "690", "713; 621 to 901 over what is unknown",
+          "consistent", _COST),
+    Claim("app. B.3", "MFU at 690 tokens per GPU and second", "38%", "34.9% by 6N + 12LHS", CONTRADICTED, _COST),
+)  # fmt: skip
+_HEAD = """# Benchmarks
+
+One script a claim; each page names the command that made it. Of the report's figures:
+
+```
+python -m benchmarks.paper.figure3 --budget full     # figure1, 2, 3, 4, 7, 8, and `defaults`
+python -m benchmarks.paper.claims > benchmarks/README.md
+```
+
+`--budget short` is a smoke test of minutes. The full runs are recipes of the report at `scale=miniature`: 4 layers of
+width 64, float32, 10,000 tokens where the report has 1B, on English, Chinese and code as 7:2:1 ([where from](paper/text.py)).
+Arms of one seed share initial weights and batches. Raw curves are in [paper/results/](paper/results), a page a figure:
+{pages}. A run is deterministic, and is not repeated where its curves are there.
+
+Differences in loss are nats a token, ± half the 95% confidence interval over the seeds' paired differences. A claim
+**holds** or **does not** where the whole interval is on one side; otherwise it is undecided, whatever the mean.
+{incomplete}
+
+## The report's claims
+
+"""
+
+
+def main() -> None:
+    """Print the page."""
+    from benchmarks.paper import command, pictures
+    from benchmarks.paper.figures import FIGURES
+
+    workshop = command.place("full")
+    rows, pages, missing = list(BEFORE), [], []
+    for figure in FIGURES:
+        found = command.collected(figure, workshop)
+        seeds = len(next(iter(found.values()))) if found else 0
+        if not found:
+            missing.append(figure.name)
+            continue
+        pages.append(
+            f"[{figure.name}](paper/results/{figure.name}.md) ({seeds} seed{'s' if seeds > 1 else ''})"
+        )
+        own = f"python -m benchmarks.paper.{figure.name}"
+        rows += [Claim(*(*_cells(claim)[:5], claim.command or own)) for claim in figure.claims(found)]
+    rows += AFTER
+    incomplete = f"Not run yet: {', '.join(missing)}." if missing else ""
+    columns = ("where", "claim", "published", "here", "", "command")
+    cells = [(*_cells(row)[:5], f"`{row.command}`" if row.command else "") for row in rows]
+    print(
+        _HEAD.format(pages=", ".join(pages), incomplete=incomplete)
+        + "\n".join(pictures.table(columns, cells, "---"))
+    )
+
+
+def _cells(claim: Claim) -> tuple[str, str, str, str, str, str]:
+    return claim.place, claim.statement, claim.published, claim.ours, claim.verdict, claim.command
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""When a claim holds."""
+
+import pytest
+
+from benchmarks.paper.claims import CONTRADICTED, HOLDS, UNDECIDED, equal, signed
+from benchmarks.paper.results import Difference
+
+ALONE = Difference(-0.5, float("inf"), 1)
+
+
+@pytest.mark.parametrize(
+    ("published", "ours", "verdict"),
+    [
+        (-0.02, Difference(-0.3, 0.1, 3), HOLDS),
+        (-0.02, Difference(0.3, 0.1, 3), CONTRADICTED),
+        (0.02, Difference(0.3, 0.1, 3), HOLDS),
+        (0.02, Difference(-0.3, 0.1, 3), CONTRADICTED),
+        (-0.02, Difference(-0.05, 0.1, 3), UNDECIDED),
+        (-0.02, ALONE, UNDECIDED),
+    ],
+)
+def test_a_sign_needs_the_whole_interval(published: float, ours: Difference, verdict: str) -> None:
+    assert signed("", "", published, ours).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"),
+    [
+        (Difference(-0.003, 0.006, 3), HOLDS),
+        (Difference(0.0, 0.02, 3), UNDECIDED),
+        (Difference(0.05, 0.03, 3), CONTRADICTED),
+        (Difference(0.0, float("inf"), 1), UNDECIDED),
+    ],
+)
+def test_equality_needs_the_whole_interval(ours: Difference, verdict: str) -> None:
+    assert equal("", "", 0.0, ours, within=0.01).verdict == verdict
