@@ -50,7 +50,8 @@ def _memory(size: int) -> mmap.mmap:
             if kept + sum(map(len, _pieces)) <= _MOST_KEPT:
                 break
             _pieces.remove(piece)
-        piece = mmap.mmap(-1, size)
+        # Private: what a process has kept is not its forks' to share.
+        piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if size <= _LARGE:
             _pieces.append(piece)
         return piece
