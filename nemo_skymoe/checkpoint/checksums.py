@@ -65,13 +65,16 @@ def is_sha256(value: object) -> bool:
 
 
 class Checksummer:
-    """Takes a file's bytes in order and makes its checksum. `tensors`: name, start and bytes of each."""
+    """Takes a file's bytes in order and makes its checksum. `tensors`: name, start and bytes of each.
 
-    def __init__(self, tensors: Sequence[tuple[str, int, int]] = ()):
+    `position` is the first byte's, where it is not the file's.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[str, int, int]] = (), position: int = 0):
         self._tensors = sorted(tensors, key=lambda tensor: tensor[1])
         self._digests = [hashlib.sha256() for _ in self._tensors]
         self._rest = hashlib.sha256()
-        self._position, self._next = 0, 0
+        self._position, self._next = position, 0
 
     def update(self, data: memoryview) -> None:
         """The next bytes."""
@@ -100,11 +103,16 @@ class Checksummer:
         return FileChecksum(self._position, self._rest.hexdigest(), tensors)
 
 
-def blocks(file: Path, cuts: Sequence[int] = ()) -> Iterator[tuple[int, memoryview]]:
-    """A file in blocks with their positions; a block ends at each of `cuts`. The memory is used again."""
+def blocks(
+    file: Path, cuts: Sequence[int] = (), section: tuple[int, int] | None = None
+) -> Iterator[tuple[int, memoryview]]:
+    """A file, or a section of it, in blocks with their positions; a block ends at each of `cuts`.
+
+    The memory is used again.
+    """
     buffer = memoryview(bytearray(BLOCK))
-    size, position = file.stat().st_size, 0
-    for end in [*sorted({cut for cut in cuts if 0 < cut < size}), size]:
+    position, stop = section or (0, file.stat().st_size)
+    for end in [*sorted({cut for cut in cuts if position < cut < stop}), stop]:
         while position < end:
             block = buffer[: min(BLOCK, end - position)]
             read_into(file, position, block)

@@ -134,7 +134,8 @@ class _Counter:
     """Bytes done of bytes in all, from any thread."""
 
     def __init__(self, sources: Sequence[FileStorage], target: Target, progress: Progress | None):
-        read = sum(file.stat().st_size for storage in sources for file in storage.files)
+        files = {file for storage in sources for file in storage.files}
+        read = sum(file.stat().st_size for file in files)
         self._done, self._total, self._progress = 0, read + target.bytes, progress
         self._turn = threading.Lock()
 
