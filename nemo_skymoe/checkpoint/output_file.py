@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from nemo_skymoe.checkpoint.buffers import new_memory
 from nemo_skymoe.checkpoint.checksums import FileChecksum, TensorChecksum
 
 TEMPORARY = ".tmp"
 _STAGE = 8 << 20
+_STAGES = 4
+"""That many stages wait for the disk while the next tensor is being read."""
 _DIRECT = 1 << 20
 """Shorter writes go through the page cache; longer ones past it, which costs half the processor's time."""
 _ALIGNMENT = 4096
@@ -30,8 +32,8 @@ class Pipeline:
     def __init__(self) -> None:
         self._hashing, self._writing, self._syncing = (ThreadPoolExecutor(count) for count in (1, 1, 2))
         self._hashed: Future[str] | None = None
-        self._stages = [memoryview(mmap.mmap(-1, _STAGE)) for _ in range(2)]
-        self._written: list[Future[None] | None] = [None, None]
+        self._stages = [memoryview(new_memory(_STAGE)) for _ in range(_STAGES)]
+        self._written: list[Future[None] | None] = [None] * _STAGES
         self._turn = 0
 
     def __enter__(self) -> Pipeline:
@@ -49,7 +51,7 @@ class Pipeline:
         return self._hashed
 
     def stage(self) -> memoryview:
-        """Memory to fill and to hand to `write`; two take turns."""
+        """Memory to fill and to hand to `write`; the stages take turns."""
         written = self._written[self._turn]
         if written is not None:
             wait([written])
@@ -59,7 +61,7 @@ class Pipeline:
         """The first `size` bytes of the current stage go to a file, after those before it."""
         future = self._writing.submit(_write_out, descriptor, self._stages[self._turn][:size])
         self._written[self._turn] = future
-        self._turn = 1 - self._turn
+        self._turn = (self._turn + 1) % _STAGES
         return future
 
     def sync(self, function: Callable[[], FileChecksum]) -> Future[FileChecksum]:

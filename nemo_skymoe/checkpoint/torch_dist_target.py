@@ -10,9 +10,9 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+from nemo_skymoe.checkpoint.archive import archive
 from nemo_skymoe.checkpoint.mapping import Chunk, assemble
 from nemo_skymoe.checkpoint.output_file import OutputFile
-from nemo_skymoe.checkpoint.reading import tensor_bytes
 from nemo_skymoe.checkpoint.target import TargetFile, chunk_bytes, contiguous
 from nemo_skymoe.checkpoint.tensors import Weights
 from nemo_skymoe.checkpoint.torch_dist_storage import CONFIG, METADATA, WEIGHTS
@@ -71,8 +71,10 @@ class TorchDistTarget:
         (chunk,) = file.chunks
         tensor = assemble(chunk, weights, getattr(torch, self.dtypes[chunk.tensor]))
         saved = contiguous(tensor).detach().view((1,) * len(chunk.index) + chunk.chunk_shape)
-        archive: Any = _Archive(output, chunk.name, tensor_bytes(saved))
-        torch.save(saved, archive)
+        before, memory, after = archive(saved)
+        output.write(before)
+        output.write_tensor(chunk.name, memory)
+        output.write(after)
 
     def last_files(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
         """The extra states, what Megatron keeps beside the tensors, and the metadata that finds them all."""
@@ -125,26 +127,3 @@ def _chunk_metadata(offsets: Any, chunk: Chunk) -> Any:
 
 def _file_name(number: int) -> str:
     return f"__{number}_0.distcp"
-
-
-class _Archive:
-    """What `torch.save` writes to: it tells the tensor's memory from the archive around it."""
-
-    def __init__(self, output: OutputFile, name: str, memory: memoryview):
-        self._output, self._name, self._memory = output, name, memory
-
-    def write(self, data: memoryview) -> int:
-        if len(data) == len(self._memory) and _address(data) == _address(self._memory):
-            self._output.write_tensor(self._name, self._memory)
-        else:
-            self._output.write(data)
-        return len(data)
-
-    def flush(self) -> None:
-        pass
-
-
-def _address(data: memoryview) -> int:
-    import numpy as np
-
-    return np.frombuffer(data, np.uint8).ctypes.data
