@@ -1,11 +1,14 @@
 """Memory and speed of conversion and upcycling, beside the naive way and beside the disk.
 
-    python benchmarks/checkpoint.py [--full] [--workers N] [--folder DIR] > benchmarks/checkpoint.md
+    python benchmarks/checkpoint.py --sizes 1 4 --workers 2 --results FILE
+    python benchmarks/checkpoint.py --page FILE
 
-Every row is a fresh process, the smallest size the median of three; VmHWM is its peak. Before, between and after them
-the same number of bytes is written to the same disk in one file with one fsync: the ratio is against the median of
-these. Reduced width: hidden 2048, FFN 5120, 1 and 4 layers; `--full`: hidden 4608, FFN 12288, 1, 2 and 3 layers (up
-to 40 GB of disk at a time). 16 experts, bfloat16. Sources lie in the page cache wherever they fit.
+A size's rows can be measured in pieces, each of which appends its lines to FILE; the second form prints their tables.
+Every run is a fresh process; VmHWM is its peak. A plain write (one file, one fsync, as many bytes but at most 4 GB)
+stands before and after every run, and a run's ratio is against the mean of these two. Sources are read once before
+each run, so that they lie in the page cache wherever they fit. Widths: hidden 2048, FFN 5120, vocabulary 8192 with 1
+and 4 layers (1 and 4 GB); hidden 4608, FFN 12288, vocabulary 65536 with 1, 2 and 3 (6.8, 12.4 and 18 GB, up to 45 GB
+of disk at a time). 16 experts, bfloat16.
 """
 
 import argparse
@@ -16,14 +19,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-REDUCED, FULL = (2048, 5120, 16), (4608, 12288, 36)
+from checkpoint_tables import page
+
+Width = tuple[int, int, int, int]
+REDUCED, FULL = (2048, 5120, 16, 8192), (4608, 12288, 36, 65536)
+"""Hidden size, FFN, heads, vocabulary."""
+SIZES = {"1": (1, REDUCED), "4": (4, REDUCED), "6.8": (1, FULL), "12.4": (2, FULL), "18": (3, FULL)}
+"""Layers and width by the GB that are written, about."""
 EXPERTS = 16
 INITIALISATIONS: dict[str, dict[str, Any]] = {
     "copy": {},
@@ -32,36 +38,11 @@ INITIALISATIONS: dict[str, dict[str, Any]] = {
     "noise": {"noise": 0.05},
     "drop": {"drop_ratio": 0.5},
 }
-MEGABYTE = 1e6
+RANDOM = ("noise", "drop")
+_LARGEST_PLAIN = 4_000_000_000
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measurement; times in seconds, memory in bytes."""
-
-    name: str
-    bytes: int
-    peak: int
-    bound: int
-    seconds: float
-    plain: float
-    """Bytes a second of a plain write with fsync, around the same time."""
-    naive: dict[str, float] | None = None
-
-    def line(self) -> str:
-        """Of the table."""
-        rate = self.bytes / self.seconds
-        naive = "" if self.naive is None else f"{self.naive['peak'] / MEGABYTE:,.0f}"
-        naive_rate = (
-            "" if self.naive is None else f"{self.naive['bytes'] / self.naive['seconds'] / MEGABYTE:,.0f}"
-        )
-        return (
-            f"| {self.name} | {self.bytes / 1e9:.2f} | {self.peak / MEGABYTE:,.0f} | {self.bound / MEGABYTE:,.0f} |"
-            f" {rate / MEGABYTE:,.0f} | {self.plain / MEGABYTE:,.0f} | {rate / self.plain:.2f} | {naive} | {naive_rate} |"
-        )
-
-
-def make_dense(folder: Path, layers: int, width: tuple[int, int, int], seed: int) -> None:
+def make_dense(folder: Path, layers: int, width: Width, seed: int) -> None:
     """A dense checkpoint in Skywork-13B's layout; seeds differ in their MLPs alone."""
     import torch
     from safetensors.torch import save_file
@@ -70,8 +51,8 @@ def make_dense(folder: Path, layers: int, width: tuple[int, int, int], seed: int
     from nemo_skymoe.checkpoint import hf_files, hugging_face
     from nemo_skymoe.checkpoint.description import Description
 
-    hidden, ffn, heads = width
-    sizes = Architecture(layers, hidden, ffn, heads, vocab_size=8192)
+    hidden, ffn, heads, vocabulary = width
+    sizes = Architecture(layers, hidden, ffn, heads, vocab_size=vocabulary)
     folder.mkdir(parents=True)
     tensors = {}
     for number, chunk in enumerate(hugging_face.chunks(sizes)):
@@ -100,15 +81,16 @@ def convert(job: dict[str, Any]) -> dict[str, float]:
 
     from nemo_skymoe.checkpoint.tensors import model_keys
 
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), sum(os.times()[:4])
     plan = planned(job)
     plan.run(Path(job["output"]), workers=job["workers"])
-    seconds = time.perf_counter() - start
+    seconds, processor = time.perf_counter() - start, sum(os.times()[:4]) - processor
     largest = max(
         *(plan.weights.info(key).bytes for key in model_keys(plan.weights.architecture)),
         *(2 * prod(chunk.chunk_shape) for chunk in plan.target.chunks),
     )
-    return {"seconds": seconds, "bytes": written_bytes(Path(job["output"])), "bound": 2 * largest + 1e9}
+    written = written_bytes(Path(job["output"]))
+    return {"seconds": seconds, "processor": processor, "bytes": written, "bound": 2 * largest + 1e9}
 
 
 def naive(job: dict[str, Any]) -> dict[str, float]:
@@ -162,74 +144,135 @@ def child(what: str, job: dict[str, Any]) -> None:
 
 
 def plain_write(folder: Path, count: int) -> float:
-    """Bytes a second of a sequential write of `count` bytes with one fsync."""
+    """Bytes a second of a sequential write of `count` bytes, at most 4 GB, with one fsync."""
     block = os.urandom(1 << 24)
+    blocks = max(1, min(count, _LARGEST_PLAIN) // len(block))
     file = folder / "plain"
     start = time.perf_counter()
     with file.open("wb", buffering=0) as out:
-        for _ in range(count // len(block)):
+        for _ in range(blocks):
             out.write(block)
         os.fsync(out.fileno())
     seconds = time.perf_counter() - start
     file.unlink()
-    return count // len(block) * len(block) / seconds
+    return blocks * len(block) / seconds
 
 
-def measured(name: str, job: dict[str, Any], repeats: int, with_naive: bool) -> Row:
-    """One row; its output stays."""
-    output = Path(job["output"])
-    size = planned(job).target.bytes
-    plain, runs = [plain_write(output.parent, size)], []
-    for _ in range(repeats):
-        shutil.rmtree(output, ignore_errors=True)
-        runs.append(in_child("convert", job))
-        plain.append(plain_write(output.parent, size))
-    found = {key: median(run[key] for run in runs) for key in runs[0]} | {
-        "peak": max(run["peak"] for run in runs)
-    }
-    reference = None
-    if with_naive:
-        other = output.with_name("naive")
-        reference = in_child("naive", job | {"output": str(other)})
-        shutil.rmtree(other)
-    return Row(
-        name,
-        int(found["bytes"]),
-        int(found["peak"]),
-        int(found["bound"]),
-        found["seconds"],
-        median(plain),
-        reference,
-    )
+def into_page_cache(job: dict[str, Any]) -> None:
+    """Read the sources once, if memory has room for them."""
+    files = [path for folder in job["sources"].values() for path in Path(folder).rglob("*") if path.is_file()]
+    if sum(path.stat().st_size for path in files) > available_memory() - 2e9:
+        return
+    buffer = bytearray(1 << 20)
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
-def rows_of(folder: Path, layers: int, width: tuple[int, int, int], workers: int) -> Iterator[Row]:
-    """Every row of one size. At most two outputs are there at a time."""
-    repeats = 3 if (layers, width) == (1, REDUCED) else 1
-    with_naive = layers == 1 or width == REDUCED  # more would not fit into 24 GB
+def available_memory() -> int:
+    """Bytes that processes could take, as the kernel estimates it."""
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
+    return 1024 * int(line.split()[1])
+
+
+def busy_cores(seconds: float = 2.0) -> float:
+    """How many cores others keep busy while this process sleeps."""
+
+    def busy() -> float:
+        ticks = [int(tick) for tick in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+    before = busy()
+    time.sleep(seconds)
+    return (busy() - before) / seconds
+
+
+class Measurements:
+    """Runs and the plain writes between them; what is found is appended to a file, a line of JSON a row."""
+
+    def __init__(self, size: str, results: Path, workers: int):
+        self.size, self.results, self.workers = size, results, workers
+        self._last_plain: float | None = None
+
+    def row(self, name: str, job: dict[str, Any], repeats: int, with_naive: bool = False) -> None:
+        """Measure one row; its output stays."""
+        output, busy = Path(job["output"]), busy_cores()
+        bytes_planned = planned(job).target.bytes
+        plain = [self._last_plain or plain_write(output.parent, bytes_planned)]
+        runs = []
+        for _ in range(repeats):
+            shutil.rmtree(output, ignore_errors=True)
+            into_page_cache(job)
+            runs.append(in_child("convert", job))
+            plain.append(plain_write(output.parent, bytes_planned))
+        self._last_plain = plain[-1]
+        reference = None
+        if with_naive and 2 * bytes_planned < available_memory():
+            into_page_cache(job)
+            other = output.with_name("naive")
+            reference = in_child("naive", job | {"output": str(other)})
+            shutil.rmtree(other)
+        drawn = generator_rate() if job["upcycling"] and job["upcycling"]["init"] in RANDOM else None
+        line = {
+            "size": self.size,
+            "row": name,
+            "date": time.strftime("%Y-%m-%d"),
+            "cores": os.cpu_count(),
+            "workers": self.workers,
+            "busy": busy,
+            "bytes": runs[0]["bytes"],
+            "bound": runs[0]["bound"],
+            "runs": runs,
+            "plain": plain,
+            "naive": reference,
+            "generator": drawn,
+        }
+        with self.results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def measure(size: str, folder: Path, measurements: Measurements, rows: str, repeats: int) -> None:
+    """The rows of one size. At most two outputs are there at a time.
+
+    Args:
+        rows: "upcycle", "convert" or "all".
+    """
+    layers, width = SIZES[size]
     sources = {name: str(folder / name) for name in ("base", "other")}
     for seed, source in enumerate(sources.values()):
         make_dense(Path(source), layers, width, seed)
-    for init, options in INITIALISATIONS.items():
+    plain: dict[str, Any] = {"workers": measurements.workers, "upcycling": None}
+
+    def upcycling(init: str) -> dict[str, Any]:
         given = sources if init == "specialized" else {"base": sources["base"]}
-        output = folder / init
-        upcycling = {"init": init} | options
-        job = {
-            "sources": given,
-            "to": "hf",
-            "output": str(output),
-            "upcycling": upcycling,
-            "workers": workers,
+        options = {"init": init} | INITIALISATIONS[init]
+        return plain | {"sources": given, "to": "hf", "output": str(folder / init), "upcycling": options}
+
+    if rows == "convert":
+        in_child("convert", upcycling("copy"))
+    else:
+        for init in INITIALISATIONS:
+            times = 1 if init in RANDOM else repeats
+            measurements.row(f"upcycle {init}, hf to hf", upcycling(init), times, init == "copy")
+            if init != "copy":
+                shutil.rmtree(folder / init)
+    for source in sources.values():
+        shutil.rmtree(source)
+    if rows != "upcycle":
+        there = plain | {
+            "sources": {"base": str(folder / "copy")},
+            "to": "nemo",
+            "output": str(folder / "nemo"),
         }
-        yield measured(f"upcycle {init}, hf to hf", job, repeats, with_naive and init == "copy")
-        if init != "copy":
-            shutil.rmtree(output)
-    plain: dict[str, Any] = {"upcycling": None, "workers": workers}
-    there = plain | {"sources": {"base": str(folder / "copy")}, "to": "nemo"}
-    yield measured("convert, hf to nemo", there | {"output": str(folder / "nemo")}, repeats, with_naive)
-    shutil.rmtree(folder / "copy")
-    back = plain | {"sources": {"base": str(folder / "nemo")}, "to": "hf"}
-    yield measured("convert, nemo to hf", back | {"output": str(folder / "back")}, repeats, with_naive)
+        measurements.row("convert, hf to nemo", there, repeats, True)
+        shutil.rmtree(folder / "copy")
+        back = plain | {
+            "sources": {"base": str(folder / "nemo")},
+            "to": "hf",
+            "output": str(folder / "back"),
+        }
+        measurements.row("convert, nemo to hf", back, repeats, True)
     shutil.rmtree(folder)
 
 
@@ -249,41 +292,29 @@ def generator_rate() -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print the page."""
+    """Measure, or print the page."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1", "4"])
+    parser.add_argument("--rows", choices=["upcycle", "convert", "all"], default="all")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--results", type=Path, default=Path("runs/benchmark/checkpoint.jsonl"))
+    parser.add_argument("--page", type=Path)
     parser.add_argument("--child", nargs=2)
     given = parser.parse_args()
     if given.child:
         child(given.child[0], json.loads(given.child[1]))
         return
-    given.folder.mkdir(parents=True, exist_ok=True)
+    if given.page:
+        print(page([json.loads(line) for line in given.page.read_text().splitlines()]))
+        return
     folder = given.folder / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
-    print(HEAD.format(command=" ".join(sys.argv[1:]), cores=os.cpu_count(), date=time.strftime("%Y-%m-%d")))
-    sizes = [(layers, FULL) for layers in (1, 2, 3)] if given.full else []
-    for layers, width in [(1, REDUCED), (4, REDUCED), *sizes]:
-        for row in rows_of(folder, layers, width, given.workers):
-            print(row.line(), flush=True)
-    alone, blocks = generator_rate()
-    print(
-        f"\nNumPy's Philox alone draws {alone / MEGABYTE:,.0f} MB/s of bfloat16 on one core; in blocks on all"
-        f" cores {blocks / MEGABYTE:,.0f} MB/s, rounding included."
-    )
-
-
-HEAD = """# Conversion and upcycling: memory and speed
-
-`python benchmarks/checkpoint.py {command}`, {cores} cores, {date}. Every row is a fresh process (the smallest size:
-the median of three), its peak VmHWM (with workers that of the largest), its time without Python's imports but with the reading
-and checking of the source before anything is written; the bound is twice the largest tensor or chunk and 1 GB; the
-plain write is one file of the same size with one fsync on the same disk, before, between and after (median); the
-naive way loads everything, builds everything, saves everything (without fsync).
-
-| | GB written | peak MB | bound MB | MB/s | plain write MB/s | ratio | naive peak MB | naive MB/s |
-|---|---:|---:|---:|---:|---:|---:|---:|---:|"""
+    folder.mkdir(parents=True)
+    for size in given.sizes:
+        measurements = Measurements(size, given.results, given.workers)
+        measure(size, folder / size, measurements, given.rows, given.repeats)
 
 
 if __name__ == "__main__":
