@@ -30,8 +30,7 @@ def rates(result: Result) -> list[float]:
 
 def ratios(result: Result) -> list[float]:
     """Each run's rate over the mean of the plain writes just before and just after it."""
-    plain = result["plain"]
-    around = [(a + b) / 2 for a, b in pairwise(plain)]
+    around = [(a + b) / 2 / MEGABYTE for a, b in pairwise(result["plain"])]
     return [rate / reference for rate, reference in zip(rates(result), around, strict=True)]
 
 
