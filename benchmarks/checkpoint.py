@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ INITIALISATIONS: dict[str, dict[str, Any]] = {
     "drop": {"drop_ratio": 0.5},
 }
 RANDOM = ("noise", "drop")
+ROWS = (*INITIALISATIONS, "convert")
 _LARGEST_PLAIN = 4_000_000_000
 
 
@@ -57,7 +59,9 @@ def make_dense(folder: Path, layers: int, width: Width, seed: int) -> None:
     tensors = {}
     for number, chunk in enumerate(hugging_face.chunks(sizes)):
         generator = torch.Generator().manual_seed(number + (10_000 * seed if ".mlp." in chunk.tensor else 0))
-        tensors[chunk.tensor] = torch.randn(chunk.shape, generator=generator).mul_(0.02).bfloat16()
+        # A row, again and again: drawing billions of numbers would take longer than everything that is measured.
+        row = torch.randn(chunk.shape[-1], generator=generator).mul_(0.02).bfloat16()
+        tensors[chunk.tensor] = row.expand(chunk.shape).contiguous()
     save_file(tensors, folder / "model.safetensors")
     for name, content in hf_files.extras(Description(sizes), None).items():
         (folder / name).write_bytes(content)
@@ -232,14 +236,12 @@ class Measurements:
             file.write(json.dumps(line) + "\n")
 
 
-def measure(size: str, folder: Path, measurements: Measurements, rows: str, repeats: int) -> None:
-    """The rows of one size. At most two outputs are there at a time.
-
-    Args:
-        rows: "upcycle", "convert" or "all".
-    """
+def measure(size: str, folder: Path, measurements: Measurements, rows: Sequence[str], repeats: int) -> None:
+    """Those of the ROWS of one size. At most two outputs are there at a time."""
     layers, width = SIZES[size]
     sources = {name: str(folder / name) for name in ("base", "other")}
+    if "specialized" not in rows:
+        del sources["other"]
     for seed, source in enumerate(sources.values()):
         make_dense(Path(source), layers, width, seed)
     plain: dict[str, Any] = {"workers": measurements.workers, "upcycling": None}
@@ -249,17 +251,16 @@ def measure(size: str, folder: Path, measurements: Measurements, rows: str, repe
         options = {"init": init} | INITIALISATIONS[init]
         return plain | {"sources": given, "to": "hf", "output": str(folder / init), "upcycling": options}
 
-    if rows == "convert":
+    for init in (init for init in INITIALISATIONS if init in rows):
+        times = 1 if init in RANDOM else repeats
+        measurements.row(f"upcycle {init}, hf to hf", upcycling(init), times, init == "copy")
+        if init != "copy":
+            shutil.rmtree(folder / init)
+    if "copy" not in rows and "convert" in rows:
         in_child("convert", upcycling("copy"))
-    else:
-        for init in INITIALISATIONS:
-            times = 1 if init in RANDOM else repeats
-            measurements.row(f"upcycle {init}, hf to hf", upcycling(init), times, init == "copy")
-            if init != "copy":
-                shutil.rmtree(folder / init)
     for source in sources.values():
         shutil.rmtree(source)
-    if rows != "upcycle":
+    if "convert" in rows:
         there = plain | {
             "sources": {"base": str(folder / "copy")},
             "to": "nemo",
@@ -295,7 +296,7 @@ def main() -> None:
     """Measure, or print the page."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1", "4"])
-    parser.add_argument("--rows", choices=["upcycle", "convert", "all"], default="all")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"))

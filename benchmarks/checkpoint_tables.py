@@ -35,9 +35,10 @@ def ratios(result: Result) -> list[float]:
 
 
 def _head(results: Sequence[Result]) -> str:
-    first = results[0]
-    days = " and ".join(sorted({result["date"] for result in results}))
-    return f"`--workers {first['workers']}`, {first['cores']} cores, {days}."
+    settings = sorted({(each["workers"], each["cores"], each["date"]) for each in results})
+    return (
+        "; ".join(f"`--workers {workers}`, {cores} cores, {date}" for workers, cores, date in settings) + "."
+    )
 
 
 def _speed(results: Sequence[Result]) -> str:
@@ -91,8 +92,10 @@ def _naive_peak(result: Result | None) -> str:
 
 
 def _random(results: Sequence[Result]) -> str:
-    alone = spread(result["generator"][0] / MEGABYTE for result in results if result["generator"])
-    blocks = spread(result["generator"][1] / MEGABYTE for result in results if result["generator"])
+    drawn = [result["generator"] for result in results if result["generator"]]
+    if not drawn:
+        return "The generator's rate was not measured."
+    alone, blocks = (spread(rate / MEGABYTE for rate in column) for column in zip(*drawn, strict=True))
     return (
         f"NumPy's Philox alone draws {alone} MB/s of bfloat16 on one core; in blocks on all cores {blocks} MB/s,"
         " rounding included."
