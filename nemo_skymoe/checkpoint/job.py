@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_skymoe.checkpoint.checksums import FileChecksum, available_processors, check_file
+from nemo_skymoe.checkpoint.finished import finished
 from nemo_skymoe.checkpoint.journal import JOURNAL, Journal
 from nemo_skymoe.checkpoint.output_file import sync_folder, write_small
 from nemo_skymoe.checkpoint.reading import FileStorage
@@ -42,7 +43,8 @@ def run(
 ) -> dict[str, Any]:
     """Write `weights` in the format `target` as the new folder `output`, or finish what an earlier attempt began.
 
-    Everything happens in `<output>.unfinished`, which is renamed at the very end.
+    Everything happens in `<output>.unfinished`, which is renamed at the very end. Where this job has been done before,
+    from sources that have not changed, nothing is written.
 
     Args:
         job: What makes this job the same as an earlier one: command, options, seed, versions. Kept in the receipt.
@@ -55,19 +57,22 @@ def run(
         The receipt, as in `<output>/skymoe_receipt.json`.
 
     Raises:
-        ConfigurationError: The output exists, is another job's or is being written; a source is damaged or has changed;
+        ConfigurationError: The output exists and is not this job's, or is being written; a source is damaged or has changed;
             the disk is too small, full or read-only. What was complete stays, and the same command continues.
     """
     output = Path(os.path.abspath(output))
     unfinished = output.with_name(output.name + UNFINISHED)
     if workers < 1:
         raise ConfigurationError(f"workers is {workers}, expected at least 1")
+    counter = _Counter(sources, target, progress)
     if os.path.lexists(output):
-        raise ConfigurationError(f"'{output}' exists: expected a new folder")
+        done = finished(output, _identity(job, target), sources, counter.advance)
+        if done is None:
+            raise ConfigurationError(f"'{output}' exists: expected a new folder")
+        return done
     check_complete(target.chunks, weights)
     _check_extras(target)
     with _plain_errors(unfinished), _journal(unfinished, job, target) as journal:
-        counter = _Counter(sources, target, progress)
         _keep_finished(journal, target, counter)
         _check_space(unfinished, target, journal)
         checked = check_sources(sources, journal, allow_nonfinite, counter.advance)
