@@ -14,6 +14,7 @@ from nemo_skymoe.checkpoint import hf_files, hugging_face, job, megatron, tokeni
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.mapping import StoredWeights
 from nemo_skymoe.checkpoint.nemo_context import context_files
+from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.safetensors_target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.tables import LAYER_SPECS
 from nemo_skymoe.checkpoint.target import Target, check_complete, stored_dtypes
@@ -140,8 +141,10 @@ def open_source(folder: Path, config: Path | None = None) -> Source:
     """Open a checkpoint of any format.
 
     Args:
+        folder: The checkpoint's, or that of a run: it stands for the run's last checkpoint.
         config: A config.json that describes a Megatron checkpoint which does not do so itself.
     """
+    folder = checkpoint_of(folder)
     form = form_of(folder)
     if form == "hf":
         if config is not None:

@@ -11,6 +11,7 @@ from nemo_skymoe.checkpoint import convert, hf_files
 from nemo_skymoe.checkpoint.convert import Source
 from nemo_skymoe.checkpoint.reading import DTYPE_SIZES
 from nemo_skymoe.checkpoint.receipt import read_receipt
+from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.safetensors_storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.tensors import Key, Storage, TensorInfo
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
@@ -51,11 +52,13 @@ def inspect(folder: Path, config: Path | None = None) -> Inspection:
     """Look at a checkpoint.
 
     Args:
+        folder: The checkpoint's, or that of a run: it stands for the run's last checkpoint.
         config: A config.json that describes a Megatron checkpoint which does not do so itself.
 
     Raises:
         ConfigurationError: The folder holds no checkpoint of a known format.
     """
+    folder = checkpoint_of(folder)
     form = convert.form_of(folder)
     found = Inspection(str(folder), FORMATS[form])
     try:

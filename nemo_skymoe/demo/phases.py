@@ -23,11 +23,6 @@ BATCH = 8
 BATCHES = 24
 
 
-def last_checkpoint(directory: Path) -> Path:
-    """The checkpoint that a finished run left."""
-    return max((directory / "checkpoints").glob("*-last"), key=lambda path: path.stat().st_mtime)
-
-
 def train(recipe: Any, title: str, terminal: int, log: Path) -> dict[str, Any]:
     """Run a recipe; returns this rank's peak memory in bytes and the mesh it trained on."""
     redirect_output(log)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nemo_skymoe.checkpoint.run_folder import last_checkpoint
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.demo.output import output_to
 from nemo_skymoe.demo.record import Story
@@ -93,7 +94,7 @@ def _dense(story: Story, phases: Any, console: Console) -> None:
 
 def _upcycle(story: Story, phases: Any, console: Console) -> None:
     def upcycle() -> dict[str, float]:
-        dense = phases.last_checkpoint(story.folder("dense"))
+        dense = last_checkpoint(story.folder("dense"))
         log = story.folder("logs") / "upcycle.log"
         return run_ranks(phases.upcycle_and_compare, 1, story.corpus, dense, story.folder("upcycled"), log)[0]
 
@@ -120,12 +121,12 @@ def _continue(story: Story, phases: Any, console: Console) -> None:
     story.mesh = results[0]["mesh"]
     console.print("Device mesh: the expert-parallel (ep) group is the tensor-parallel (tp) group")
     console.print(mesh_table(story.mesh), highlight=False)
-    dense_checkpoint = phases.last_checkpoint(story.folder("dense"))
+    dense_checkpoint = last_checkpoint(story.folder("dense"))
     dense = skywork_tiny.pretrain_recipe(name="dense_continued", resume_path=str(dense_checkpoint), **shared)
     _train(story, phases, console, "dense_continued", "Dense continued, same batches, same schedule", dense)
 
     def compare() -> dict[str, float]:
-        checkpoints = [phases.last_checkpoint(story.folder(name)) for name in ("dense_continued", "moe")]
+        checkpoints = [last_checkpoint(story.folder(name)) for name in ("dense_continued", "moe")]
         return run_ranks(phases.compare, 1, story.corpus, *checkpoints, story.folder("logs") / "compare.log")[
             0
         ]

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from nemo_skymoe.demo.phases import BATCH, BATCHES, SEQUENCE, last_checkpoint
+from nemo_skymoe.checkpoint.run_folder import last_checkpoint
+from nemo_skymoe.demo.phases import BATCH, BATCHES, SEQUENCE
 from nemo_skymoe.demo.record import Story
 from nemo_skymoe.report.curves import LossCurve, read_curves
 from nemo_skymoe.report.page import Table, Text, write_report

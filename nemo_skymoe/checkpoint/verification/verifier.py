@@ -9,6 +9,7 @@ from typing import Any
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import hf_config, megatron_options
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
 from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare
 from nemo_skymoe.checkpoint.verification.files import file_problems, written_receipt
@@ -52,7 +53,7 @@ def verify(
     models: dict[str, Any] = {}
     descriptions: dict[str, Description] = {}
     for name, folder in sources.items():
-        models[name], descriptions[name] = _open(folder, config)
+        models[name], descriptions[name] = _open(checkpoint_of(folder), config)
     expected = _expected(descriptions["base"], upcycling)
     try:
         found, description = _open(target)

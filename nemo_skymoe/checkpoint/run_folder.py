@@ -1,0 +1,30 @@
+"""The folder of a run, `dir/name` of a recipe, as NeMo leaves it."""
+
+from pathlib import Path
+
+from nemo_skymoe.config import ConfigurationError
+
+_CHECKPOINTS, _LAST, _UNFINISHED = "checkpoints", "*-last", "-unfinished"
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """`folder`, or where it is that of a run its last checkpoint."""
+    return last_checkpoint(folder) if (folder / _CHECKPOINTS).is_dir() else folder
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The last checkpoint of a run that is complete, the one that the run itself would resume from.
+
+    Raises:
+        ConfigurationError: It has none.
+    """
+    complete = [
+        path
+        for path in (run / _CHECKPOINTS).glob(_LAST)
+        if not path.with_name(path.name + _UNFINISHED).exists()
+    ]
+    if not complete:
+        raise ConfigurationError(
+            f"'{run / _CHECKPOINTS}' has no {_LAST} that is complete: the run has not saved a checkpoint yet"
+        )
+    return max(complete, key=lambda path: path.stat().st_mtime)
