@@ -5,7 +5,7 @@ An option exists once, here, under a Megatron-style name; every bad value is ref
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 AUX_LOSS_FORMS = ("switch", "square")
 CAPACITY_SCOPES = ("rank", "edp")
@@ -24,7 +24,7 @@ class SkyworkOptions:
     `__post_init__` may run any number of times: NeMo calls it again after setting the parallel sizes.
     """
 
-    moe_router_logit_norm_scale: float | None = 1.0
+    moe_router_logit_norm_scale: Optional[float] = 1.0
     """lambda of eq. (6): the standard deviation of a token's gating logits after normalisation. None: off."""
     moe_router_logit_norm_correction: int = 1
     """1: sample standard deviation (the released weights); 0: population (eq. 6 as written)."""
@@ -48,7 +48,7 @@ class SkyworkOptions:
     """alpha_max."""
     moe_adaptive_aux_loss_smoothing: float = 0.99
     """beta: weight of the previous coefficient."""
-    moe_adaptive_aux_loss_initial: float | None = None
+    moe_adaptive_aux_loss_initial: Optional[float] = None
     """alpha_0, which the report does not give. None: alpha_max, where its Figure 4 starts."""
     moe_nominal_capacity_factor: float = 1.25
     """Capacity factor of the *virtual* drop rate, used when training is dropless."""

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nemo_skymoe.config import ConfigurationError
+
+if TYPE_CHECKING:
+    from nemo_skymoe.pipeline.plans import Plan
 
 
 def plan(
@@ -41,6 +44,7 @@ def plan(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Draw the schedule into this file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the plan into this file, as JSON.")] = None,
 ) -> None:
     """Plan a pipeline.
 
@@ -50,20 +54,17 @@ def plan(
     skymoe plan --model skywork-moe-146b --hardware A800-80G --num-gpus 1536 --tp 4 --ep 4 --pp 12
     --seq-length 8192 --global-batch-size 2048 --capacity-factor 1.25
     """
-    from nemo_skymoe.pipeline.planning import plan as make_plan
-    from nemo_skymoe.pipeline.profile import read_profile
-
     if svg is not None and not svg.parent.is_dir():
         raise ConfigurationError(f"svg is {svg}, expected a file in an existing folder")
-    made = make_plan(
-        model_sizes(model),
-        hardware,
+    made = planned(
+        model,
+        hardware=hardware,
         num_gpus=num_gpus,
         data_parallel=data_parallel,
         recompute=recompute,
-        memory_limit=None if memory_limit is None else memory_limit * 1e9,
-        layers=None if layers is None else [_integer("layers", count) for count in layers.split(",")],
-        profile=None if profile is None else read_profile(profile),
+        memory_limit=memory_limit,
+        layers=layers,
+        profile=profile,
         seq_length=seq_length,
         global_batch_size=global_batch_size,
         tensor_parallel=tensor_parallel,
@@ -78,7 +79,39 @@ def plan(
     )
     if svg is not None:
         _draw(made, svg)
+    if output is not None:
+        _write(made, output)
     _show(made, json)
+
+
+def planned(
+    model: str,
+    *,
+    memory_limit: float | None = None,
+    layers: str | None = None,
+    profile: Path | None = None,
+    **options: Any,
+) -> "Plan":
+    """What `skymoe plan` makes of its options; `memory_limit` in GB, `layers` as in 5,5,5,5,4."""
+    from nemo_skymoe.pipeline.planning import plan as make_plan
+    from nemo_skymoe.pipeline.profile import read_profile
+
+    return make_plan(
+        model_sizes(model),
+        memory_limit=None if memory_limit is None else memory_limit * 1e9,
+        layers=None if layers is None else [_integer("layers", count) for count in layers.split(",")],
+        profile=None if profile is None else read_profile(profile),
+        **options,
+    )
+
+
+def _write(made: "Plan", output: Path) -> None:
+    from json import dumps
+
+    from nemo_skymoe.checkpoint.output_file import write_small
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_small(output, (dumps(made.to_dict(), indent=2) + "\n").encode())
 
 
 def _draw(made: Any, svg: Path) -> None:

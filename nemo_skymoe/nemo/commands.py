@@ -1,4 +1,4 @@
-"""`nemo skymoe inspect | convert | upcycle | verify`: the commands of `skymoe` in NeMo-Run's form, KEY=VALUE.
+"""`nemo skymoe inspect | convert | upcycle | verify | plan`: the commands of `skymoe` in NeMo-Run's form, KEY=VALUE.
 
 They run here and now: they work on files and need no executor.
 """
@@ -13,7 +13,7 @@ from typing import Any, Optional
 import nemo_run as run
 import typer
 
-from nemo_skymoe.commands import checkpoint
+from nemo_skymoe.commands import checkpoint, pipeline
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -127,6 +127,54 @@ def verify(
 ) -> None:
     """Check a written checkpoint against its sources."""
     checkpoint.verify(_sources(source, further_sources), Path(target), _path(logits), _path(config), as_json)
+
+
+@_command
+def plan(
+    output_path: str,
+    model: str,
+    hardware: str,
+    seq_length: int,
+    global_batch_size: int,
+    num_gpus: Optional[int] = None,
+    data_parallel: Optional[int] = None,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    virtual_pipeline: int = 1,
+    expert_parallel: int = 1,
+    micro_batch_size: int = 1,
+    sequence_parallel: Optional[bool] = None,
+    capacity_factor: Optional[float] = None,
+    pad_to_capacity: bool = True,
+    overlap_grad_reduce: bool = False,
+    recompute: bool = True,
+    memory_limit: Optional[float] = None,
+    layers: Optional[str] = None,
+    profile: Optional[str] = None,
+) -> None:
+    """Plan a pipeline, into a file that `nemo_skymoe.nemo.pipeline.written_plan` reads."""
+    pipeline.plan(
+        model,
+        hardware,
+        seq_length,
+        global_batch_size,
+        num_gpus,
+        data_parallel,
+        tensor_parallel,
+        pipeline_parallel,
+        virtual_pipeline,
+        expert_parallel,
+        micro_batch_size,
+        sequence_parallel,
+        capacity_factor,
+        pad_to_capacity,
+        overlap_grad_reduce,
+        recompute,
+        memory_limit,
+        layers,
+        _path(profile),
+        output=Path(output_path),
+    )
 
 
 def _path(text: Optional[str]) -> Optional[Path]:

@@ -2,7 +2,9 @@
 # No `from __future__ import annotations`: NeMo-Run reads these annotations.
 
 import copy
+import json
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Optional
 
 import lightning.pytorch as pl
@@ -50,6 +52,23 @@ class PipelinePlan:
         model.config.batch_p2p_comm = probe.batch_p2p_comm
         if self.recompute is not None:
             trainer.callbacks.append(_ApplyRecompute(self.recompute))
+
+
+def written_plan(file: str) -> PipelinePlan:
+    """The plan in a file of `skymoe plan --output`: the argument `pipeline=run.Config(written_plan, file=...)`.
+
+    The file is read where and when the training starts.
+
+    Raises:
+        ConfigurationError: It is not there, or no plan.
+    """
+    try:
+        plan = json.loads(Path(file).read_text())
+        return PipelinePlan(plan["layout"], plan["recompute"])
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        raise ConfigurationError(
+            f"the pipeline plan '{file}' cannot be read, expected what `skymoe plan --output` writes: {reason!r}"
+        ) from None
 
 
 class _ApplyRecompute(pl.Callback):

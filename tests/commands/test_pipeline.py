@@ -94,6 +94,14 @@ def test_the_schedule_is_drawn(tmp_path: Path):
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")
 
 
+def test_the_plan_is_written_into_a_file(report: dict, tmp_path: Path):
+    file = tmp_path / "plans" / "report.json"
+    for _ in range(2):
+        assert run(*REPORT, "--output", str(file)).exit_code == 0
+        assert json.loads(file.read_text()) == report
+    assert list(file.parent.iterdir()) == [file]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -19,7 +19,7 @@ from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.nemo.model import SkyworkMoE146BConfig, SkyworkMoEModel
-from nemo_skymoe.nemo.pipeline import PipelinePlan
+from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
 from nemo_skymoe.recipes import skywork_moe_tiny
@@ -171,6 +171,21 @@ def test_a_recipe_with_a_plan_survives_serialisation() -> None:
     made.pipeline = TWO
     serializer = ZlibJSONSerializer()
     assert serializer.deserialize(serializer.serialize(made)) == made
+
+
+def test_a_plan_is_read_from_its_file_when_it_is_built(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    made = run.Config(written_plan, file=str(file))
+    with pytest.raises(ConfigurationError, match=r"plan.json' cannot be read, .*FileNotFoundError"):
+        written_plan(str(file))
+    for text in ("", "[]", '{"layout": "Et|tL"}'):
+        file.write_text(text)
+        with pytest.raises(
+            ConfigurationError, match=r"plan.json' cannot be read, expected what `skymoe plan"
+        ):
+            written_plan(str(file))
+    file.write_text('{"layout": "Et|tL", "recompute": [[1], [0]], "bubble": 0.1}')
+    assert fdl.build(made) == PipelinePlan("Et|tL", [[1], [0]])
 
 
 def model_and_trainer(stages: int, layout: str | None = None) -> tuple[Any, Any]:

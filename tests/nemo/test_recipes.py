@@ -4,10 +4,14 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+from nemo_run.cli.cli_parser import parse_value
 
+from nemo_skymoe.config import SkyworkOptions
 from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.nemo import api
 
@@ -53,6 +57,14 @@ def test_nemo_llm_pretrain_runs_the_recipe_on_two_torchrun_ranks(tmp_path: Path)
     assert list((tmp_path / "runs" / "skywork_moe_tiny" / "checkpoints").glob("*-last")), process.stdout[
         -3000:
     ]
+
+
+def test_nemo_run_reads_every_option_from_a_command_line() -> None:
+    """`model.config.OPTION=VALUE`; it cannot parse `X | None`."""
+    hints = get_type_hints(SkyworkOptions)
+    for option in fields(SkyworkOptions):
+        value = 0.5 if option.default is None else option.default
+        assert parse_value(str(value), hints[option.name]) == value, option.name
 
 
 def test_what_the_package_says_reaches_nemos_log(monkeypatch: pytest.MonkeyPatch) -> None:
