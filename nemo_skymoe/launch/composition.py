@@ -17,8 +17,9 @@ from yaml import YAMLError
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.names import unknown
 
-GROUPS = ("cluster", "model", "training", "upcycle", "conversion", "data")
-STAGES = ("conversion", "upcycle", "training")
+STAGES = ("conversion", "upcycle", "plan", "training", "export")
+"""In their order."""
+GROUPS = ("cluster", "model", "data", *STAGES)
 
 
 def compose_job(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
@@ -95,8 +96,10 @@ def _check_top(job: DictConfig) -> None:
     for stage in stages:
         if stage not in STAGES:
             raise unknown("stage", str(stage), STAGES)
-    if len(set(stages)) < len(stages):
-        raise ConfigurationError(f"stages is {list(stages)}, expected every stage once")
+    if list(stages) != [stage for stage in STAGES if stage in stages]:
+        raise ConfigurationError(
+            f"stages is [{','.join(stages)}], expected every stage once, in the order {', '.join(STAGES)}"
+        )
 
 
 def _one_sentence(refused: Exception) -> str:

@@ -28,7 +28,7 @@ def check_paths(stage: str, task: Any, executor: Any) -> None:
 
 
 def _paths(task: Any) -> Iterator[tuple[str, str]]:
-    for name in ("source", "output_path", "config"):
+    for name in ("source", "output_path", "config", "profile"):
         if isinstance(value := getattr(task, name, None), str):
             yield name, value
     for name, value in (getattr(task, "further_sources", None) or {}).items():
@@ -37,6 +37,8 @@ def _paths(task: Any) -> Iterator[tuple[str, str]]:
         yield "dir", log.log_dir or "nemo_experiments"  # NeMo's default
     if restore := getattr(getattr(task, "resume", None), "restore_config", None):
         yield "resume_path", restore.path
+    if file := getattr(getattr(task, "pipeline", None), "file", None):
+        yield "pipeline.file", file
     for name in ("corpus", "dataset_root"):
         if isinstance(value := getattr(getattr(task, "data", None), name, None), str):
             yield {"dataset_root": "dataset"}.get(name, name), value

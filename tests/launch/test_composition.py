@@ -61,6 +61,10 @@ def test_a_sites_own_folder_adds_options(tmp_path: Path) -> None:
         (["stages=training"], r"stages is 'training', expected a list such as \[upcycle,training\]"),
         (["stages=[]"], "expected a list such as"),
         (["stages=[training,training]"], "expected every stage once"),
+        (
+            ["stages=[training,upcycle]"],
+            r"stages is \[training,upcycle\], expected every stage once, in the order conversion, upcycle, plan, ",
+        ),
         (["training=skywork_13b,skywork_tiny"], "is a sweep, expected one value"),
         (["training.max_lr=[1"], "."),
         (["cluster=null"], "cluster is None, expected a name of conf/cluster"),

@@ -11,15 +11,13 @@ import yaml
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.composition import compose_job
-from nemo_skymoe.launch.stages import Stage, stages
+from nemo_skymoe.launch.composition import GROUPS, compose_job
+from nemo_skymoe.launch.stages import Stage, _plan_of, stages
+from nemo_skymoe.nemo.pipeline import written_plan
 from nemo_skymoe.recipes.registry import RECIPES
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-OPTIONS = {
-    group: sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-    for group in ("cluster", "training", "data", "model", "upcycle", "conversion")
-}
+OPTIONS = {group: sorted(file.stem for file in (CONF / group).glob("*.yaml")) for group in GROUPS}
 SLURM = ["cluster=a800_slurm", "training.dir=/data/runs"]
 PATHS = {
     "upcycle": ["upcycle.source=/data/dense", "upcycle.output_path=/data/upcycled"],
@@ -116,6 +114,56 @@ def test_stages_hand_their_checkpoints_on() -> None:
         "training.resume_path=/data/x",
     )
     assert train.task.resume.restore_config.path == "/data/x"
+
+
+@pytest.mark.parametrize("name", OPTIONS["plan"])
+def test_every_plan_is_that_of_the_training(name: str) -> None:
+    plan, train = made(
+        "stages=[plan,training]",
+        "training=skywork_moe_146b",
+        *SLURM,
+        f"plan={name}",
+        "plan.output_path=/data/p",
+    )
+    options = fdl.ordered_arguments(plan.task)
+    assert plan.task.__fn_or_cls__.__name__ == "plan" and options["output_path"] == "/data/p"
+    assert "num_layers=52,hidden_size=4608" in options["model"] and "num_moe_experts=16" in options["model"]
+    assert (options["num_gpus"], options["capacity_factor"]) == (1536, 1.25)
+    # The recipe's own is the planner's: found again, from its sizes alone.
+    recipe = recipe_of("skywork_moe_146b")(dir="/data/runs")
+    found = _plan_of(plan.task)
+    assert found is not None
+    assert (found.layout, found.recompute) == (recipe.pipeline.layout, recipe.pipeline.recompute)
+    assert train.task.pipeline == run.Config(written_plan, file="/data/p")
+
+
+def test_a_plan_that_is_not_written_yet_is_checked() -> None:
+    job = ["stages=[plan,training]", "training=skywork_moe_146b", *SLURM, "plan.output_path=/data/p"]
+    with pytest.raises(ConfigurationError, match=r"needs \d+.\d\d GB more on stage"):
+        made(*job, "plan.memory_limit=20")
+    with pytest.raises(ConfigurationError, match=r"training.pipeline_layout is 'Et' and stages has plan"):
+        made(*job, "training.pipeline_layout=Et")
+    with pytest.raises(ConfigurationError, match="virtual stages by stage, the layout"):
+        made(*job, "plan.pipeline_parallel=24", "plan.num_gpus=3072")
+    with pytest.raises(ConfigurationError, match=r"plan.output_path is /scratch/p, expected a path below"):
+        made(*job[:-1], "plan.output_path=/scratch/p")
+
+
+@pytest.mark.parametrize("name", OPTIONS["export"])
+def test_every_export_is_of_the_runs_last_checkpoint(name: str) -> None:
+    *_, export = made(
+        "stages=[training,export]",
+        "training=skywork_moe_146b",
+        *SLURM,
+        "training.name=mine",
+        f"export={name}",
+        "export.output_path=/data/hf",
+    )
+    options = fdl.ordered_arguments(export.task)
+    assert export.task.__fn_or_cls__.__name__ == "convert" and options["to"] == "hf"
+    assert (options["source"], options["output_path"]) == ("/data/runs/mine", "/data/hf")
+    (alone,) = made("stages=[export]", "export.source=/data/runs/x", "export.output_path=/data/hf")
+    assert alone.task.source == "/data/runs/x"
 
 
 def test_arguments_and_parts_of_a_recipe() -> None:

@@ -1,0 +1,138 @@
+"""The recipe of a composed job, and the checks that a training makes of itself, made where it is launched."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+
+from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.launch.names import unknown
+from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
+from nemo_skymoe.nemo import checks
+from nemo_skymoe.nemo.pipeline import PipelinePlan
+from nemo_skymoe.recipes import _common, _ours
+from nemo_skymoe.recipes.registry import RECIPES
+
+_RECIPES = {recipe.name: recipe for recipe in RECIPES}
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+)
+_EXPERTS = ("num_moe_experts", "moe_router_topk")
+
+
+def make_recipe(values: dict[str, Any], checkpoint: str | None) -> Any:
+    """The recipe of the groups training, data and model; it starts from `checkpoint`, unless it is given another.
+
+    Raises:
+        ConfigurationError: A recipe, an option or a part that there is not, or a value that does not fit.
+    """
+    section, data = dict(values["training"]), dict(values["data"])
+    name, kind = section.pop("recipe", MISSING), section.pop("task", "pretrain")
+    factory = _factory(name, kind)
+    known = inspect.signature(factory).parameters
+    shared = {key: data.pop(key) for key in list(data) if key in known}
+    if twice := sorted(shared.keys() & section.keys()):
+        raise ConfigurationError(
+            f"{twice[0]} is given as training.{twice[0]} and as data.{twice[0]}, expected one of them"
+        )
+    check_missing("data", shared)
+    if checkpoint is not None:
+        section.setdefault("resume_path", checkpoint)
+    recipe = configure("training", factory, section | shared)
+    set_values("data", recipe.data, data)
+    set_values("model", recipe.model.config, values["model"])
+    return recipe
+
+
+def _factory(name: str, kind: str) -> Callable[..., Any]:
+    if name not in _RECIPES:
+        raise unknown("training.recipe", name, _RECIPES)
+    factory = {"pretrain": _RECIPES[name].pretrain, "finetune": _RECIPES[name].finetune}.get(kind)
+    if factory is None:
+        having = sorted(each.name for each in RECIPES if each.finetune)
+        raise ConfigurationError(
+            f"training.task is {kind!r}, expected pretrain, or finetune for one of {', '.join(having)}"
+        )
+    return getattr(importlib.import_module(f"nemo_skymoe.recipes.{_RECIPES[name].module}"), factory)
+
+
+def run_folder(recipe: Any) -> str:
+    """Where the run keeps its checkpoints."""
+    return str(Path(recipe.log.log_dir or "nemo_experiments", recipe.log.name))  # NeMo's default
+
+
+def planner_options(recipe: Any) -> dict[str, Any]:
+    """What `skymoe plan` has to be told about a recipe: all but the hardware."""
+    config, strategy, data = fdl.build(recipe.model.config), recipe.trainer.strategy, recipe.data
+    sizes = {name: getattr(config, name) for name in _SIZES}
+    sizes["vocab_size"] = (
+        config.vocab_size or _ours.VOCABULARY
+    )  # a tokenizer's is not known before it is read
+    experts = {name: getattr(config, name) for name in _EXPERTS} if config.num_moe_experts else {}
+    capacity = {
+        "expert_parallel": strategy.expert_model_parallel_size,
+        "capacity_factor": config.moe_expert_capacity_factor,
+        "pad_to_capacity": config.moe_pad_expert_input_to_capacity,
+    }
+    return {
+        "model": ",".join(f"{name}={size}" for name, size in (sizes | experts).items() if size is not None),
+        "num_gpus": recipe.trainer.num_nodes * recipe.trainer.devices,
+        "tensor_parallel": strategy.tensor_model_parallel_size,
+        "pipeline_parallel": strategy.pipeline_model_parallel_size,
+        "sequence_parallel": strategy.sequence_parallel,
+        "seq_length": config.seq_length,
+        "global_batch_size": data.global_batch_size,
+        "micro_batch_size": data.micro_batch_size,
+        "overlap_grad_reduce": any(
+            callback.__fn_or_cls__ is _common.MegatronCommOverlapCallback
+            for callback in recipe.trainer.callbacks
+        ),
+        **(capacity if experts else {}),
+    }
+
+
+def check_recipe(recipe: Any, plan: PipelinePlan | None) -> str:
+    """Run the checks of the training itself on what the recipe builds; returns its ranks in words.
+
+    Args:
+        plan: That of the recipe, as far as it is known: a file may not be written yet.
+
+    Raises:
+        ConfigurationError: As the training would.
+    """
+    try:
+        model, trainer = fdl.build(recipe.model.config), fdl.build(recipe.trainer)
+        checks.check_world_size(trainer)
+        if plan is not None:
+            plan.apply(_Holder(model), trainer)
+        checks.check_parallel_sizes(model, trainer.strategy)
+    except ConfigurationError as refused:  # Fiddle adds a paragraph on what it was building
+        raise ConfigurationError(str(refused).split("\n")[0]) from None
+    if recipe.data.seq_length != model.seq_length:
+        raise ConfigurationError(
+            f"data.seq_length is {recipe.data.seq_length} and model.seq_length {model.seq_length}, expected the same:"
+            " training.seq_length sets both"
+        )
+    strategy, world = trainer.strategy, trainer.num_nodes * trainer.num_devices
+    tensor, stages = strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size
+    data = world // (tensor * stages * strategy.context_parallel_size)
+    return (
+        f"{trainer.num_nodes} x {trainer.num_devices} = {world} ranks, PP {stages} x TP {tensor} x DP {data},"
+        f" EP {strategy.expert_model_parallel_size}"
+    )
+
+
+@dataclass
+class _Holder:
+    """What a pipeline plan asks of a model: its configuration."""
+
+    config: Any
