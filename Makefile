@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 # One thread a process: ranks share the cores, and worlds are forked (OpenMP threads do not survive a fork).
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
-.PHONY: demo test test-long test-versions docs lint clean
+.PHONY: demo test test-long test-slurm test-versions docs lint clean
 
 demo: $(STAMP)
 	@$(RUN) $(BIN)/skymoe demo
@@ -21,6 +21,10 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	@$(RUN) $(BIN)/pytest
+
+# A real SLURM on loopback, which preempts, stops and loses trainings. As root; it says which packages it needs.
+test-slurm: $(STAMP)
+	@$(RUN) $(BIN)/pytest tests/slurm
 
 test-versions: $(STAMP)
 	@bash tests/versions.sh

@@ -128,7 +128,7 @@ def small_trainer(
         use_distributed_sampler=False,
         enable_checkpointing=False,
         plugins=run.Config(nl.MegatronMixedPrecision, precision="32", autocast_enabled=False),
-        callbacks=callbacks or [],
+        callbacks=[*(callbacks or []), run.Config(PreemptionCallback)],
         strategy=strategy,
     )
 

@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 import nemo_run as run
 import torch
+from nemo_run.config import get_nemorun_home
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import unified_memory
@@ -75,11 +76,12 @@ def a800_slurm(
     NCCL_SOCKET_IFNAME.
 
     Raises:
-        ConfigurationError: One of them is missing.
+        ConfigurationError: One of them is missing, or there is no way to run it where its scripts would be.
     """
     image = _given("container_image", container_image, "IMAGE")
     mounts = container_mounts or [part for part in os.environ.get(f"{PREFIX}MOUNTS", "").split(",") if part]
     if image == "none":
+        _check_job_dir(job_dir or get_nemorun_home())
         container: dict[str, Any] = {}
     else:
         if not mounts:
@@ -101,6 +103,7 @@ def a800_slurm(
         env_vars=ENVIRONMENT | (env_vars or {}),
         tunnel=run.Config(run.LocalTunnel, job_dir=job_dir or ""),
         packager=run.Config(run.Packager),  # the image has the code; the default would archive a git checkout
+        additional_parameters={"kill_on_invalid_dep": "yes"},
         **container,
     )
 
@@ -124,21 +127,33 @@ EXECUTORS = {"a800_slurm": a800_slurm, "local_torchrun": local_torchrun}
 
 @dataclass(kw_only=True)
 class RequeuePlugin(run.Plugin):
-    """Requeue a job that ended because of its time limit: it saved and left with exit code 0, as if it were done."""
+    """Requeue a job that its time limit or a preemption has stopped: it saved and left with exit code 0, as if it were done.
+
+    SLURM does so itself only where a preempted job does not end within its grace time. A cancelled job stays cancelled.
+    """
 
     saving_seconds: int = SAVING_SECONDS
 
     def setup(self, task: Any, executor: run.Executor) -> None:
         """Add it to the batch script; a run that has reached its last step finds nothing to do and is not requeued again."""
         if isinstance(executor, run.SlurmExecutor):
-            # SLURM sends the signal up to a minute early.
-            stopped = _seconds(executor.time) - self.saving_seconds - 60
-            if stopped <= 0:
+            near = self.saving_seconds + 60  # SLURM sends the signal up to a minute early
+            if _seconds(executor.time) <= near:
                 raise ConfigurationError(
                     f"time is {executor.time}, expected more than saving_seconds ({self.saving_seconds}) and a minute"
                 )
-            requeue = f'(( SECONDS < {stopped} )) || scontrol requeue "$SLURM_JOB_ID"'
-            executor.setup_lines = "\n".join(filter(None, [executor.setup_lines, f"trap '{requeue}' EXIT"]))
+            executor.setup_lines = "\n".join(filter(None, [executor.setup_lines, _REQUEUE.format(near=near)]))
+
+
+_REQUEUE = """\
+requeue_if_stopped() {{
+    read -r state end preempted < <(squeue --noheader --job "$SLURM_JOB_ID" --Format State,EndTime,PreemptTime)
+    [[ $state == RUNNING ]] || return 0
+    if [[ $preempted == *:* ]] || (( $(date --date "$end" +%s) - $(date +%s) <= {near} )); then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+}}
+trap requeue_if_stopped EXIT"""
 
 
 def _seconds(time: str) -> int:
@@ -190,6 +205,15 @@ def _given(option: str, value: Optional[str], variable: str) -> str:
     if not found:
         raise _missing(option, variable)
     return found
+
+
+def _check_job_dir(folder: str) -> None:
+    """NeMo-Run (core/execution/slurm.py, up to 0.11) replaces /nemo_run wherever it is in a script without a container."""
+    if "/nemo_run" in folder:
+        raise ConfigurationError(
+            f"job_dir, or NEMORUN_HOME, is {folder}: expected no folder of that name with container_image=none, as"
+            " NeMo-Run takes /nemo_run for the job's own folder"
+        )
 
 
 def _missing(option: str, variable: str) -> ConfigurationError:

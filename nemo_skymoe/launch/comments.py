@@ -7,12 +7,13 @@ from nemo_skymoe.recipes.executors import VARIABLES
 WHY = {
     "#SBATCH --exclusive": "Whole nodes: NCCL rings and pinned memory do not share.",
     "#SBATCH --gpus-per-node": "All GPUs of a node.",
+    "#SBATCH --kill-on-invalid-dep": "Leave the queue, should the stage before fail.",
     "#SBATCH --ntasks-per-node": "Lightning takes its ranks from SLURM's tasks, one a GPU.",
     "#SBATCH --mem": "All memory of a node.",
     "#SBATCH --open-mode": "A requeued job goes on in the same log.",
     "#SBATCH --signal": "SIGTERM (15) to every rank so many seconds before the end: save and stop.",
     "export TORCHX_MAX_RETRIES": "Requeued at most so often after a failure.",
-    "trap": "Stopped by its time limit it has saved and left with exit code 0: it goes on after a requeue.",
+    "requeue_if_stopped": "Stopped by its time limit or a preemption it has saved and left with exit code 0: it goes on after a requeue.",
     "srun --output": "One failed task ends all (--kill-on-bad-exit) instead of leaving them in a collective.",
 } | {f"export {variable.name}": variable.why for variable in VARIABLES}
 _LONG = 110

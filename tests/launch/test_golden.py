@@ -60,40 +60,44 @@ def training_script(overrides: list[str], home: Path) -> str:
 
 @pytest.fixture
 def fake_slurm(tmp_path: Path) -> dict[str, Any]:
-    """srun, scontrol and scancel that write down their arguments; the srun of a rank fails as $CODE says."""
+    """Commands that write down their arguments; the srun of a rank fails as $CODE says, squeue knows $STATE and the rest."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, then in {
         "srun": 'case "$*" in *fdl_runner*) exit $CODE;; esac',
         "scontrol": "",
-        "scancel": "",
+        "squeue": 'echo "$STATE $(date --date "$LEFT seconds" +%FT%T) $PREEMPTED"',
     }.items():
         (folder / name).write_text(f'#!/bin/bash\necho {name} "$@" >> {tmp_path}/calls\n{then}\n')
         (folder / name).chmod(0o755)
     return {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-192]"}
 
 
+DAY = {"CODE": "0", "STATE": "RUNNING", "LEFT": "80000", "PREEMPTED": "None"}
+
+
 @pytest.mark.parametrize(
-    ("code", "limit", "retries", "requeued"),
+    ("given", "retries", "requeued"),
     [
-        ("0", "24:00:00", 0, False),  # done before the limit
-        ("0", "00:11:02", 0, True),  # stopped by it
-        ("1", "24:00:00", 0, False),
-        ("1", "24:00:00", 2, True),
+        ({}, 0, False),  # done before the limit
+        ({"LEFT": "590"}, 0, True),  # stopped by it
+        ({"LEFT": "655"}, 0, True),  # up to a minute early
+        ({"PREEMPTED": "2026-01-01T00:00:00"}, 0, True),
+        ({"STATE": "CANCELLED", "LEFT": "0"}, 0, False),
+        ({"STATE": "PENDING", "LEFT": "0"}, 0, False),  # SLURM was faster
+        ({"CODE": "1"}, 0, False),
+        ({"CODE": "1"}, 2, True),
     ],
 )
 def test_the_script_requeues_itself_where_it_has_to(
-    code: str, limit: str, retries: int, requeued: bool, fake_slurm: dict[str, Any], tmp_path: Path
+    given: dict[str, str], retries: int, requeued: bool, fake_slurm: dict[str, Any], tmp_path: Path
 ) -> None:
-    script = training_script(
-        [*REPORT, f"cluster.time='{limit}'", f"cluster.retries={retries}"], tmp_path / "home"
-    )
-    if requeued and code == "0":
-        script = script.replace("# setup", "SECONDS=2 # setup")  # as if the job had run that long
+    script = training_script([*REPORT, f"cluster.retries={retries}"], tmp_path / "home")
+    variables = DAY | given
     done = subprocess.run(
-        ["bash", "-c", script], env={**fake_slurm, "CODE": code}, capture_output=True, text=True
+        ["bash", "-c", script], env={**fake_slurm, **variables}, capture_output=True, text=True
     )
     calls = (tmp_path / "calls").read_text()
-    assert done.returncode == int(code)
+    assert done.returncode == int(variables["CODE"])
     assert ("scontrol requeue 7" in calls) == requeued
     assert "--container-image /images/skymoe.sqsh" in calls and "fdl_runner -n training" in calls

@@ -23,7 +23,12 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     folder = tmp_path / "bin"
     folder.mkdir()
     hold = 'if [ -n "${HOLD:-}" ]; then touch "$HOLD.started"; until [ -e "$HOLD" ]; do sleep 0.05; done; fi; exit ${CODE:-0}'
-    actions = {"srun": hold, "scancel": 'touch "$HOLD"', "scontrol": "", "sbatch": "echo 41"}
+    actions = {
+        "srun": hold,
+        "scancel": 'touch "$HOLD"',
+        "scontrol": 'echo "PreemptTime=${PREEMPTED:-None}"',
+        "sbatch": "echo 41",
+    }
     for name, action in actions.items():
         (folder / name).write_text(f'#!/bin/bash\nprintf "%q " {name} "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n{action}\n')  # fmt: skip
         (folder / name).chmod(0o755)
@@ -63,7 +68,7 @@ def test_the_request_and_the_environment_are_the_executor_s(monkeypatch: pytest.
 def test_pretraining(slurm: dict[str, str], tmp_path: Path) -> None:
     done = bash("pretrain.sbatch", RECIPE, "trainer.max_steps=10", env=slurm)
     assert (done.returncode, done.stderr) == (0, "")
-    ((*_, image, mounts, _, _, nemo, llm, pretrain, factory, recipe, yes, nodes, steps),) = calls(tmp_path)
+    (*_, image, mounts, _, _, nemo, llm, pretrain, factory, recipe, yes, nodes, steps), _ = calls(tmp_path)
     assert image == "--container-image=/images/sky moe.sqsh" and mounts == "--container-mounts=/data:/data"
     assert (nemo, llm, pretrain, factory, recipe) == ("nemo", "llm", "pretrain", "--factory", RECIPE)
     assert (yes, nodes, steps) == ("--yes", "trainer.num_nodes=192", "trainer.max_steps=10")
@@ -71,7 +76,12 @@ def test_pretraining(slurm: dict[str, str], tmp_path: Path) -> None:
 
 def test_a_failure_is_the_job_s(slurm: dict[str, str], tmp_path: Path) -> None:
     assert bash("pretrain.sbatch", RECIPE, env={**slurm, "CODE": "3"}).returncode == 3
-    assert [call[0] for call in calls(tmp_path)] == ["srun"]
+    assert [call[0] for call in calls(tmp_path)] == ["srun", "scontrol"]
+
+
+def test_a_preempted_job_is_requeued_whatever_it_says_itself(slurm: dict[str, str], tmp_path: Path) -> None:
+    assert bash("pretrain.sbatch", RECIPE, env={**slurm, "PREEMPTED": "2026-01-01T00:00:00"}).returncode == 0
+    assert calls(tmp_path)[-1] == ["scontrol", "requeue", "7"]
 
 
 def test_before_the_time_limit_ranks_save_and_the_job_is_requeued(
@@ -84,7 +94,9 @@ def test_before_the_time_limit_ranks_save_and_the_job_is_requeued(
         time.sleep(0.05)
     job.send_signal(10)  # SIGUSR1, as #SBATCH --signal asks for
     assert job.wait(30) == 0
-    assert calls(tmp_path)[1:] == [["scancel", "--signal=TERM", "7"], ["scontrol", "requeue", "7"]]
+    _, told, asked, requeued = calls(tmp_path)
+    assert told == ["scancel", "--signal=TERM", "7"] and asked == ["scontrol", "show", "job", "7"]
+    assert requeued == ["scontrol", "requeue", "7"]
 
 
 def test_a_command_of_skymoe(slurm: dict[str, str], tmp_path: Path) -> None:
@@ -92,6 +104,15 @@ def test_a_command_of_skymoe(slurm: dict[str, str], tmp_path: Path) -> None:
     assert done.returncode == 0
     (call,) = calls(tmp_path)
     assert call[-6:] == ["skymoe", "upcycle", "/data/a", "/data/b", "--to", "nemo"]
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments"), [("pretrain.sbatch", [RECIPE]), ("skymoe.sbatch", ["doctor"])]
+)
+def test_without_a_container(file: str, arguments: list[str], slurm: dict[str, str], tmp_path: Path) -> None:
+    del slurm["SKYMOE_SLURM_MOUNTS"]
+    assert bash(file, *arguments, env={**slurm, "SKYMOE_SLURM_IMAGE": "none"}).returncode == 0
+    assert not [word for word in calls(tmp_path)[0] if "container" in word]
 
 
 def test_the_pipeline_waits_for_its_first_job(slurm: dict[str, Any], tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """Executors as NeMo-Run takes them."""
 
+from typing import Any
+
 import fiddle as fdl
 import pytest
 from nemo.lightning.pytorch.callbacks import PreemptionCallback
 from nemo.lightning.run.plugins import ConfigValidationPlugin
 from nemo_run.cli.api import RunContext
+from nemo_run.core.execution.slurm import SlurmBatchRequest
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.recipes import executors, skywork_moe_146b
@@ -81,6 +84,27 @@ def test_what_is_missing_is_named(option: str, variable: str) -> None:
 def test_without_a_container() -> None:
     executor = fdl.build(a800_slurm(**{**SITE, "container_image": "none", "container_mounts": None}))
     assert executor.container_image is None and executor.srun_args is None
+
+
+def test_without_a_container_a_folder_that_nemo_run_would_mistake_is_refused() -> None:
+    site: dict[str, Any] = {**SITE, "container_image": "none", "container_mounts": None}
+    with pytest.raises(
+        ConfigurationError, match="job_dir, or NEMORUN_HOME, is /data/nemo_run: expected no folder"
+    ):
+        a800_slurm(job_dir="/data/nemo_run", **site)
+    a800_slurm(job_dir="/home/me/.nemo_run", **site)
+    # The defect itself, for as long as it is there: the path of the log is not the one that was asked for.
+    executor = fdl.build(a800_slurm(job_dir="/home/me/.nemo_run", **site))
+    executor.tunnel.job_dir, executor.job_dir = "/data/nemo_run", "/data/nemo_run/training"
+    request = SlurmBatchRequest(
+        launch_cmd=[],
+        jobs=["training"],
+        command_groups=[["true"]],
+        executor=executor,
+        max_retries=0,
+        extra_env={},
+    )
+    assert "--output=/data/nemo_run/" not in request.materialize()
 
 
 def test_the_plugins_of_nemo_fit_the_report_s_run() -> None:
