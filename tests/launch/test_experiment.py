@@ -24,10 +24,10 @@ from nemo_skymoe.launch.composition import STAGES, compose_job
 from nemo_skymoe.launch.experiment import submit
 from nemo_skymoe.launch.stages import stages
 from nemo_skymoe.ranks import RankFailed
-from nemo_skymoe.recipes._toy import WIDTH_AND_DEPTH
+from nemo_skymoe.recipes._scale import SCALES
 
 pytestmark = pytest.mark.long
-VOCABULARY, STEPS = 512, 6
+TOY, VOCABULARY, STEPS = SCALES["toy"], 512, 6
 FILES = ("argparse", "typing", "inspect", "pydoc", "shutil", "uuid", "ast", "pickle")
 
 
@@ -38,10 +38,10 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = build_corpus(folder / "corpus", VOCABULARY, 0.3, files=[f"{file}.py" for file in FILES])
     torch.manual_seed(0)
     config = LlamaConfig(
-        num_hidden_layers=WIDTH_AND_DEPTH["num_layers"],
-        hidden_size=WIDTH_AND_DEPTH["hidden_size"],
-        intermediate_size=WIDTH_AND_DEPTH["ffn_hidden_size"],
-        num_attention_heads=WIDTH_AND_DEPTH["num_attention_heads"],
+        num_hidden_layers=TOY.layers,
+        hidden_size=TOY.hidden_size,
+        intermediate_size=TOY.ffn_hidden_size,
+        num_attention_heads=TOY.heads,
         vocab_size=VOCABULARY,
     )
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "dense")
@@ -103,7 +103,7 @@ def test_the_end_is_a_model_of_transformers(whole: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(whole / "exported", trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(whole / "exported")
     experts = [name for name, _ in model.named_parameters() if ".experts." in name]
-    assert len(experts) == WIDTH_AND_DEPTH["num_layers"] * 16 * 3
+    assert len(experts) == TOY.layers * 16 * 3
     logits = model(**tokenizer("def main():", return_tensors="pt")).logits
     assert logits.isfinite().all()
 
