@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fiddle as fdl
 import nemo_run as run
@@ -119,7 +119,7 @@ def _training(values: dict[str, Any], recipe: Any, planning: Stage | None) -> St
         plan = _plan_of(planning.task)
     else:
         given: Any = getattr(recipe, "pipeline", None)
-        plan = None if given is None else fdl.build(given)
+        plan = None if given is None else cast(PipelinePlan, fdl.build(given))
     layout = check_recipe(recipe, plan)
     trainer = recipe.trainer
     executor, chosen = _executor(values["cluster"], trainer.num_nodes, trainer.devices)

@@ -141,10 +141,12 @@ def test_plugins_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
         ("1-00:00:01", 86401),
     ],
 )
-def test_the_requeue_begins_with_the_signal(time: str, seconds: int) -> None:
+def test_a_job_whose_end_is_as_near_as_the_signal_is_requeued(time: str, seconds: int) -> None:
     executor = fdl.build(a800_slurm(**{**SITE, "time": time}))
-    executors.RequeuePlugin(saving_seconds=100).setup(None, executor)
-    assert f"SECONDS < {seconds - 100 - 60} " in (executor.setup_lines or "")
+    with pytest.raises(ConfigurationError, match=f"time is {time}, expected more than saving_seconds"):
+        executors.RequeuePlugin(saving_seconds=seconds - 60).setup(None, executor)
+    executors.RequeuePlugin(saving_seconds=seconds - 61).setup(None, executor)
+    assert f"- $(date +%s) <= {seconds - 1} ))" in (executor.setup_lines or "")
 
 
 @pytest.mark.parametrize("time", ["soon", "1:2:3:4", "11:00"])
