@@ -130,7 +130,15 @@ def test_a_job_of_nemo_run_that_is_preempted_and_loses_its_node(
     job.wait_for_step(3)
     # Ends well within its grace time, which SLURM would call complete.
     urgent = int(
-        cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
+        cluster.run(
+            "sbatch",
+            "--parsable",
+            "--partition=urgent",
+            "--nodes=2",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap=true",
+        )
     )
     job.wait_for_requeue(1)
     assert 3 < last_step(folder, "preempted") == job.step() + 1
