@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 # One thread a process: ranks share the cores, and worlds are forked (OpenMP threads do not survive a fork).
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
-.PHONY: demo test test-long test-slurm test-versions docs lint clean
+.PHONY: demo test test-long test-slurm test-versions compat docs lint clean
 
 demo: $(STAMP)
 	@$(RUN) $(BIN)/skymoe demo
@@ -28,6 +28,10 @@ test-slurm: $(STAMP)
 
 test-versions: $(STAMP)
 	@bash tests/versions.sh
+
+# Every supported pair of NeMo and megatron-core in its own environment, once 1 GB; writes benchmarks/compat.md.
+compat: $(STAMP)
+	@PIP_ARGS="$(PIP_ARGS)" $(RUN) $(BIN)/python tests/compat/run.py $(PAIRS)
 
 # The site, into build/docs; a warning is an error.
 docs: .venv/.docs

@@ -91,6 +91,8 @@ def _applies(module: str, versions: Mapping[str, str | None], devices: Sequence[
         "context_parallel_aux_loss": core.startswith(("0.14.", "0.15.")),
         "expert_parallel_warning": core.startswith(("0.14.", "0.15.")),
         "unified_memory": not devices and core.startswith("0.15."),
+        "optimizer_arguments": bool(versions["nemo-toolkit"]) and core.startswith("0.16."),
+        "tensorstore_import": bool(versions["nemo-toolkit"]) and core.startswith("0.16."),
         "torchrun_executor": not devices and bool(versions["nemo-toolkit"]),
     }
     # All others stand in for CUDA; those named after NeMo do so in NeMo.

@@ -49,7 +49,8 @@ class FusedAdam(torch.optim.Adam):
         for group in groups:
             for parameter in group["params"]:
                 if moments.get(parameter):
-                    moments[parameter].setdefault("step", torch.tensor(float(group.get("step", 0))))
+                    # Before the first step Megatron-Core 0.14 (optimizer.py, `_synchronize_steps`) writes None there.
+                    moments[parameter].setdefault("step", torch.tensor(float(group.get("step") or 0)))
 
     def _take_steps_back(self) -> None:
         for group in self.param_groups:

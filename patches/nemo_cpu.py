@@ -21,7 +21,7 @@ _applied: list[str] = []
 
 
 def apply() -> list[str]:
-    """Substitute what Megatron-Core and NeMo (2.7) need of CUDA; harmless to call again.
+    """Substitute what Megatron-Core and NeMo (2.5 to 2.7) need of CUDA; harmless to call again.
 
     Returns:
         The names of the substitutions in place: none where CUDA is available.
@@ -97,8 +97,9 @@ def mock_attention_mask() -> None:
 
 def progress_timers() -> None:
     """NeMo's progress_printer.py gathers Megatron's timers on rank 0 alone, by default none of them. NCCL drops the
-    empty message; gloo counts it, pairs every later collective of the world with the wrong one, and all ranks wait for
-    ever in the next (`ModelCheckpoint.file_exists` at the first save). Here rank 0 prints its own times."""
+    empty message, megatron-core 0.16 sends none; gloo counts it, pairs every later collective of the world with the
+    wrong one, and all ranks wait for ever in the next (`ModelCheckpoint.file_exists` at the first save). Here rank 0
+    prints its own times."""
     from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
     def log_megatron_timers(self: ProgressPrinter, timers: Any) -> str | None:

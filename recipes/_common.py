@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
-from nemo.collections.common.tokenizers.tokenizer_utils import get_nmt_tokenizer
+from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 from nemo.collections.llm import MockDataModule
 from nemo.collections.llm.recipes.precision.mixed_precision import bf16_mixed
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback, PreemptionCallback
@@ -155,9 +155,7 @@ def data(
     if corpus is not None:
         return run.Config(mixture_data, corpus=corpus, seed=seed, **sizes)
     # The null tokenizer adds an end of document.
-    tokenizer = run.Config(
-        get_nmt_tokenizer, library="null", model_name="NullTokenizer", vocab_size=vocab_size - 1
-    )
+    tokenizer = run.Config(NullTokenizer, vocab_size=vocab_size - 1)
     return run.Config(MockDataModule, tokenizer=tokenizer, **sizes)
 
 

@@ -17,7 +17,7 @@ from nemo_skymoe.doctor import require_supported
 from nemo_skymoe.nemo import checks
 from nemo_skymoe.nemo.callbacks import SkyworkMoECallback
 from nemo_skymoe.nemo.pipeline import PipelinePlan
-from nemo_skymoe.patches import lora_without_te, nemo_cpu
+from nemo_skymoe.patches import lora_without_te, nemo_cpu, optimizer_arguments, tensorstore_import
 
 
 def pretrain(
@@ -84,6 +84,8 @@ def _prepare(model: Any, trainer: Any, resume: Any, optim: Any, pipeline: Option
     require_supported(nemo=True)
     log_through_nemo()
     nemo_cpu.apply()
+    optimizer_arguments.apply()
+    tensorstore_import.apply()
     config = getattr(model, "config", None)
     checks.check_world_size(trainer)
     if pipeline is not None:

@@ -14,7 +14,7 @@ import nemo.lightning as nl
 import numpy
 import pytest
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import package_info, parallel_state, tensor_parallel
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -26,7 +26,7 @@ from nemo.lightning.io import pl as pl_io
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
-from nemo_skymoe.patches import cpu_runtime, nemo_cpu
+from nemo_skymoe.patches import cpu_runtime, nemo_cpu, optimizer_arguments, tensorstore_import
 from nemo_skymoe.ranks import RankFailed, run_ranks
 
 VOCABULARY, LENGTH = 128, 32
@@ -100,6 +100,8 @@ def model() -> llm.GPTModel:
 def pretrain(case: Case, corpus: Path, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Four steps, or what is left of them after the last checkpoint in `folder`; losses and parameters of this rank."""
     nemo_cpu.apply()
+    optimizer_arguments.apply()
+    tensorstore_import.apply()
     data = llm.PreTrainingDataModule(
         paths=[str(corpus / "corpus")],
         seq_length=LENGTH,
@@ -245,6 +247,8 @@ FAILURES: list[tuple[str, int, Callable[[], Any], str]] = [
 def test_each_failure_is_cured(name: str, ranks: int, function: Callable[[], Any], message: str) -> None:
     if name == "nemo_cpu.local_checkpoints" and nemo_logger.HAVE_RES:
         pytest.skip("nvidia-resiliency-ext is installed: nothing to cure")
+    if name == "nemo_cpu.progress_timers" and package_info.MINOR >= 16:
+        pytest.skip("megatron-core 0.16 does not gather an empty list of timers")
     with pytest.raises(RankFailed, match=message):
         run_ranks(_world, ranks, function, name, timeout=60)
     run_ranks(_world, ranks, function, None, timeout=60)

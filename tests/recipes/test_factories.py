@@ -34,8 +34,6 @@ SIZES = {
         "data.corpus",
         "data.seed",
         "data.tokenizer()",
-        "data.tokenizer.library",
-        "data.tokenizer.model_name",
         "data.tokenizer.vocab_size",
         "tokenizer",
     },
