@@ -83,8 +83,7 @@ def timed(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     begin = time.monotonic()
     result = function(*arguments)
     seconds = round(time.monotonic() - begin)
-    print(f"{function.__name__}: {result} in {seconds} s", flush=True)
-    return {"result": result, "seconds": seconds}
+    return {"losses": result, "seconds": seconds}
 
 
 def main(result: Path) -> None:
@@ -94,7 +93,7 @@ def main(result: Path) -> None:
         files = [f"{file}.py" for file in ("argparse", "typing", "inspect", "pydoc", "shutil", "uuid", "ast")]
         build_corpus(folder / "runs" / "corpus", 512, 0.3, files=files)
         try:
-            found = {"modules": timed(import_everything), "dry runs": timed(dry_run_everything, folder)}
+            found: dict[str, Any] = {"modules": import_everything(), "dry_runs": dry_run_everything(folder)}
             found["tiny"] = timed(train_and_resume, folder)
             found["rates"] = timed(train_experts_at_their_own_rate, folder)
         except RankFailed:

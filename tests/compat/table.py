@@ -1,89 +1,72 @@
 """benchmarks/compat.md: what every pair did, as tables."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
 from typing import Any
 
 _INTRODUCTION = """\
 # NeMo with megatron-core
 
-`make compat`, {date}, {machine}, {ranks}
+    make compat
+
+{date}, {machine}, {torch}; ranks on the CPU over gloo.
 
 Every pair has an environment of its own: what the columns name, and behind it the pinned one of `constraints.txt`,
-whose torch, Lightning and nvidia-modelopt all pairs share. NeMo-Run is the version of NVIDIA's container with that NeMo.
-The pinned pair is the one that `make test` runs with.
+whose torch, Lightning and nvidia-modelopt all share. NeMo-Run is as in NVIDIA's container with that NeMo, transformers
+as the NeMo itself demands it. `make test` runs with the pinned pair, {pinned}.
 
-- **Modules**: all of `nemo_skymoe`, `recipes` and `patches`, imported.
-- **Dry runs**: `nemo llm pretrain|finetune --factory NAME --dryrun` for every recipe.
+- **Modules**: all of `nemo_skymoe`, with `recipes` and `patches`, imported.
+- **Dry runs**: `nemo llm pretrain --factory NAME --dryrun`, or `finetune`, of every recipe.
 - **Tests**: `tests/patches`, `tests/nemo/test_moe_training.py` (a resumed run equals the uninterrupted one to the last
-  bit: losses, parameters, coefficients) and `tests/recipes/test_factories.py`. Skipped is what a version does not have,
-  or what it has no need of.
-- **Losses**: below, of `nemo llm pretrain --factory NAME --yes` on 2 ranks.
+  bit: losses, parameters, coefficients), `tests/recipes/test_factories.py` and of `test_toys.py` the experts' own
+  learning rate. What is skipped fails, or can be tried, with other versions only.
+- **Losses**: of `nemo llm pretrain --factory NAME --yes` on two ranks, in the order of the steps.
 """
+_TRAININGS = {
+    "tiny": "`skywork_moe_tiny` with EDP: 3 steps, a checkpoint, and 3 more by a second command that resumes",
+    "rates": "`skywork_moe_1p8b(scale=toy,learning_rates=expert)`: experts at a quarter of the learning rate",
+}
 
 
-def markdown(outcomes: Sequence[Any]) -> str:
-    """The page."""
-    machine = (
-        f"{platform.system()} {platform.machine()}, torch {outcomes[0].versions['torch']}" if outcomes else ""
+def markdown(outcomes: Sequence[Any], pinned: tuple[str, str]) -> str:
+    """The page, of one outcome or more."""
+    introduction = _INTRODUCTION.format(
+        date=date.today(),
+        machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        torch=f"torch {outcomes[0].versions['torch']}",
+        pinned=" with ".join(pinned),
     )
-    introduction = _INTRODUCTION.format(date=date.today(), machine=machine, ranks="ranks over gloo")
-    return "\n".join([introduction, *_what_ran(outcomes), *_losses(outcomes), *_verdicts(outcomes), ""])
+    lines = [introduction, *_what_ran(outcomes)]
+    for training, title in _TRAININGS.items():
+        lines += ["", f"{title}:", "", *_losses(outcomes, training)]
+    return "\n".join([*lines, "", *_verdicts(outcomes), ""])
 
 
-def _what_ran(outcomes: Sequence[Any]) -> list[str]:
-    lines = [
-        "| NeMo | megatron-core | NeMo-Run | also | modules | dry runs | tests |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def _what_ran(outcomes: Sequence[Any]) -> Iterable[str]:
+    yield _row("NeMo", "megatron-core", "NeMo-Run", "transformers", "modules", "dry runs", "tests")
+    yield _row(*["---"] * 7)
     for one in outcomes:
-        also = ", ".join(x.replace("==", " ") for x in one.beside if not x.startswith("nemo_run"))
-        ran = [
-            f"{one.found[kind]['result']} in {one.found[kind]['seconds']} s"
-            for kind in ("modules", "dry runs")
-        ]
-        lines.append(_row(*one.pair, one.versions["nemo_run"], also, *ran, one.tests))
-    return lines
+        found = one.found
+        versions = one.versions["nemo_run"], one.versions["transformers"]
+        yield _row(*one.pair, *versions, found["modules"], found["dry_runs"], one.tests)
 
 
-def _losses(outcomes: Sequence[Any]) -> list[str]:
-    lines = []
-    for kind, title in (
-        (
-            "tiny",
-            "`skywork_moe_tiny` with EDP: 3 steps, a checkpoint, and 3 more by a second command that resumes",
-        ),
-        (
-            "rates",
-            "`skywork_moe_1p8b(scale=toy,learning_rates=expert)`: the experts' learning rate is a quarter",
-        ),
-    ):
-        steps = range(1, len(outcomes[0].found[kind]["result"]) + 1) if outcomes else ()
-        lines += [
-            "",
-            title,
-            "",
-            "| NeMo | megatron-core |" + "".join(f" step {n} |" for n in steps) + " seconds |",
-        ]
-        lines.append("|---|---|" + "---|" * (len(steps) + 1))
-        for one in outcomes:
-            found = one.found[kind]
-            lines.append(_row(*one.pair, *(f"{loss:.7f}" for loss in found["result"]), found["seconds"]))
-    return lines
-
-
-def _verdicts(outcomes: Sequence[Any]) -> list[str]:
-    lines = [
-        "",
-        "What `skymoe doctor` says, and the patches of upstream defects that apply beside the CPU runtime:",
-        "",
-    ]
+def _losses(outcomes: Sequence[Any], training: str) -> Iterable[str]:
+    steps = range(1, len(outcomes[0].found[training]["losses"]) + 1)
+    yield _row("NeMo", "megatron-core", *(f"step {step}" for step in steps), "seconds")
+    yield _row(*["---"] * (len(steps) + 3))
     for one in outcomes:
-        names = ", ".join(f"`{name}`" for name in one.patches)
-        lines.append(f"- {one.verdict} {names}.")
-    return lines
+        found = one.found[training]
+        yield _row(*one.pair, *(f"{loss:.7f}" for loss in found["losses"]), found["seconds"])
+
+
+def _verdicts(outcomes: Sequence[Any]) -> Iterable[str]:
+    yield "`skymoe doctor`, with the patches that apply beside the CPU runtime:"
+    yield ""
+    for one in outcomes:
+        yield f"- {one.verdict} {', '.join(f'`{name}`' for name in one.patches)}."
 
 
 def _row(*cells: Any) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return f"| {' | '.join(map(str, cells))} |"
