@@ -29,7 +29,7 @@ test-slurm: $(STAMP)
 test-versions: $(STAMP)
 	@bash tests/versions.sh
 
-# Every supported pair of NeMo and megatron-core in its own environment, once 1 GB; writes benchmarks/compat.md.
+# Every supported pair of NeMo and megatron-core in its own environment, once 700 MB; writes benchmarks/compat.md.
 compat: $(STAMP)
 	@PIP_ARGS="$(PIP_ARGS)" $(RUN) $(BIN)/python tests/compat/run.py $(PAIRS)
 
