@@ -20,7 +20,7 @@ from nemo_skymoe.checkpoint.journal import JOURNAL, Journal
 from nemo_skymoe.checkpoint.output_file import sync_folder, write_small
 from nemo_skymoe.checkpoint.reading import FileStorage
 from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt, receipt_bytes
-from nemo_skymoe.checkpoint.source_check import check_sources, check_unchanged
+from nemo_skymoe.checkpoint.source_check import check_same_sources, check_sources, check_unchanged
 from nemo_skymoe.checkpoint.target import Target, check_complete
 from nemo_skymoe.checkpoint.tensors import Weights
 from nemo_skymoe.checkpoint.workers import write_files
@@ -73,6 +73,7 @@ def run(
     check_complete(target.chunks, weights)
     _check_extras(target)
     with _plain_errors(unfinished), _journal(unfinished, job, target) as journal:
+        check_same_sources(sources, journal)
         _keep_finished(journal, target, counter)
         _check_space(unfinished, target, journal)
         checked = check_sources(sources, journal, allow_nonfinite, counter.advance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,12 +59,12 @@ def check_sources(
     unread = []
     for file, storage in places.items():
         signature = file_signature(file)
-        if str(file) in journal.sources and journal.sources[str(file)][0] == signature:
+        if _place(file) in journal.sources and journal.sources[_place(file)][0] == signature:
             advance(file.stat().st_size, file.name)
         else:
             unread.append(_Unread(file, storage.extents(file), signature, checksums.get(file)))
     _read(unread, journal, advance)
-    found = {file: SourceFile.from_json(journal.sources[str(file)][1]) for file in places}
+    found = {file: SourceFile.from_json(journal.sources[_place(file)][1]) for file in places}
     _check_finite(found, allow_nonfinite)
     return [
         {
@@ -74,10 +75,20 @@ def check_sources(
     ]
 
 
+def check_same_sources(sources: Sequence[FileStorage], journal: Journal) -> None:
+    """Refuse to go on from what was begun from other files: the finished part would be theirs, the rest these'."""
+    others = journal.sources.keys() - {_place(file) for storage in sources for file in storage.files}
+    if others:
+        raise ConfigurationError(
+            f"'{journal.folder}' was begun from other sources, '{min(others)}' among them: run that command again to"
+            " finish it, or delete the folder to start over"
+        )
+
+
 def check_unchanged(sources: Sequence[FileStorage], journal: Journal) -> None:
     """Refuse to finish if a source's file is not the one that was read."""
     for file in {file for storage in sources for file in storage.files}:
-        if journal.sources[str(file)][0] != file_signature(file):
+        if journal.sources[_place(file)][0] != file_signature(file):
             raise ConfigurationError(
                 f"'{file}' changed while it was converted: delete '{journal.folder}' to start over"
             )
@@ -110,13 +121,13 @@ def _record(read: _Unread, found: SourceFile, journal: Journal) -> None:
     file = read.file
     if read.known and found.checksum != read.known[0]:
         raise ConfigurationError(f"'{file}' is damaged: {_difference(found.checksum, *read.known)}")
-    if str(file) in journal.sources and journal.sources[str(file)][1] != found.to_json():
+    if _place(file) in journal.sources and journal.sources[_place(file)][1] != found.to_json():
         raise ConfigurationError(
             f"'{file}' has changed since '{journal.folder}' was begun: delete that folder to start over"
         )
     if file_signature(file) != read.signature:
         raise ConfigurationError(f"'{file}' changed while it was read")
-    journal.add_source(str(file), read.signature, found.to_json())
+    journal.add_source(_place(file), read.signature, found.to_json())
 
 
 def _check_finite(found: Mapping[Path, SourceFile], allow_nonfinite: bool) -> None:
@@ -136,6 +147,11 @@ def _difference(found: FileChecksum, known: FileChecksum, place: Path) -> str:
         if found.tensors[name] != part:
             return f"the sha256 of '{name}' is {found.tensors[name].sha256}, expected {part.sha256} by '{place.name}'"
     return f"its sha256 is {found.sha256}, expected {known.sha256} by '{place.name}'"
+
+
+def _place(file: Path) -> str:
+    """The same from whichever folder the command is run."""
+    return os.path.abspath(file)
 
 
 def _name(file: Path, storage: FileStorage) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,24 @@ def test_nan_and_inf_are_refused_or_counted(tmp_path: Path):
     (source,) = convert(tmp_path / "source", allow_nonfinite=True)["sources"]
     counts = [file["nonfinite"] for file in source["files"].values() if "nonfinite" in file]
     assert {name: count for each in counts for name, count in each.items()} == {"router.0": 1, "gate.0.1": 2}
+
+
+def test_another_source_does_not_finish_what_one_began(source: Path, monkeypatch: pytest.MonkeyPatch):
+    """Same names, shapes and options: nothing but the source would tell the halves apart."""
+    _, storage = open_folder("hf", source)
+    interrupting: Any = Interrupting(random_weights(TINY), 8, KeyboardInterrupt())
+    output = source.parent / "out"
+    with pytest.raises(KeyboardInterrupt):
+        write("torch_dist", interrupting, output, [storage])
+    shutil.copytree(source, source.parent / "other")
+    others, other_storage = open_folder("hf", source.parent / "other")
+    begun = crash.tree(output.with_name("out.unfinished"))
+    with pytest.raises(ConfigurationError, match=r"begun from other sources, '.*/source/model-0.*' among them"):
+        write("torch_dist", others, output, [other_storage])
+    assert crash.tree(output.with_name("out.unfinished")) == begun
+    monkeypatch.chdir(source.parent)
+    weights, storage = open_folder("hf", Path("source"))
+    write("torch_dist", weights, output, [storage])
 
 
 def test_a_source_that_changes_between_two_attempts_is_refused(source: Path):
