@@ -28,9 +28,9 @@ _TRAININGS = {
     "rates": "`skywork_moe_1p8b(scale=toy,learning_rates=expert)`: experts at a quarter of the learning rate",
 }
 _NOTE = """\
-megatron-core 0.16 puts the parameter groups in another order, and with them the sum that is the gradient's norm: the
-last loss of the second training differs in its fifth decimal. With `optim.config.clip_grad=0.0`, which clips nothing,
-NeMo 2.7.3 gave the same four losses to the last bit with 0.15.3 and 0.16.1 (2026-11-28).
+With megatron-core 0.16 the last loss of the second training differs in its fifth decimal. It is the clipping of the
+gradients: with `optim.config.clip_grad=0.0`, which clips nothing, NeMo 2.7.3 gave the same four losses to the last bit with
+0.15.3 and 0.16.1 (2026-11-28); probably the norm is summed in another order, that of 0.16's parameter groups.
 """
 
 
