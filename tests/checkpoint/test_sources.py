@@ -96,7 +96,9 @@ def test_another_source_does_not_finish_what_one_began(source: Path, monkeypatch
     shutil.copytree(source, source.parent / "other")
     others, other_storage = open_folder("hf", source.parent / "other")
     begun = crash.tree(output.with_name("out.unfinished"))
-    with pytest.raises(ConfigurationError, match=r"begun from other sources, '.*/source/model-0.*' among them"):
+    with pytest.raises(
+        ConfigurationError, match=r"begun from other sources, '.*/source/model-0.*' among them"
+    ):
         write("torch_dist", others, output, [other_storage])
     assert crash.tree(output.with_name("out.unfinished")) == begun
     monkeypatch.chdir(source.parent)
