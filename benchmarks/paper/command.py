@@ -96,12 +96,11 @@ def write(figure: Figure, workshop: Workshop, found: Results) -> Path:
 def _facts(figure: Figure, workshop: Workshop, found: Results) -> list[str]:
     runs = [result for arm in found.values() for result in arm]
     tokens = {round(run.facts["steps"] * run.tokens_per_step / 1e6, 2) for run in runs}
-    seconds = sum(run.facts["seconds"] for run in runs)
     seeds = sorted({run.facts["seed"] for run in runs})
     return [
         f"`python -m benchmarks.paper.{figure.name} --budget {workshop.budget.name}`: {len(runs)} runs at"
-        f" `scale=miniature` of {min(tokens)} to {max(tokens)}M tokens, seeds {', '.join(map(str, seeds))},"
-        f" {seconds / 60:.0f} minutes in all. Losses are on held-out text, nats a token. ± is half the 95% confidence"
+        f" `scale=miniature` of {min(tokens)} to {max(tokens)}M tokens, seeds {', '.join(map(str, seeds))}."
+        " Losses are on held-out text, nats a token. ± is half the 95% confidence"
         " interval of the paired differences (Student's t over the seeds).",
         "",
         f"![{figure.title}]({figure.name}.png)",

@@ -69,10 +69,7 @@ def mixture_data(
     for mixture in mixtures:
         for domain, _ in parse(mixture).weights:
             _check_dataset(folder, domain, mixture)
-    file = tokenizer_file(folder / "tokenizer")
-    tokenizer = (
-        AutoTokenizer(str(file.parent)) if file.suffix == ".json" else SentencePieceTokenizer(str(file))
-    )
+    tokenizer = _tokenizer(folder)
     return MixtureDataModule(
         str(folder), mixtures, steps, tokenizer=tokenizer, held_out=held_out, index_cache=index_cache, **sizes
     )

@@ -135,7 +135,7 @@ def test_a_page_is_drawn_from_any_number_of_seeds(
     page = command.write(figure, workshop, found).read_text()
     claims = figure.claims(found)
     assert claims and (seeds > 1 or not {claim.verdict for claim in claims} & {HOLDS, CONTRADICTED})
-    assert f"seeds {', '.join(map(str, range(1, seeds + 1)))}," in page and "nan" not in page
+    assert f"seeds {', '.join(map(str, range(1, seeds + 1)))}." in page and "nan" not in page
     assert (workshop.results / f"{figure.name}.png").read_bytes().startswith(b"\x89PNG")
 
 
