@@ -63,6 +63,7 @@ def root(
 @app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+    patches: Annotated[bool, typer.Option("--patches", help="Also why each patch is needed.")] = False,
 ) -> None:
     """Check this installation.
 
@@ -71,7 +72,10 @@ def doctor(
     from nemo_skymoe import diagnosis
 
     found = diagnosis.diagnose()
-    (diagnosis.show_json if json else diagnosis.show)(found)
+    if json:
+        diagnosis.show_json(found)
+    else:
+        diagnosis.show(found, patches)
     raise typer.Exit(0 if found.verdict.supported else 1)
 
 

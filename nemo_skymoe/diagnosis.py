@@ -150,8 +150,8 @@ def show_json(diagnosis: Diagnosis) -> None:
     print(json.dumps(asdict(diagnosis), indent=2))
 
 
-def show(diagnosis: Diagnosis) -> None:
-    """Print a diagnosis for people."""
+def show(diagnosis: Diagnosis, reasons: bool = False) -> None:
+    """Print a diagnosis for people, the verdict last; with `reasons` also why each patch is needed."""
     from rich.console import Console
     from rich.table import Table
 
@@ -160,9 +160,13 @@ def show(diagnosis: Diagnosis) -> None:
         versions.add_row(row.name, row.version or "absent", row.remark)
     console = Console(highlight=False, markup=False)
     console.print(versions)
-    console.print(f"\n{diagnosis.verdict.sentence}")
     console.print(f"\nPatches that apply here: {len(diagnosis.patches) or 'none'}")
-    substitutions = Table.grid(padding=(0, 2))
-    for patch in diagnosis.patches:
-        substitutions.add_row(patch.name, patch.reason)
-    console.print(substitutions)
+    if reasons:
+        substitutions = Table.grid(padding=(0, 2))
+        for patch in diagnosis.patches:
+            substitutions.add_row(patch.name, patch.reason)
+        console.print(substitutions)
+    elif diagnosis.patches:
+        console.print(", ".join(patch.name for patch in diagnosis.patches))
+        console.print("(why: skymoe doctor --patches)")
+    console.print(f"\n{diagnosis.verdict.sentence}")

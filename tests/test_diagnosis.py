@@ -132,3 +132,14 @@ def test_devices_are_those_torch_sees():
 
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     assert diagnosis.cuda_devices() == names
+
+
+def test_the_verdict_comes_last_and_reasons_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
+    patch = diagnosis.Patch("some_patch", "What breaks without it.")
+    found = diagnosis.Diagnosis([], doctor.Verdict(True, "Supported: this."), [patch])
+    diagnosis.show(found)
+    short = capsys.readouterr().out
+    assert short.rstrip().endswith("Supported: this.") and "some_patch" in short
+    assert patch.reason not in short and "--patches" in short
+    diagnosis.show(found, reasons=True)
+    assert patch.reason in capsys.readouterr().out
