@@ -12,8 +12,8 @@ from cluster import Cluster, wait_for
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
 from nemo_skymoe.report.curves import read_curves
 
-SECONDS = 400
-"""For whatever is waited for: to load NeMo on two slow cores takes 20 to 60 s of them."""
+SECONDS = 1200
+"""For whatever is waited for, a whole training among it; two cores that have nothing else to do need a tenth."""
 
 
 @dataclass(frozen=True)
