@@ -15,6 +15,7 @@ from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.logits import megatron_logits
 from nemo_skymoe.checkpoint.upcycling import BASE, Upcycling
+from nemo_skymoe.checkpoint.verification.logits import compare_logits
 from nemo_skymoe.ranks import run_ranks
 
 TEXT = torch.tensor(list(Path(__file__).read_bytes()[:256])).view(2, 128)
@@ -122,3 +123,12 @@ def test_there_and_back_every_bit_is_the_same(tmp_path: Path, kind: str, dtype: 
     assert all(read[name].dtype == dtype for name in tensors)
     written = json.loads((back / "config.json").read_text())
     assert {name: written[name] for name in config if name != "auto_map"} == config
+
+
+def test_the_folder_of_a_run_has_the_logits_of_its_last_checkpoint(tmp_path: Path, remote_code: None) -> None:
+    hf_models.skywork_moe(tmp_path / "hf", dtype=torch.float32)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    converted(tmp_path / "hf", tmp_path / "run" / "checkpoints" / "step=9-last", "nemo")
+    exported = converted(tmp_path / "run", tmp_path / "exported", "hf")
+    found = compare_logits(tmp_path / "run", exported, Path(__file__))
+    assert found.preserved and found.problem is None

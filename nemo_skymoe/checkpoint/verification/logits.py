@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemo_skymoe.checkpoint import convert, hf_config
 from nemo_skymoe.checkpoint.convert import Source
+from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.verification.files import written_receipt
 from nemo_skymoe.config import ConfigurationError
 
@@ -48,7 +49,7 @@ def compare_logits(source: Path, target: Path, text: Path, config: Path | None =
     """
     opened = convert.open_source(source, config)
     token_ids = tokens_of(text, opened)
-    expected = logits_of(source, token_ids, config)
+    expected = logits_of(checkpoint_of(source), token_ids, config)
     difference = (logits_of(target, token_ids) - expected).abs().max() / expected.abs().max()
     return LogitDifference(
         float(difference), token_ids.shape[1], preserves_function(written_receipt(target)["job"]["upcycling"])
