@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from benchmarks.paper import results, text
 from nemo_skymoe.checkpoint.upcycling import Upcycling
 
@@ -84,15 +86,17 @@ class Workshop:
 
     def carry_out(self, run: Run, say: Callable[[str], None] = print) -> results.Result:
         """Train, unless that was done, and return the curves."""
-        if not self.csv(run).is_file():
-            self._train(run, say)
+        with self._alone_with(run):
+            if not self.csv(run).is_file():
+                self._train(run, say)
         return results.read(self.csv(run))
 
     def checkpoint(self, run: Run, share: float, say: Callable[[str], None]) -> Path:
         """What a run had after a share of its steps: the checkpoint nearest to it. Trained again where it is gone."""
         folder = self.folder / run.figure / run.name / "checkpoints"
-        if not (any(folder.glob("*-last")) and self.csv(run).is_file()):
-            self._train(run, say)
+        with self._alone_with(run):
+            if not (any(folder.glob("*-last")) and self.csv(run).is_file()):
+                self._train(run, say)
         steps = results.read(self.csv(run)).facts["steps"]
         saved = {
             1 + int(path.name.removeprefix("step=").partition("-")[0]): path for path in folder.iterdir()
@@ -115,6 +119,12 @@ class Workshop:
         for path, value in run.settings.items():
             _set(recipe, path, value)
         return recipe
+
+    def _alone_with(self, run: Run) -> FileLock:
+        """While another process trains it, wait: figures share the dense runs."""
+        folder = self.folder / run.figure
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{run.name}.lock")
 
     def _train(self, run: Run, say: Callable[[str], None]) -> None:
         from nemo_skymoe.ranks import run_ranks

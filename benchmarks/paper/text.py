@@ -13,12 +13,14 @@ import math
 import os
 import shutil
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_skymoe.config import ConfigurationError
@@ -72,10 +74,17 @@ def build(output: Path = CORPUS, root: Path | None = None) -> Path:
     Raises:
         ConfigurationError: A package is not there.
     """
-    if output.is_dir():
-        preprocess.read_manifest(output)
-        return output
-    documents = read(root or Path(os.environ.get(TEXT_VARIABLE, "/")))
+    if not output.is_dir():
+        documents = read(root or Path(os.environ.get(TEXT_VARIABLE, "/")))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(output.with_name(output.name + ".lock")):
+            if not output.is_dir():  # another process may have written it meanwhile
+                _write(documents, output)
+    preprocess.read_manifest(output)
+    return output
+
+
+def _write(documents: Mapping[str, Mapping[str, str]], output: Path) -> None:
     parts = output.with_name(output.name + ".text")
     shutil.rmtree(parts, ignore_errors=True)
     for domain, texts in documents.items():
@@ -90,7 +99,6 @@ def build(output: Path = CORPUS, root: Path | None = None) -> Path:
         parts / "tokenizer",
         formats=["text"],
     )
-    return output
 
 
 def read(root: Path) -> dict[str, dict[str, str]]:

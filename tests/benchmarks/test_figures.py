@@ -1,6 +1,8 @@
 """The figures' runs and pages, without training."""
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +139,21 @@ def test_a_page_is_drawn_from_any_number_of_seeds(
     assert claims and (seeds > 1 or not {claim.verdict for claim in claims} & {HOLDS, CONTRADICTED})
     assert f"seeds {', '.join(map(str, range(1, seeds + 1)))}." in page and "nan" not in page
     assert (workshop.results / f"{figure.name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_processes_train_a_run_once(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, trained = figure3.runs(1)[0], []
+
+    def train(self: Workshop, run: Run, _: object) -> None:
+        trained.append(run)
+        time.sleep(0.2)
+        self.csv(run).parent.mkdir(parents=True)
+        self.csv(run).write_text('# {"seed": 1}\nstep,val_loss\n1,2.0\n')
+
+    monkeypatch.setattr(Workshop, "_train", train)
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(workshop.carry_out, [run] * 2))
+    assert trained == [run] and [result.loss for result in results] == [2.0, 2.0]
 
 
 def test_seeds_without_every_arm_are_left_out(workshop: Workshop) -> None:

@@ -1,5 +1,8 @@
 """The text of the miniatures."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +55,28 @@ def test_a_missing_package_is_named_before_anything_is_written(tmp_path: Path) -
     with pytest.raises(ConfigurationError, match=rf"missing: unpack Debian's .*{text.PACKAGES[0]}"):
         text.build(tmp_path / "corpus", tmp_path)
     assert not list(tmp_path.glob("corpus*"))
+
+
+def test_two_processes_build_one_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_packages(tmp_path)
+    written = []
+    both = threading.Barrier(2)
+
+    def read(_: Path) -> dict[str, dict[str, str]]:
+        both.wait(timeout=60)
+        return {}
+
+    def write(_: object, output: Path) -> None:
+        written.append(output)
+        time.sleep(0.2)
+        output.mkdir()
+
+    monkeypatch.setattr(text, "read", read)
+    monkeypatch.setattr(text, "_write", write)
+    monkeypatch.setattr(text.preprocess, "read_manifest", lambda _: None)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(text.build, [tmp_path / "corpus"] * 2))
+    assert written == [tmp_path / "corpus"]
 
 
 def test_held_out_documents_are_the_last_ones(tmp_path: Path) -> None:
