@@ -182,13 +182,14 @@ def _run(
     if dry_run:
         checkpoint_output.show_plan(plan, output, as_json)
         return
+    done = output.is_dir()
     unfinished = output.with_name(f"{output.name}.unfinished")
     if unfinished.is_dir():
         typer.echo(f"{plan.job['command']}: going on with {unfinished}", err=True)
     with checkpoint_output.progress(plan.job["command"], quiet=as_json) as progress:
         start = time.monotonic()
         receipt = plan.run(output, workers, progress, allow_nonfinite)
-    checkpoint_output.show_receipt(receipt, output, time.monotonic() - start, as_json)
+    checkpoint_output.show_receipt(receipt, output, None if done else time.monotonic() - start, as_json)
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (inspect, convert, upcycle, verify)

@@ -117,13 +117,16 @@ def show_inspection(found: "Inspection") -> None:
         typer.echo(f"problem: {problem}", err=True)
 
 
-def show_receipt(receipt: Mapping[str, Any], output: Path, seconds: float, as_json: bool) -> None:
-    """What was written, and how fast."""
+def show_receipt(receipt: Mapping[str, Any], output: Path, seconds: float | None, as_json: bool) -> None:
+    """What was written, and how fast; without `seconds` it was there."""
     files: Mapping[str, Any] = receipt["files"]
     total = sum(file["bytes"] for file in files.values())
     if as_json:
         done = {"output": str(output), "bytes": total, "files": len(files), "seconds": seconds}
         typer.echo(json.dumps({**done, "job": receipt["job"]}))
+        return
+    if seconds is None:
+        typer.echo(f"{output} is there already, unchanged: {len(files)} files, {size(total)}")
         return
     rate = size(total / max(seconds, 1e-9))
     typer.echo(f"{output}: {len(files)} files, {size(total)} in {seconds:.1f} s, {rate}/s")

@@ -117,7 +117,7 @@ UPCYCLE = ("upcycle", "{source}", "{output}", "--to", "hf")
 REFUSED: dict[str, tuple[str, ...]] = {
     "to is 'onnx', expected one of hf, nemo": ("convert", "{source}", "{output}", "--to", "onnx"),
     "init is 'magic'": (*UPCYCLE, "--init", "magic"),
-    "init noise needs noise": (*UPCYCLE, "--init", "noise"),
+    "init is noise, expected a value of the option noise": (*UPCYCLE, "--init", "noise"),
     "noise belongs to init noise": (*UPCYCLE, "--noise", "0.1"),
     "granularity is 3, expected a power of two": (*UPCYCLE, "--init", "granular", "--granularity", "3"),
     "expected NAME:COUNT": (*UPCYCLE, "--init", "specialized", "--expert-source", "zh"),
@@ -137,6 +137,15 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "is no checkpoint": ("inspect", "{empty}"),
     "exists: expected a new folder": ("convert", "{source}", "{source}", "--to", "hf"),
 }
+
+
+def test_what_is_there_already_is_not_said_to_be_written(source: Path, tmp_path: Path):
+    command = ("convert", source, tmp_path / "output", "--to", "nemo")
+    assert "B/s" in skymoe(*command).stdout
+    again = skymoe(*command)
+    assert (
+        again.exit_code == 0 and "is there already, unchanged: " in again.stdout and "B/s" not in again.stdout
+    )
 
 
 @pytest.mark.parametrize("message", REFUSED)
