@@ -95,11 +95,12 @@ def write(figure: Figure, workshop: Workshop, found: Results) -> Path:
 
 def _facts(figure: Figure, workshop: Workshop, found: Results) -> list[str]:
     runs = [result for arm in found.values() for result in arm]
-    tokens = {round(run.facts["steps"] * run.tokens_per_step / 1e6, 2) for run in runs}
+    tokens = sorted({f"{run.facts['steps'] * run.tokens_per_step / 1e6:.2f}" for run in runs}, key=float)
+    amount = tokens[0] if len(tokens) == 1 else f"{tokens[0]} to {tokens[-1]}"
     seeds = sorted({run.facts["seed"] for run in runs})
     return [
         f"`python -m benchmarks.paper.{figure.name} --budget {workshop.budget.name}`: {len(runs)} runs at"
-        f" `scale=miniature` of {min(tokens)} to {max(tokens)}M tokens, seeds {', '.join(map(str, seeds))}."
+        f" `scale=miniature` of {amount}M tokens, seeds {', '.join(map(str, seeds))}."
         " Losses are on held-out text, nats a token. ± is half the 95% confidence"
         " interval of the paired differences (Student's t over the seeds).",
         "",

@@ -25,6 +25,15 @@ LABELS = {
 }
 REFERENCE = {arm: "scope_rank" if arm.startswith("scope") else "1" for arm in LABELS}
 """What each is compared with: on two ranks under EDP a capacity is of half of the tokens, another question."""
+BY = {
+    "population": "the sample's, as in the released weights",
+    "square": "Switch form, as in Megatron-Core",
+    "square_x8": "Switch form, as in Megatron-Core",
+    "initial_0": "the maximum, where Figure 4 starts",
+    "initial_1e-3": "the maximum, where Figure 4 starts",
+    "scope_edp": "a rank's own tokens, as in Megatron-Core",
+}
+"""What the default is, and whose."""
 CONFIG: dict[str, dict[str, Any]] = {
     "population": {"moe_router_logit_norm_correction": 0},
     "square": {"moe_aux_loss_form": "square"},
@@ -76,14 +85,21 @@ def page(found: Results) -> Page:
         )
         differences["Loss"].append(loss)
         differences["Drop rate"].append(drop)
-        rows.append((LABELS[arm], LABELS[REFERENCE[arm]], loss, loss.verdict, drop, drop.verdict))
+        rows.append((LABELS[arm], BY[arm], loss, loss.verdict, drop, drop.verdict))
     for axis, (name, found_differences) in zip(axes[0], differences.items(), strict=True):
         names = [LABELS[arm] for arm in arms]
         pictures.against(axis, names, [None] * len(arms), found_differences, f"{name} minus the default's")
         axis.axhline(0, color="black", linewidth=0.6)
         axis.tick_params(axis="x", labelsize=7, rotation=25)
-    columns = ("answer", "compared with", "loss", "", "drop rate", "")
-    return Page(figure, pictures.table(columns, rows))
+    columns = ("answer", "default", "loss minus the default's", "", "drop rate minus the default's", "")
+    better = [
+        LABELS[arm] for arm, loss in zip(arms, differences["Loss"], strict=True) if loss.verdict == "lower"
+    ]
+    rule = (
+        "A default stays what it is unless the seeds decide that another answer has the lower loss. They do for:"
+        f" {', '.join(better) or 'none of these'}."
+    )
+    return Page(figure, [*pictures.table(columns, rows), "", rule])
 
 
 def claims(found: Results) -> list[Claim]:

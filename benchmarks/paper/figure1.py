@@ -6,6 +6,7 @@ python -m benchmarks.paper.figure1 --budget full
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -110,11 +111,30 @@ def _lines(found: Results) -> list[str]:
                 report, f"{report - REPORT[budget]['scratch']:+.3f}", end,
             ))  # fmt: skip
     columns = ("MoE", "budget", "loss", "minus scratch", "report", "minus scratch", "similarity at the end")
-    return [*pictures.table(columns, rows), "", *_crossings(found)]
+    return [*pictures.table(columns, rows), "", *_orders(found), "", *_crossings(found)]
 
 
 def _similarities(runs: Sequence[Result]) -> list[float]:
     return [float(run.mean_curve("expert_similarity").values[-1]) for run in runs]
+
+
+def _orders(found: Results) -> list[str]:
+    """Under each budget the models from the lowest loss on; a `<` stands where the seeds decide."""
+    lines = [
+        "The report's rule for a dense model that exists: upcycle where the MoE's training costs much less than the dense"
+        " model's did, train from scratch where it costs twice as much or more. Here, from the lowest loss to the"
+        " highest (`<` where the interval of the paired difference excludes zero, `~` where it does not):",
+        "",
+    ]
+    for budget, meaning in BUDGETS.items():
+        arms = _of(found, budget)
+        names = sorted(arms, key=lambda name: float(np.mean(losses(arms[name]))))
+        order = STARTS[names[0]]
+        for better, worse in pairwise(names):
+            decided = paired(losses(arms[worse]), losses(arms[better])).verdict != "undecided"
+            order += f" {'<' if decided else '~'} {STARTS[worse]}"
+        lines.append(f"- {meaning}: {order}.")
+    return lines
 
 
 def _crossings(found: Results) -> list[str]:

@@ -60,7 +60,9 @@ def page(found: Results) -> Page:
         ends = [_ends(found, metric, arm) for arm in names]
         spread = [float(np.std(end, ddof=1)) if len(end) > 1 else 0.0 for end in ends]
         report = [REPORT[arm][metric] for arm in names]
-        pictures.beside(axes[1, place], names, report, [float(np.mean(end)) for end in ends], spread, "at the end")
+        pictures.beside(
+            axes[1, place], names, report, [float(np.mean(end)) for end in ends], spread, "at the end"
+        )
     axes[1, 0].legend()
     return Page(figure, _lines(found))
 
