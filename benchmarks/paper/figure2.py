@@ -41,6 +41,7 @@ def page(found: Results) -> Page:
             [1, len(mean)], [largest, smallest], "D", color="black", markerfacecolor="none", label="report"
         )
         axis.set_title(f"{label}, layer {GATE}")
+        axis.set_xticks(range(1, len(mean) + 1, 3))
         axis.set_xlabel("expert, by its probability")
         axis.legend()
         rows.append(
