@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from benchmarks.paper import pictures
-from benchmarks.paper.claims import Claim, signed
+from benchmarks.paper.claims import Claim, equal, signed
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.results import Result, losses, paired
 from benchmarks.paper.runs import Run, Start
@@ -179,7 +179,8 @@ def claims(found: Results) -> list[Claim]:
         ours = paired(long[name], long["100b"])
         statement = f"expert similarity at the end {STARTS[name]}, minus {STARTS['100b']}"
         made.append(signed("Fig. 1", statement, published - SIMILARITY_100B, ours))
-    return made
+    scratch = paired(long["scratch"], [0.0] * len(long["scratch"]))
+    return [*made, equal("Fig. 1", "expert similarity at the end from scratch", 0.0, scratch, 0.05)]
 
 
 FIGURE = Figure(
