@@ -5,7 +5,8 @@ python -m benchmarks.paper.figure4 --budget full
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from benchmarks.paper.figure1 import start
 from benchmarks.paper.results import Result, losses, paired
 from benchmarks.paper.runs import Run
 from nemo_skymoe.report import drawing
+from nemo_skymoe.report.curves import Curve
 
 LABELS = {"adaptive": "adaptive", "fixed_1e-2": "fixed 1e-2", "fixed_1e-3": "fixed 1e-3"}
 COEFFICIENTS = {"fixed_1e-2": 1e-2, "fixed_1e-3": 1e-3}
@@ -23,6 +25,9 @@ TOKENS = 150e9
 """Of the report's 1000B, as many as a run of a miniature may have."""
 RATES = {"max_lr": 1.2e-3, "min_lr": 3e-4}
 """Those of Figure 1 for a start from the end of the dense run: the 146B model's would not move one this small."""
+
+REPORT = {"drop_rate": (0.017, 0.002, 0.008), "aux_loss_coefficient": (0.0034, 0.0004, 0.0016)}
+"""Layer 1, and the range of the bulk of the layers, read off the report's figure at 1000B tokens."""
 
 
 def runs(seed: int) -> list[Run]:
@@ -62,13 +67,31 @@ def page(found: Results) -> Page:
             curve = curve.smoothed(0.1) if metric == "drop_rate" else curve
             tokens = curve.steps * run.tokens_per_step / pictures.MILLION
             axis.plot(tokens, curve.values, color=shades[layer], linewidth=1.3, label=f"layer {layer}")
+        _mark_report(axis, metric, 1.04 * run.facts["steps"] * run.tokens_per_step / pictures.MILLION)
         axis.set_title(title)
         axis.set_xlabel("million tokens")
-    axes[0, 1].legend()
-    pictures.lines(axes[1, 0], found, LABELS, pictures.train_loss, "Training loss")
+    axes[0, 0].legend()
+    pictures.lines(axes[1, 0], found, LABELS, _behind(found["adaptive"]), "Training loss minus adaptive's")
     pictures.lines(axes[1, 1], found, LABELS, pictures.router("drop_rate"), "Drop rate, mean of layers")
     axes[1, 0].legend()
     return Page(figure, _lines(found))
+
+
+def _behind(reference: Sequence[Result]) -> Callable[[Result], Curve]:
+    """Of a run, its training loss minus that of the reference with its seed, which saw the same batches."""
+    losses = {run.facts["seed"]: pictures.train_loss(run) for run in reference}
+
+    def of(run: Result) -> Curve:
+        loss = pictures.train_loss(run)
+        return Curve(loss.steps, loss.values - losses[run.facts["seed"]].values)
+
+    return of
+
+
+def _mark_report(axis: Any, metric: str, place: float) -> None:
+    first, low, high = REPORT[metric]
+    axis.plot(place, first, "D", color=drawing.GREY, markerfacecolor="none", label="report, layer 1")
+    axis.vlines(place, low, high, color=drawing.GREY, linewidth=3, label="report, bulk")
 
 
 def _lines(found: Results) -> list[str]:
