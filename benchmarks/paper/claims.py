@@ -5,6 +5,7 @@ python -m benchmarks.paper.claims > benchmarks/README.md
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -89,6 +90,8 @@ Differences in loss are nats a token, ± half the 95% confidence interval over t
 
 ## The report's claims
 
+{summary}
+
 """
 
 
@@ -115,8 +118,17 @@ def main() -> None:
     columns = ("where", "claim", "published", "here", "", "command")
     cells = [(*_cells(row)[:5], f"`{row.command}`" if row.command else "") for row in rows]
     print(
-        _HEAD.format(pages=", ".join(pages), incomplete=incomplete)
+        _HEAD.format(pages=", ".join(pages), incomplete=incomplete, summary=_summary(rows))
         + "\n".join(pictures.table(columns, cells, "---"))
+    )
+
+
+def _summary(rows: Sequence[Claim]) -> str:
+    """How many of each verdict, of those that the report makes."""
+    verdicts = Counter(row.verdict.strip("*") for row in rows if row.published != "not published")
+    counts = "; ".join(f"{verdict}: {count}" for verdict, count in verdicts.most_common())
+    return (
+        f'{verdicts.total()} rows of what it publishes ({counts}), and what it does not, as "not published".'
     )
 
 
