@@ -5,7 +5,7 @@ python -m benchmarks.paper.figure4 --budget full
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from benchmarks.paper.figure1 import start
 from benchmarks.paper.results import Result, losses, paired
 from benchmarks.paper.runs import Run
 from nemo_skymoe.report import drawing
-from nemo_skymoe.report.curves import Curve
 
 LABELS = {"adaptive": "adaptive", "fixed_1e-2": "fixed 1e-2", "fixed_1e-3": "fixed 1e-3"}
 COEFFICIENTS = {"fixed_1e-2": 1e-2, "fixed_1e-3": 1e-3}
@@ -71,21 +70,12 @@ def page(found: Results) -> Page:
         axis.set_title(title)
         axis.set_xlabel("million tokens")
     axes[0, 0].legend()
-    pictures.lines(axes[1, 0], found, LABELS, _behind(found["adaptive"]), "Training loss minus adaptive's")
+    pictures.lines(
+        axes[1, 0], found, LABELS, pictures.behind(found["adaptive"]), "Training loss minus adaptive's"
+    )
     pictures.lines(axes[1, 1], found, LABELS, pictures.router("drop_rate"), "Drop rate, mean of layers")
     axes[1, 0].legend()
     return Page(figure, _lines(found))
-
-
-def _behind(reference: Sequence[Result]) -> Callable[[Result], Curve]:
-    """Of a run, its training loss minus that of the reference with its seed, which saw the same batches."""
-    losses = {run.facts["seed"]: pictures.train_loss(run) for run in reference}
-
-    def of(run: Result) -> Curve:
-        loss = pictures.train_loss(run)
-        return Curve(loss.steps, loss.values - losses[run.facts["seed"]].values)
-
-    return of
 
 
 def _mark_report(axis: Any, metric: str, place: float) -> None:

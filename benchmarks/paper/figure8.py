@@ -80,16 +80,18 @@ def runs(seed: int) -> list[Run]:
 
 def page(found: Results) -> Page:
     """Loss and expert similarity, and our differences from the copies beside the report's."""
-    figure, axes = pictures.grid(1, 3, width=4.0)
+    figure, axes = pictures.grid(1, 4)
     pictures.lines(axes[0, 0], found, LABELS, pictures.train_loss, "Training loss")
+    gap = pictures.behind(found["copy"])
+    pictures.lines(axes[0, 1], found, LABELS, gap, "Training loss minus that of copies")
     pictures.lines(
-        axes[0, 1], found, LABELS, lambda run: run.mean_curve("expert_similarity"), "Expert similarity"
+        axes[0, 2], found, LABELS, lambda run: run.mean_curve("expert_similarity"), "Expert similarity"
     )
     gaps = {arm: paired(losses(found[arm]), losses(found["copy"])) for arm in LABELS}
     report = [REPORT[arm] - REPORT["copy"] if arm in REPORT else None for arm in LABELS]
-    pictures.against(axes[0, 2], list(LABELS), report, list(gaps.values()), "Loss minus that of copies")
-    axes[0, 2].legend()
-    axes[0, 2].tick_params(axis="x", labelsize=7)
+    pictures.against(axes[0, 3], list(LABELS), report, list(gaps.values()), "Final loss minus that of copies")
+    axes[0, 3].legend()
+    axes[0, 3].tick_params(axis="x", labelsize=7)
     pictures.key(figure, axes[0, 0])
     rows = [
         (

@@ -33,6 +33,17 @@ def train_loss(result: Result) -> Curve:
     return result.curves[TRAIN_LOSS].smoothed(0.1)
 
 
+def behind(reference: Sequence[Result]) -> Callable[[Result], Curve]:
+    """Of a run, its training loss minus that of the reference with its seed, which saw the same batches."""
+    losses = {run.facts["seed"]: train_loss(run) for run in reference}
+
+    def of(run: Result) -> Curve:
+        loss = train_loss(run)
+        return Curve(loss.steps, loss.values - losses[run.facts["seed"]].values)
+
+    return of
+
+
 def router(metric: str, layer: int | None = None) -> Callable[[Result], Curve]:
     """A router metric of a layer, or its mean over all, smoothed over a tenth of the run."""
 
