@@ -25,7 +25,7 @@ STARTS = {
 }
 SHARE = {"100b": 1 / 3, "300b": 1.0, "300b_high_lr": 1.0}
 BUDGETS = {"100b": "2/3 of the dense run's cost", "300b": "twice its cost"}
-SIMILARITY, SIMILARITY_100B = {"300b": 0.23, "300b_high_lr": 0.15}, 0.075
+SIMILARITY = {"scratch": 0.0, "100b": 0.075, "300b": 0.23, "300b_high_lr": 0.15}
 """Expert similarity at the end of the longer budget, read off the report's figure."""
 _BEGINNING = 5
 """Logged losses from scratch that a picture leaves out: they would flatten the rest."""
@@ -34,6 +34,10 @@ REPORT = {
     "300b": {"scratch": 2.20, "300b_high_lr": 2.228, "100b": 2.235, "300b": 2.248},
 }
 """Final losses, read off the report's figure."""
+_WHY = (
+    "The scales differ in more than size: at its end the report's dense model has seen 1000 tokens a parameter, the"
+    " miniature 6.5. What a checkpoint is worth is asked here far from saturation; that this is the reason was not tested."
+)
 
 
 def dense(seed: int) -> Run:
@@ -81,7 +85,7 @@ def page(found: Results) -> Page:
         gaps = [paired(losses(arms[name]), losses(arms["scratch"])) for name in names]
         pictures.against(
             axes[1, place],
-            [name.replace("_high_lr", " 4x") for name in names],
+            [_short(name) for name in names],
             [REPORT[budget][name] - REPORT[budget]["scratch"] for name in names],
             gaps,
             "Final loss minus that from scratch",
@@ -92,8 +96,20 @@ def page(found: Results) -> Page:
     )
     pictures.key(figure, axes[0, 1])
     axes[1, 0].legend()
-    axes[1, 2].set_axis_off()
+    ends = [_similarities(runs) for runs in long.values()]
+    pictures.beside(
+        axes[1, 2],
+        [_short(name) for name in long],
+        [SIMILARITY[name] for name in long],
+        [float(np.mean(end)) for end in ends],
+        [float(np.ptp(end)) / 2 for end in ends],
+        "at the end",
+    )
     return Page(figure, _lines(found))
+
+
+def _short(name: str) -> str:
+    return name.replace("_high_lr", " 4x")
 
 
 def _lines(found: Results) -> list[str]:
@@ -134,21 +150,23 @@ def _orders(found: Results) -> list[str]:
             decided = paired(losses(arms[worse]), losses(arms[better])).verdict != "undecided"
             order += f" {'<' if decided else '~'} {STARTS[worse]}"
         lines.append(f"- {meaning}: {order}.")
-    return lines
+    return [*lines, "", _WHY]
 
 
 def _crossings(found: Results) -> list[str]:
     """Where scratch's training loss falls below that of each upcycled model for good."""
     arms = _of(found, "300b")
-    lines = []
+    lines = [
+        "Where, under the longer budget, the smoothed training loss from scratch becomes the lower one for good"
+        " (tokens, by seed):",
+        "",
+    ]
     for name, runs in arms.items():
         if name == "scratch":
             continue
         tokens = [_crossing(scratch, run) for scratch, run in zip(arms["scratch"], runs, strict=True)]
         where = ", ".join("never" if token is None else f"{token:.2f}M" for token in tokens)
-        lines.append(
-            f"Under the longer budget scratch's smoothed training loss is the lower one for good, against '{STARTS[name]}', from (tokens, by seed): {where}."
-        )
+        lines.append(f"- against '{STARTS[name]}': {where}.")
     return lines
 
 
@@ -175,10 +193,10 @@ def claims(found: Results) -> list[Claim]:
             statement = f"{meaning}: loss {STARTS[name]}, minus from scratch"
             made.append(signed("sec. 3, Fig. 1", statement, published, ours))
     long = {name: _similarities(runs) for name, runs in _of(found, "300b").items()}
-    for name, published in SIMILARITY.items():
+    for name in ("300b", "300b_high_lr"):
         ours = paired(long[name], long["100b"])
         statement = f"expert similarity at the end {STARTS[name]}, minus {STARTS['100b']}"
-        made.append(signed("Fig. 1", statement, published - SIMILARITY_100B, ours))
+        made.append(signed("Fig. 1", statement, SIMILARITY[name] - SIMILARITY["100b"], ours))
     scratch = paired(long["scratch"], [0.0] * len(long["scratch"]))
     return [*made, equal("Fig. 1", "expert similarity at the end from scratch", 0.0, scratch, 0.05)]
 
