@@ -86,6 +86,7 @@ Arms of one seed share initial weights and batches. Raw curves are in [paper/res
 
 Differences in loss are nats a token, ± half the 95% confidence interval over the seeds' paired differences. A claim
 **holds** or **does not** where the whole interval is on one side; otherwise it is undecided, whatever the mean.
+Nothing corrects for the number of claims: of twenty without an effect one is expected to be decided by chance.
 {incomplete}
 
 ## The report's claims

@@ -102,7 +102,7 @@ def page(found: Results) -> Page:
         [_short(name) for name in long],
         [SIMILARITY[name] for name in long],
         [float(np.mean(end)) for end in ends],
-        [float(np.ptp(end)) / 2 for end in ends],
+        [pictures.spread(end) for end in ends],
         "at the end",
     )
     return Page(figure, _lines(found))

@@ -58,7 +58,7 @@ def page(found: Results) -> Page:
     pictures.against(axes[1, 0], names, report, gaps, "Loss minus loss of off")
     for place, (metric, _) in enumerate(metrics, start=1):
         ends = [_ends(found, metric, arm) for arm in names]
-        spread = [float(np.std(end, ddof=1)) if len(end) > 1 else 0.0 for end in ends]
+        spread = [pictures.spread(end) for end in ends]
         report = [REPORT[arm][metric] for arm in names]
         pictures.beside(
             axes[1, place], names, report, [float(np.mean(end)) for end in ends], spread, "at the end"

@@ -132,8 +132,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], alignment: s
     ]
 
 
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over the seeds; of one seed 0."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
 def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
     """Mean and standard deviation over the seeds."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
-    return f"{np.mean(values):.{digits}f} (sd {np.std(values, ddof=1):.{digits}f})"
+    return f"{np.mean(values):.{digits}f} (sd {spread(values):.{digits}f})"
