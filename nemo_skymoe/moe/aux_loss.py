@@ -68,15 +68,20 @@ class AdaptiveAuxLossCoefficients:
         self.initial = maximum if initial is None else initial
         self.values: list[float] = [self.initial] * num_layers
 
-    def update(self, drop_rates: Sequence[float]) -> None:
-        """Take one optimizer step's drop rates in [0, 1], one per layer; refuses anything else."""
+    def update(self, drop_rates: Sequence[float | None]) -> None:
+        """Take one optimizer step's drop rates in [0, 1], one per layer; refuses anything else.
+
+        A layer whose rate is None saw no token that counts, and keeps its coefficient.
+        """
         if len(drop_rates) != len(self.values):
             raise ConfigurationError(f"{len(drop_rates)} drop rates for {len(self.values)} MoE layers")
         for layer, rate in enumerate(drop_rates, start=1):
-            if not 0.0 <= rate <= 1.0:
+            if rate is not None and not 0.0 <= rate <= 1.0:
                 raise ConfigurationError(f"the drop rate of MoE layer {layer} is {rate}, expected 0 to 1")
         self.values = [
-            self.smoothing * value + (1.0 - self.smoothing) * min(self.sensitivity * rate, self.maximum)
+            value
+            if rate is None
+            else self.smoothing * value + (1.0 - self.smoothing) * min(self.sensitivity * rate, self.maximum)
             for value, rate in zip(self.values, drop_rates, strict=True)
         ]
 

@@ -11,7 +11,7 @@ from megatron.core.utils import get_model_config
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.moe.aux_loss import AdaptiveAuxLossCoefficients, check_coefficients
 from nemo_skymoe.moe.router import SkyworkRouter
-from nemo_skymoe.moe.telemetry import LayerMetrics, reduce_statistics
+from nemo_skymoe.moe.telemetry import LayerMetrics, layer_metrics, reduce_sums
 
 logger = logging.getLogger(__name__)
 _KEY = "aux_loss_coefficients"
@@ -66,7 +66,7 @@ class AuxLossController:
             options.moe_adaptive_aux_loss_initial,
         )
         self.metrics: dict[int, LayerMetrics] = {}
-        self._staged: list[LayerMetrics] | None = None
+        self._staged: torch.Tensor | None = None
         self._publish()
 
     def attach(self, optimizer: Any) -> None:
@@ -103,19 +103,25 @@ class AuxLossController:
             router.statistics.reset()
 
     def stage(self) -> None:
-        """Reduce and forget the routers' sums; nothing follows from them before `commit`."""
+        """Reduce and forget the routers' sums; nothing follows from them before `commit`.
+
+        Gradients may be finalised several times before the optimizer steps: what was staged before is added to.
+        """
         routers = list(self._routers.values())
         if routers:
             group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-            self._staged = reduce_statistics([r.statistics for r in routers], group, routers[0].weight.device)
+            sums = reduce_sums([r.statistics for r in routers], group, routers[0].weight.device)
+            self._staged = sums if self._staged is None else self._staged + sums
+        for router in routers:
+            router.told_padding.forget()
 
     def commit(self) -> None:
         """The optimizer stepped: let the coefficients follow the staged drop rates."""
         if self._staged is None:
             return
-        self.metrics = dict(zip(self.layers, self._staged, strict=True))
+        self.metrics = dict(zip(self.layers, layer_metrics(self._staged), strict=True))
         if self.adaptive:
-            self.coefficients.update([metrics.drop_rate for metrics in self._staged])
+            self.coefficients.update([m.drop_rate if any(m.load) else None for m in self.metrics.values()])
             self._publish()
         self._staged = None
 

@@ -30,8 +30,11 @@ class AllGatherTokenDispatcher(EdpTokenDispatcher):
         weights_TK, experts_TK = gather_assignments(*self.assignments(probs), self.ranks)
         weights_TE = self.spread(weights_TK, experts_TK)
         if self._drops:
-            self._observe_dropped(weights_TE)
-            weights_TE = self._drop(weights_TE)
+            kept_TE = self._drop(weights_TE)
+            # Once per micro-batch: the first pass of recomputation and evaluation run without gradients.
+            if self.router.training and torch.is_grad_enabled() and self.config.moe_router_telemetry:
+                self._observe_dropped(weights_TE, kept_TE)
+            weights_TE = kept_TE
         return gather_from_group(hidden_states, self.ranks), weights_TE[:, self.local_experts]
 
     def _drop(self, weights_TE: Tensor) -> Tensor:
@@ -45,13 +48,14 @@ class AllGatherTokenDispatcher(EdpTokenDispatcher):
         )
         return kept
 
-    def _observe_dropped(self, weights_TE: Tensor) -> None:
-        # For the router, which leaves dropping to us: the assignments that this rank's experts do not take. Once
-        # per micro-batch, as the first pass of recomputation and evaluation run without gradients.
-        if self.router.training and torch.is_grad_enabled() and self.config.moe_router_telemetry:
-            load_e = (weights_TE.detach()[:, self.local_experts] != 0).sum(dim=0)
-            excess_e = (load_e - self.capacity(weights_TE.shape[0])).clamp_min(0)
-            self.router.statistics.observe_dropped(excess_e.sum())
+    @torch.no_grad()
+    def _observe_dropped(self, weights_TE: Tensor, kept_TE: Tensor) -> None:
+        # For the router, which leaves dropping to us: the assignments that this rank's experts do not take.
+        dropped_Te = ((weights_TE != 0) & (kept_TE == 0))[:, self.local_experts]
+        if self.router.valid_tokens is not None:
+            valid_t1 = self.router.valid_tokens.mask_T1
+            dropped_Te &= self.ranks.all_gather(valid_t1.to(torch.uint8)).bool()
+        self.router.statistics.observe_dropped(dropped_Te.sum())
 
     def permutation(self, weights_Re: Tensor) -> Permutation:
         """Which token goes to which local expert; fixed shapes with capacity padding."""

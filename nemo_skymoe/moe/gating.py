@@ -21,14 +21,16 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx, logits: Tensor, scale: float, correction: int, eps: float, ties: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        # Subtracting one entry first makes rows of equal logits exactly zero, whatever their common offset.
-        centred = logits - logits[..., :1]
+        # In float64, where the square of every float32 is a number: in float32 logits beyond 1e19 would have an
+        # infinite standard deviation and hence a uniform gate. Subtracting one entry first makes rows of equal
+        # logits exactly zero, whatever their common offset.
+        centred = logits.double() - logits[..., :1]
         centred -= centred.mean(dim=-1, keepdim=True)
         freedom = max(logits.shape[-1] - correction, 1)
         std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) * freedom**-0.5
         flat = std <= eps
         factor = scale / std
-        normalized = centred.mul_(factor.masked_fill(flat, 0.0))
+        normalized = centred.mul_(factor.masked_fill(flat, 0.0)).to(logits.dtype)
         if ties is not None:
             normalized += ties
         # A flat row passes its gradient on as a softmax of un-normalised logits would.

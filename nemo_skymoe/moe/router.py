@@ -9,13 +9,15 @@ import megatron.core
 import torch
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
-from nemo_skymoe.moe.aux_loss import scale_value, squared_load_balancing_loss
+from nemo_skymoe.moe.aux_loss import squared_load_balancing_loss
 from nemo_skymoe.moe.gate import add_gate_parameters, gate_logits
 from nemo_skymoe.moe.gating import normalize_and_break_ties, tie_order
+from nemo_skymoe.moe.padding import ToldPadding, ValidTokens, sum_over
 from nemo_skymoe.moe.telemetry import RouterStatistics
 
 # Below any effect in float32. A coefficient of zero would take the layer out of Megatron's loss log, whose
@@ -36,10 +38,14 @@ class SkyworkRouter(TopKRouter):
         aux_loss_coefficient: This layer's coefficient; a Python float set by the controller, constant
             within an optimizer step. None leaves Megatron's `moe_aux_loss_coeff` in force.
         statistics: Sums over the micro-batches seen in training since they were last taken.
+        told_padding: Padding masks from outside the model, see `padding.padding_told`.
+        valid_tokens: Which tokens of the last micro-batch are no padding; None where none is.
     """
 
     aux_loss_coefficient: float | None = None
     statistics: RouterStatistics
+    told_padding: ToldPadding
+    valid_tokens: ValidTokens | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -73,6 +79,7 @@ class SkyworkRouter(TopKRouter):
             initial = options.moe_adaptive_aux_loss_initial
             self.aux_loss_coefficient = options.moe_adaptive_aux_loss_maximum if initial is None else initial
         self.statistics = RouterStatistics(cast(int, self.config.num_moe_experts))
+        self.told_padding = ToldPadding()
         # What one call of `forward` leaves for the hooks that Megatron calls later in it.
         self._raw_logits: Tensor | None = None
         self._equal_rows: tuple[Tensor, Tensor] | None = None
@@ -117,10 +124,45 @@ class SkyworkRouter(TopKRouter):
             device=logits_SBE.device,
         )
 
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights and map, both [T, E], of logits [S, B, E]; padding takes part in no loss and no count.
+
+        Args:
+            logits: Gating logits.
+            padding_mask: [S, B], True for padding. Megatron passes it on from 0.16; `padding.padding_told` tells
+                it in every version.
+        """
+        if padding_mask is None and self.training:
+            padding_mask = self._padding_told(*logits.shape[:2])
+        self.valid_tokens = None
+        if padding_mask is not None and self._is_training():
+            self.valid_tokens = ValidTokens(~padding_mask.bool().reshape(-1, 1), self.tp_cp_group)
+        self._num_sequences = logits.shape[1]
+        # Megatron's own treatment of padding differs between versions, and up to 0.15 there is none.
+        probs, routing_map = super().routing(logits)
+        if self._drops_tokens and self._is_training():
+            self._observe_dropped(probs.detach(), routing_map)
+        return probs, routing_map
+
+    def _padding_told(self, sequence: int, batch: int) -> Tensor | None:
+        mask_BS = self.told_padding.of_this_pass()
+        if mask_BS is None:
+            return None
+        mask_SB = mask_BS.t()
+        if self.config.sequence_parallel:
+            mask_SB = mask_SB.chunk(self.tp_group.size())[self.tp_group.rank()]
+        if mask_SB.shape != (sequence, batch):
+            raise ConfigurationError(
+                f"the padding mask told to MoE layer {self.layer_number} is {list(mask_BS.shape)}, of which this rank's"
+                f" part is {list(mask_SB.t().shape)}; expected the micro-batch's {[batch, sequence]}"
+            )
+        return mask_SB
+
     def apply_z_loss(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Megatron's z-loss, on the raw logits; its value does not depend on the normalised ones.
 
-        Under `calculate_per_token_loss` its strength does not depend on TP x CP, as Megatron's does.
+        It is the mean over the micro-batch's tokens without padding, however they are spread over ranks, and under
+        `calculate_per_token_loss` their sum.
         """
         raw, self._raw_logits = self._raw_logits, None
         if not self._is_training():
@@ -129,12 +171,26 @@ class SkyworkRouter(TopKRouter):
             self._gate_logits_TE = logits.detach()
         if self.config.moe_z_loss_coeff is None or logits.shape[0] == 0:  # a mean over no tokens
             return logits
+        penalised = logits if raw is None else raw.view_as(logits)
+        if self.valid_tokens is not None:
+            return _CarryGradient.apply(logits, self._attach_padded_z_loss(penalised, self.valid_tokens))
         scale = self.tp_cp_group.size() if self.config.calculate_per_token_loss else 1
         if raw is None and scale == 1:
             return super().apply_z_loss(logits, *args, **kwargs)
-        penalised = (logits if raw is None else raw).view_as(logits)
         penalised = super().apply_z_loss(_ScaleGradient.apply(penalised, scale), *args, **kwargs)
         return _CarryGradient.apply(logits, penalised)
+
+    def _attach_padded_z_loss(self, logits_TE: Tensor, valid: ValidTokens) -> Tensor:
+        """Megatron takes the mean of each rank and then of the ranks, whichever share of the padding they have."""
+        config: Any = self.config
+        squares_T1 = logits_TE.logsumexp(dim=-1, keepdim=True).square() * valid.mask_T1
+        share = squares_T1.sum() / valid.group_count
+        layer_number: Any = self.layer_number
+        save_to_aux_losses_tracker("z_loss", share * self.tp_cp_group.size(), layer_number, config.num_layers)
+        loss = share * config.moe_z_loss_coeff
+        if config.calculate_per_token_loss:
+            loss = loss * valid.group_count
+        return cast(Tensor, MoEAuxLossAutoScaler.apply(logits_TE, loss))
 
     def is_aux_loss_enabled(self) -> bool:
         """Also true without an auxiliary loss: `_apply_aux_loss` is where the router is observed."""
@@ -151,60 +207,91 @@ class SkyworkRouter(TopKRouter):
     ) -> Tensor:
         # The first of Megatron's auxiliary losses, called in training only. All of them get this map of the
         # assignments before dropping, so it is put right in place.
-        with_padding = bool(kwargs.get("with_padding_mask", False) or any(args))
-        valid_T1 = routing_map.any(dim=-1, keepdim=True) if with_padding else None
-        self._assign_equal_rows(routing_map, valid_T1)
-        self._observe(scores_for_aux_loss.detach(), routing_map, valid_T1)
+        self._assign_equal_rows(routing_map)
+        if self.valid_tokens is not None:
+            routing_map.logical_and_(self.valid_tokens.mask_T1)
+        scores_for_aux_loss = self._without_padding(scores_for_aux_loss)
+        self._observe(scores_for_aux_loss.detach(), routing_map)
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if coefficient == 0:
             return probs
         if self._options.moe_aux_loss_form == "square":
-            return self._apply_squared_loss(probs, scores_for_aux_loss, coefficient, valid_T1)
+            return self._apply_squared_loss(probs, scores_for_aux_loss, coefficient)
         if routing_map.shape[0] == 0:
             # The other ranks of the group wait for this one's share.
             reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), self.tp_cp_group)
             return probs
         return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, *args, **kwargs)
 
-    def _apply_squared_loss(
-        self, probs: Tensor, scores_TE: Tensor, coefficient: float, valid_T1: Tensor | None
+    def _apply_seq_aux_loss(
+        self, probs: Tensor, scores_for_aux_loss: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        counts: dict[str, Any] = {}
-        total_tokens: int | Tensor = max(scores_TE.shape[0] * self.tp_cp_group.size(), 1)
-        if valid_T1 is not None:
-            counts["valid_token_count"] = valid_T1.sum()
-            total_tokens = reduce_from_tensor_model_parallel_region(valid_T1.sum(), self.tp_cp_group)
-        loss = squared_load_balancing_loss(scores_TE, total_tokens, coefficient, self.tp_cp_group)
-        return self.attach_and_log_load_balancing_loss(
-            probs, coefficient, loss, "load_balancing_loss", self.tp_cp_group, **counts
+        return super()._apply_seq_aux_loss(probs, self._without_padding(scores_for_aux_loss), *args, **kwargs)
+
+    def _apply_global_aux_loss(
+        self, probs: Tensor, scores_for_aux_loss: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        return super()._apply_global_aux_loss(
+            probs, self._without_padding(scores_for_aux_loss), *args, **kwargs
         )
 
+    def _without_padding(self, scores_TE: Tensor) -> Tensor:
+        return scores_TE if self.valid_tokens is None else scores_TE * self.valid_tokens.mask_T1
+
+    def _apply_squared_loss(self, probs: Tensor, scores_TE: Tensor, coefficient: float) -> Tensor:
+        total_tokens: int | Tensor = max(scores_TE.shape[0] * self.tp_cp_group.size(), 1)
+        if self.valid_tokens is not None:
+            total_tokens = self.valid_tokens.group_count
+        loss = squared_load_balancing_loss(scores_TE, total_tokens, coefficient, self.tp_cp_group)
+        return self._attach(probs, coefficient, loss, "load_balancing_loss", self.tp_cp_group)
+
     @torch.no_grad()
-    def _assign_equal_rows(self, routing_map: Tensor, valid_T1: Tensor | None) -> None:
+    def _assign_equal_rows(self, routing_map: Tensor) -> None:
         """Megatron takes the map from the scores, where a tie falls differently than in the logits."""
         equal_rows, self._equal_rows = self._equal_rows, None
         if equal_rows is not None and not self.config.moe_router_force_load_balancing:
             equal_T1, choice_TE = equal_rows
             if equal_T1.is_cpu and not equal_T1.any():  # a GPU would have to be waited for
                 return
-            if valid_T1 is not None:
-                equal_T1 = equal_T1 & valid_T1
             torch.where(equal_T1, choice_TE, routing_map, out=routing_map)
 
+    @property
+    def _drops_tokens(self) -> bool:
+        """Whether this router drops: under `moe_capacity_scope="edp"` the dispatcher does."""
+        return self.config.moe_expert_capacity_factor is not None
+
     @torch.no_grad()
-    def _observe(self, scores_TE: Tensor, routing_map: Tensor, valid_T1: Tensor | None) -> None:
+    def _observe(self, scores_TE: Tensor, routing_map: Tensor) -> None:
         logits_TE, self._gate_logits_TE = self._gate_logits_TE, None
         if logits_TE is None:
             return
-        num_tokens, num_experts = scores_TE.shape
-        assignments = num_tokens * self.topk
-        factor = self.config.moe_expert_capacity_factor
-        if factor is not None or self._options.moe_capacity_scope == "rank":
-            factor = self._options.moe_nominal_capacity_factor if factor is None else factor
-            capacity = moe_utils.get_capacity(assignments, num_experts, factor)
+        capacity = None
+        if not self._drops_tokens and self._options.moe_capacity_scope == "rank":
+            capacity = self._nominal_capacity(scores_TE.shape[0])
+        valid_T1 = None if self.valid_tokens is None else self.valid_tokens.mask_T1
+        self.statistics.observe(
+            logits_TE, scores_TE, routing_map.sum(dim=0), capacity, valid_T1, self._num_sequences
+        )
+
+    def _nominal_capacity(self, num_tokens: int) -> int | Tensor:
+        factor, experts = self._options.moe_nominal_capacity_factor, cast(int, self.config.num_moe_experts)
+        if self.valid_tokens is None:
+            return moe_utils.get_capacity(num_tokens * self.topk, experts, factor)
+        return (self.valid_tokens.count * self.topk / experts * factor).ceil()
+
+    @torch.no_grad()
+    def _observe_dropped(self, probs_TE: Tensor, routing_map: Tensor) -> None:
+        """What was really dropped: padding competes for capacity, so it does not follow from the valid load."""
+        if not self._options.moe_router_telemetry:
+            return
+        # With capacity padding the map has places that nobody was assigned to; they have no weight.
+        kept_TE = probs_TE != 0 if self.config.moe_pad_expert_input_to_capacity else routing_map
+        if self.valid_tokens is None:
+            assigned = probs_TE.shape[0] * self.topk
         else:
-            capacity = assignments  # the dispatcher drops, and says so by `statistics.observe_dropped`
-        self.statistics.observe(logits_TE, scores_TE, routing_map.sum(dim=0), capacity, valid_T1)
+            kept_TE = kept_TE & self.valid_tokens.mask_T1
+            assigned = self.valid_tokens.count * self.topk
+        self.statistics.observe_dropped(assigned - kept_TE.sum())
 
     def attach_and_log_load_balancing_loss(
         self,
@@ -216,16 +303,44 @@ class SkyworkRouter(TopKRouter):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """As Megatron's, observed, and independent of TP x CP under `calculate_per_token_loss`."""
+        """As Megatron's, observed, without padding, and independent of TP x CP under `calculate_per_token_loss`."""
+        tokens = activation.shape[0] * reduce_group.size()
+        # The loss over the whole batch is that of data-parallel ranks which may have padding where this one has none.
+        if self.valid_tokens is not None or reduce_group is not self.tp_cp_group:
+            # Megatron's losses are sums over tokens divided by the square of their number.
+            aux_loss = aux_loss * (tokens / self._valid_in(reduce_group, activation).double()) ** 2
+        return self._attach(
+            activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, **kwargs
+        )
+
+    def _valid_in(self, group: torch.distributed.ProcessGroup, activation: Tensor) -> Tensor:
+        if self.valid_tokens is None:
+            count = torch.full((), activation.shape[0], dtype=torch.int64, device=activation.device)
+        elif group is self.tp_cp_group:
+            return self.valid_tokens.group_count
+        else:
+            count = self.valid_tokens.count
+        return sum_over(count, group).clamp_min(1)
+
+    def _attach(
+        self,
+        activation: Tensor,
+        aux_loss_coeff: float,
+        aux_loss: Tensor,
+        aux_loss_name: str,
+        reduce_group: torch.distributed.ProcessGroup,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         self.statistics.observe_aux_loss(aux_loss / aux_loss_coeff, reduce_group.size())
         if self.config.calculate_per_token_loss:
-            # Megatron up to 0.18 multiplies by this rank's tokens only, but divides by those of the group.
-            size = self.tp_cp_group.size()
-            aux_loss = scale_value(aux_loss * size, 1.0 / size)
-            valid = kwargs.get("valid_token_count")
-            if isinstance(valid, Tensor):  # without padding every rank has equally many
-                total = reduce_from_tensor_model_parallel_region(valid.clone(), self.tp_cp_group)
-                kwargs["valid_token_count"] = total / size
+            # Megatron up to 0.18 multiplies by this rank's tokens, but divides by those of the group.
+            of_group: int | Tensor = self.tp_cp_group.size()
+            if self.valid_tokens is not None:
+                of_group = self.valid_tokens.group_count / max(activation.shape[0], 1)
+            aux_loss = _ScaleGradient.apply(aux_loss, of_group)
+            # 0.16 counts the positions of a micro-batch as its tokens in the loss over sequences.
+            kwargs.pop("valid_token_count", None)
         return super().attach_and_log_load_balancing_loss(
             activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, **kwargs
         )
@@ -233,7 +348,7 @@ class SkyworkRouter(TopKRouter):
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor, factor: float) -> Tensor:
+    def forward(ctx, tensor: Tensor, factor: float | Tensor) -> Tensor:
         ctx.factor = factor
         return tensor.view_as(tensor)
 

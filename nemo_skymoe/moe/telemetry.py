@@ -16,7 +16,8 @@ class LayerMetrics:
     """One MoE layer over one optimizer step: all micro-batches, all ranks that hold its tokens."""
 
     drop_rate: float
-    """Dropped assignments / (k * tokens); virtual, at the nominal capacity factor, in dropless training."""
+    """Dropped assignments / (k * tokens); virtual, at the nominal capacity factor, in dropless training; padding
+    counts in neither. NaN where no token counted."""
     aux_loss: float
     """Auxiliary loss without its coefficient, mean over micro-batches, data-parallel ranks and kinds of loss."""
     load_max_over_mean: float
@@ -59,8 +60,9 @@ class RouterStatistics:
         logits_TE: Tensor,
         scores_TE: Tensor,
         load_E: Tensor,
-        capacity: int,
+        capacity: int | Tensor | None,
         valid_T1: Tensor | None = None,
+        num_sequences: int = 1,
     ) -> None:
         """Add one micro-batch.
 
@@ -68,19 +70,24 @@ class RouterStatistics:
             logits_TE: Gating logits as the top-k saw them.
             scores_TE: Their softmax.
             load_E: Assignments per expert before dropping.
-            capacity: Assignments an expert can take.
+            capacity: Assignments an expert would take, for a virtual drop rate; None where `observe_dropped` is
+                told what was really dropped.
             valid_T1: False for padding, which counts nowhere; None without padding.
+            num_sequences: Sequences B of the micro-batch: token t is of sequence t modulo B.
         """
-        stride = -(-logits_TE.shape[0] // GATE_SAMPLE) or 1
+        stride = _sample_stride(logits_TE.shape[0], num_sequences)
         valid_T1 = None if valid_T1 is None else valid_T1[::stride]
         shape = _shape_of_gate(logits_TE[::stride], scores_TE[::stride], valid_T1)
-        # Kept per expert is min(load, capacity) under either drop policy.
-        dropped = (load_E - capacity).clamp_min(0).sum(dim=0, keepdim=True)
-        sums = torch.cat([dropped.double(), shape, load_E.double()])
+        load_E = load_E.double()
+        dropped = load_E.new_zeros(1)
+        if capacity is not None:
+            # Kept per expert is min(load, capacity) under either drop policy.
+            dropped = (load_E - capacity).clamp_min(0).sum(dim=0, keepdim=True)
+        sums = torch.cat([dropped, shape, load_E])
         self._observed = sums if self._observed is None else self._observed + sums
 
     def observe_dropped(self, dropped: Tensor) -> None:
-        """Add assignments dropped beyond the capacity given to `observe`: this rank's share of them."""
+        """Add assignments that were dropped: this rank's share of them, beside those beyond `observe`'s capacity."""
         sums = dropped.new_zeros(_SUMS + self.num_experts, dtype=torch.float64)
         sums[0] = dropped
         self._observed = sums if self._observed is None else self._observed + sums
@@ -102,12 +109,20 @@ class RouterStatistics:
         return torch.cat([micro_batches, aux_loss, observed])
 
 
+def _sample_stride(num_tokens: int, num_sequences: int) -> int:
+    """Steps between sampled tokens, without a divisor in common with B: a multiple of B would see one sequence alone."""
+    stride = -(-num_tokens // GATE_SAMPLE) or 1
+    while math.gcd(stride, num_sequences) > 1:
+        stride += 1
+    return stride
+
+
 def _shape_of_gate(logits_TE: Tensor, scores_TE: Tensor, valid_T1: Tensor | None) -> Tensor:
     """[4] sums over tokens, float64: their number, entropies, and the two ratios of the largest gate values."""
     values, index_T1 = _largest(logits_TE)
-    # Entropy: log sum exp z - sum p z, the former from one score.
-    mean_T1 = (scores_TE * logits_TE).sum(dim=1, keepdim=True)
-    entropy_T1 = values[0] - scores_TE.gather(1, index_T1).log() - mean_T1
+    # Entropy: log sum exp z - sum p z, the former from one score; relative to the largest z, which may be huge.
+    mean_T1 = (scores_TE * (logits_TE - values[0])).sum(dim=1, keepdim=True)
+    entropy_T1 = -scores_TE.gather(1, index_T1).log() - mean_T1
     # In float64, where e^88 is a number.
     largest_T3 = torch.cat([*values, *values[:1] * (_TOP - len(values))], dim=1).double()
     ratios_T2 = (largest_T3[:, :-1] - largest_T3[:, 1:]).exp()
@@ -131,26 +146,37 @@ def _largest(logits_TE: Tensor) -> tuple[list[Tensor], Tensor]:
     return values, first_T1
 
 
-def reduce_statistics(
+def reduce_sums(
     statistics: Sequence[RouterStatistics], group: torch.distributed.ProcessGroup, device: torch.device
-) -> list[LayerMetrics]:
-    """Take the sums of all local layers, add them over `group` in one reduction, and make metrics of them.
+) -> Tensor:
+    """Take the sums of all local layers and add them over `group` in one reduction: [layers, 2 + 5 + E] float64.
 
-    The counts are integers held in float64, so every rank ends with the same bits.
+    The counts are integers held in float64, so every rank ends with the same bits. Further sums of the same layers
+    combine by addition.
     """
-    if not statistics:
-        return []
     packed = torch.stack([entry.take(device) for entry in statistics])
     if group.size() > 1:
         torch.distributed.all_reduce(packed, group=group)
-    return [_metrics(row) for row in packed.tolist()]
+    return packed
+
+
+def layer_metrics(sums: Tensor) -> list[LayerMetrics]:
+    """The metrics of each layer, from the result of `reduce_sums`."""
+    return [_metrics(row) for row in sums.tolist()]
+
+
+def reduce_statistics(
+    statistics: Sequence[RouterStatistics], group: torch.distributed.ProcessGroup, device: torch.device
+) -> list[LayerMetrics]:
+    """Take the sums of all local layers, add them over `group` in one reduction, and make metrics of them."""
+    return layer_metrics(reduce_sums(statistics, group, device)) if statistics else []
 
 
 def _metrics(row: list[float]) -> LayerMetrics:
     micro_batches, aux_loss, dropped, sampled, entropy, first, second, *load = row
     assignments, per_token = max(sum(load), 1.0), 1.0 / max(sampled, 1.0)
     return LayerMetrics(
-        drop_rate=dropped / assignments,
+        drop_rate=dropped / assignments if any(load) else math.nan,
         aux_loss=aux_loss / micro_batches if micro_batches else 0.0,
         load_max_over_mean=max(load) * len(load) / assignments,
         gate_entropy=entropy * per_token,

@@ -127,7 +127,7 @@ def without(mutation: str) -> Iterator[None]:
     patch: Callable[..., Any] = mock.patch.object
     if "of the auxiliary loss" in mutation:
         stock = TopKRouter.attach_and_log_load_balancing_loss
-        with patch(SkyworkRouter, stock.__name__, stock):
+        with patch(SkyworkRouter, "_attach", stock):
             yield
     elif "of the z-loss" in mutation:
         with patch(_ScaleGradient, "backward", staticmethod(lambda ctx, gradient: (gradient, None))):

@@ -32,11 +32,12 @@ class SkyworkExpert(nn.Module):
 
 def normalize_gating_logits(logits_TE: Tensor, std: float) -> Tensor:
     """Mean zero and sample standard deviation `std` for every token (eq. 6); equal logits become zeros."""
-    centred = logits_TE - logits_TE[..., :1]
+    # In float64, where the square of every float32 is a number.
+    centred = logits_TE.double() - logits_TE[..., :1]
     centred = centred - centred.mean(dim=-1, keepdim=True)
     freedom = max(logits_TE.shape[-1] - 1, 1)
     found_T1 = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) * freedom**-0.5
-    return centred * (std / found_T1).masked_fill(found_T1 <= _FLAT, 0.0)
+    return (centred * (std / found_T1).masked_fill(found_T1 <= _FLAT, 0.0)).to(logits_TE.dtype)
 
 
 class SkyworkSparseMoE(nn.Module):
