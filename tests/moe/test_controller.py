@@ -86,6 +86,38 @@ def test_nothing_follows_before_the_optimizer_stepped() -> None:
         assert adaptive.coefficients() == after
 
 
+@on_ranks(2)
+def test_gradients_finalised_several_times_before_a_step_count_together() -> None:
+    """As with accumulated gradients: the drop rate is that of all micro-batches, a skipped step forgets them all."""
+    with groups(Layout(ep=2)):
+        adaptive = Adaptive(Layout(ep=2))
+        before = adaptive.coefficients()
+        for number in range(3):
+            adaptive.training.run(number)
+        rates = adaptive.counted_drop_rates()
+        adaptive.optimizer.step()
+        expected = {n: eq_7_to_9(before[n], rate) for n, rate in rates.items()}
+        assert adaptive.coefficients() == pytest.approx(expected, rel=1e-14)
+        metrics = adaptive.controller.metrics
+        assert {n: m.drop_rate for n, m in metrics.items()} == pytest.approx(rates, rel=1e-14)
+        after = adaptive.coefficients()
+        for number in range(2):
+            adaptive.training.run(number)
+        adaptive.optimizer.succeeds = False
+        adaptive.optimizer.step()
+        assert adaptive.coefficients() == after and adaptive.controller.metrics is metrics
+
+
+@on_ranks(1)
+def test_a_step_in_which_no_token_counts_leaves_the_coefficients() -> None:
+    with groups():
+        adaptive = Adaptive()
+        before = adaptive.coefficients()
+        adaptive.controller.stage()
+        adaptive.controller.commit()
+        assert adaptive.coefficients() == before
+
+
 @on_ranks(1)
 def test_evaluation_counts_nowhere() -> None:
     """In evaluation mode, and without gradients in training mode; between steps and before the first."""

@@ -173,3 +173,23 @@ def test_token_index_over_ranks(tensor: int, context: int) -> None:
         for t, positions in enumerate(mine.chunk(tensor)):
             index = global_token_index(len(positions), batch, (t, tensor), (c, context), CPU)
             assert torch.equal(index, whole[positions])
+
+
+def test_logits_of_any_size() -> None:
+    """Over the whole range of float32 a scaled row has the gate of the row, and 1 / scale of its gradient."""
+    z = logits(20, dtype=torch.float32) / 16
+    upstream = torch.randn(z.shape, generator=torch.Generator().manual_seed(4))
+
+    def gate_and_gradient(rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows.clone().requires_grad_()
+        gate = normalize_gating_logits(rows, eps=0.0)
+        return gate.detach(), torch.autograd.grad((gate * upstream).sum(), rows)[0].double()
+
+    expected, gradient = gate_and_gradient(z)
+    assert expected.std() > 0.9
+    for exponent in (-60, 60, 64, 100, 120):
+        factor = 2.0**exponent
+        found, scaled = gate_and_gradient(z * factor)
+        torch.testing.assert_close(found, expected, msg=f"2^{exponent}")
+        if exponent < 120:  # beyond, the gradient is below float32
+            torch.testing.assert_close(scaled * factor, gradient, rtol=1e-5, atol=1e-6, msg=f"2^{exponent}")

@@ -23,6 +23,7 @@ from worlds import (
 )
 
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.moe.controller import find_routers
 from nemo_skymoe.moe.padding import padding_told
 from nemo_skymoe.moe.router import SkyworkRouter
 from nemo_skymoe.moe.telemetry import reduce_statistics
@@ -209,6 +210,25 @@ def test_the_drop_rate_is_what_was_really_dropped_of_what_counts() -> None:
     for size, layouts in {1: [Layout()], 2: [Layout(tp=2), Layout(cp=2)]}.items():
         for layout in layouts:
             run_ranks(in_world, size, check_drop_counts, layout)
+
+
+def group_drop_rates(layout: Layout, options: dict[str, Any]) -> list[float]:
+    with groups(layout):
+        training = Training(layout, **options, moe_expert_capacity_factor=0.75)
+        routers = find_routers(training.chunks).values()
+        with padding_told(routers, padding(0.75)):
+            training.run()
+        group: Any = torch.distributed.group.WORLD
+        metrics = reduce_statistics([r.statistics for r in routers], group, torch.device("cpu"))
+        return [layer.drop_rate for layer in metrics]
+
+
+def test_so_it_is_where_the_dispatcher_drops_over_the_whole_group() -> None:
+    """The capacity of an EDP group drops what one rank's drops, of which the same is padding."""
+    (one,) = run_ranks(in_world, 1, group_drop_rates, Layout(), {})
+    edp = {"moe_edp": True, "moe_capacity_scope": "edp"}
+    for found in run_ranks(in_world, 2, group_drop_rates, Layout(tp=2, ep=2), edp):
+        assert found == one and min(one) > 0
 
 
 @on_ranks(1)

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from megatron.core import package_info, parallel_state
+from megatron.core import parallel_state
 from torch import Tensor
 from worlds import (
     BATCH,
@@ -246,6 +246,31 @@ def test_the_shape_of_the_gate_is_that_of_evenly_spaced_tokens() -> None:
     )
 
 
+@on_ranks(1)
+def test_the_sample_has_all_sequences_of_a_micro_batch() -> None:
+    """Sequences of very different gates: each has its share in the sample, whatever the micro-batch's size."""
+    for length, batch in ((2048, 2), (1024, 4), (4096, 8), (1000, 3), (8192, 1), (10, 2000), (700, 6)):
+        sharp = torch.linspace(0.1, 3.0, batch)
+        noise = torch.randn(length, batch, 8, generator=generator("sample"))
+        logits = (noise * sharp[:, None]).flatten(0, 1)
+        statistics = RouterStatistics(8)
+        load = torch.full((8,), length * batch // 4)
+        statistics.observe(logits, logits.softmax(-1), load, capacity=None, num_sequences=batch)
+        sampled, entropy = statistics.take(CPU)[3:5].tolist()
+        assert min(length * batch, GATE_SAMPLE) / 2 <= sampled <= GATE_SAMPLE, (length, batch)
+        expected = torch.special.entr(logits.double().softmax(-1)).sum(-1).mean().item()
+        assert entropy / sampled == pytest.approx(expected, rel=0.04), (length, batch)
+
+
+def test_the_entropy_of_a_gate_of_large_logits() -> None:
+    logits = torch.tensor([[1e6, 1e6 - 1.0, 1e6 - 2.0, 0.0]] * 4)
+    statistics = RouterStatistics(4)
+    statistics.observe(logits, logits.softmax(-1), torch.tensor([4, 4, 0, 0]), capacity=None)
+    sampled, entropy = statistics.take(CPU)[3:5].tolist()
+    expected = torch.special.entr(torch.tensor([0.0, -1.0, -2.0, -math.inf]).softmax(-1)).sum().item()
+    assert entropy / sampled == pytest.approx(expected, rel=1e-6)
+
+
 def test_dropped_elsewhere() -> None:
     """A dispatcher that drops over a whole group adds to what the router saw."""
     statistics = RouterStatistics(4)
@@ -259,33 +284,3 @@ def test_names() -> None:
     assert METRICS == (
         "drop_rate", "aux_loss", "load_max_over_mean", "gate_entropy", "max1_over_max2", "max2_over_max3",
     )  # fmt: skip
-
-
-@pytest.mark.skipif(
-    [package_info.MAJOR, package_info.MINOR] < [0, 16], reason="Megatron 0.16 brought padding masks"
-)
-@pytest.mark.parametrize("form", ["switch", "square"])
-@on_ranks(1)
-def test_padding_counts_nowhere(form: str) -> None:
-    """A padded micro-batch is the micro-batch of its other tokens: metrics and gradients."""
-    with groups():
-        options: dict[str, Any] = {
-            "moe_aux_loss_form": form,
-            "moe_z_loss_coeff": 0.1,
-            "moe_nominal_capacity_factor": 8,
-        }
-        outcomes = []
-        for padded in (True, False):
-            router = make_router(configuration(**options))
-            x = micro_batch(0)
-            x[3, 1] = 1.0
-            mask = (torch.arange(LENGTH) >= LENGTH // 2)[:, None].expand(LENGTH, BATCH)
-            probs, _ = router(x, padding_mask=mask) if padded else router(x[: LENGTH // 2])
-            (gradient,) = torch.autograd.grad(probs[: LENGTH * BATCH // 2].square().sum(), router.weight)
-            group: Any = torch.distributed.group.WORLD
-            outcomes.append((gradient, reduce_statistics([router.statistics], group, CPU)[0]))
-        (left, left_metrics), (right, right_metrics) = outcomes
-        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-9)
-        for name in METRICS:
-            assert getattr(left_metrics, name) == pytest.approx(getattr(right_metrics, name), rel=1e-6), name
-        assert left_metrics.load == right_metrics.load
