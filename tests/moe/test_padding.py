@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from worlds import (
     Layout,
+    Training,
     configuration,
     context_positions,
     generator,
