@@ -3,6 +3,8 @@
 Shape suffixes: S sequence, B micro-batch, T = S * B tokens, H hidden, E experts.
 """
 
+import functools
+import logging
 from typing import Any, cast
 
 import megatron.core
@@ -19,6 +21,8 @@ from nemo_skymoe.moe.gate import add_gate_parameters, gate_logits
 from nemo_skymoe.moe.gating import normalize_and_break_ties, tie_order
 from nemo_skymoe.moe.padding import ToldPadding, ValidTokens, sum_over
 from nemo_skymoe.moe.telemetry import RouterStatistics
+
+logger = logging.getLogger(__name__)
 
 # Below any effect in float32. A coefficient of zero would take the layer out of Megatron's loss log, whose
 # reduction over the pipeline waits for every stage.
@@ -73,6 +77,8 @@ class SkyworkRouter(TopKRouter):
                 f"moe_router_load_balancing_type is {self.routing_type!r}, but Megatron-Core"
                 f" {megatron.core.__version__} has no global_aux_loss: it came with 0.15"
             )
+        if "global_aux_loss" in self.routing_type:
+            _warn_of_running_mean()
         options: SkyworkOptions = self.config
         add_gate_parameters(self)
         if options.moe_adaptive_aux_loss:
@@ -305,10 +311,14 @@ class SkyworkRouter(TopKRouter):
     ) -> Tensor:
         """As Megatron's, observed, without padding, and independent of TP x CP under `calculate_per_token_loss`."""
         tokens = activation.shape[0] * reduce_group.size()
-        # The loss over the whole batch is that of data-parallel ranks which may have padding where this one has none.
-        if self.valid_tokens is not None or reduce_group is not self.tp_cp_group:
+        over_the_batch = reduce_group is not self.tp_cp_group
+        # Of the data-parallel ranks that share a loss over the whole batch, others may have padding.
+        if self.valid_tokens is not None or over_the_batch:
             # Megatron's losses are sums over tokens divided by the square of their number.
             aux_loss = aux_loss * (tokens / self._valid_in(reduce_group, activation).double()) ** 2
+        if over_the_batch:
+            # Each rank has its share of that loss, of whose gradients Megatron then takes the mean, not the sum.
+            aux_loss = _ScaleGradient.apply(aux_loss, reduce_group.size() // self.tp_cp_group.size())
         return self._attach(
             activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, **kwargs
         )
@@ -343,6 +353,17 @@ class SkyworkRouter(TopKRouter):
             kwargs.pop("valid_token_count", None)
         return super().attach_and_log_load_balancing_loss(
             activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, **kwargs
+        )
+
+
+@functools.cache
+def _warn_of_running_mean() -> None:
+    if torch.distributed.get_rank() == 0:
+        logger.warning(
+            "moe_router_load_balancing_type='global_aux_loss' balances against a running mean over the micro-batches"
+            " of a step, as Megatron defines it. Its gradient therefore depends on how a batch is divided into"
+            " micro-batches and over data-parallel ranks: by a quarter to two thirds at 32 tokens a micro-batch"
+            " (docs/monitor.md). The gradient of 'aux_loss' does not."
         )
 
 
