@@ -1,6 +1,7 @@
 """Lightning callback that runs, saves and logs the adaptive auxiliary loss in a NeMo training."""
 # No `from __future__ import annotations`: NeMo-Run reads these signatures.
 
+import logging
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,6 +16,8 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.controller import AuxLossController
 from nemo_skymoe.moe.similarity import expert_similarity
 from nemo_skymoe.moe.telemetry import METRICS
+
+logger = logging.getLogger(__name__)
 
 _LOSSES = {
     "aux_loss": "load_balancing_loss",
@@ -67,6 +70,11 @@ class SkyworkMoECallback(pl.Callback):
             controller.load_state_dict(self._saved_state(Path(restore.path)))
         controller.attach(_megatron_optimizer(trainer))
         self._controller = controller
+        if not getattr(pl_module, "tells_padding", False):
+            logger.warning(
+                f"{type(pl_module).__name__} does not tell its routers what is padding, which then counts in the drop"
+                " rate and the coefficients: expected a SkyworkMoEModel where batches are padded"
+            )
         self._log_similarity(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:

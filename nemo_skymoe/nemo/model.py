@@ -1,7 +1,8 @@
 """NeMo model and configuration classes. Checkpoints name them by module path: they never move."""
 # No `from __future__ import annotations`: NeMo-Run and NeMo's serialisation read these annotations.
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Optional
 
@@ -14,12 +15,17 @@ from nemo.lightning import OptimizerModule
 from torch import nn
 
 from nemo_skymoe.config import SkyworkOptions
+from nemo_skymoe.moe.controller import find_routers
 from nemo_skymoe.moe.layer import get_skywork_block_spec, have_transformer_engine
+from nemo_skymoe.moe.padding import padding_told
+from nemo_skymoe.moe.router import SkyworkRouter
 from nemo_skymoe.nemo.connectors import connect
+from nemo_skymoe.nemo.padding import Remembering, on_this_context_rank, padding_of
 from nemo_skymoe.patches import expert_parallel_warning
 
 _TE = have_transformer_engine()
 _CUDA = torch.cuda.is_available()
+_PADDING = "routers_padding_mask"
 
 
 def skywork_layer_spec(config: Any, vp_stage: Optional[int] = None) -> Any:
@@ -175,6 +181,9 @@ class SkyworkMoETinyConfig(SkyworkMoEDefaults, SkyworkTinyConfig):
 class SkyworkModel(GPTModel):
     """A NeMo GPT model whose configuration is a `SkyworkConfig`."""
 
+    tells_padding = True
+    """The routers of an MoE are told which positions of a batch are padding."""
+
     def __init__(
         self,
         config: Annotated[Optional[SkyworkConfig], Config[SkyworkConfig]] = None,
@@ -193,6 +202,23 @@ class SkyworkModel(GPTModel):
             for name, parameter in self.module.named_parameters():
                 # Transformer Engine keeps the norm before the MLP inside the MLP.
                 parameter.requires_grad_(".mlp." in name and "layer_norm" not in name)
+
+    def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor]:
+        """NeMo's batch and, for an MoE, which of its positions are padding."""
+        batches = Remembering(dataloader_iter)
+        step: Any = super().data_step(batches)
+        if self._routers and isinstance(step, dict):
+            step[_PADDING] = on_this_context_rank(padding_of(batches.last), self._routers[0].weight.device)
+        return step
+
+    def forward_step(self, batch: Any) -> torch.Tensor:
+        """NeMo's forward pass, whose routers know the batch's padding."""
+        with padding_told(self._routers, batch.get(_PADDING) if isinstance(batch, dict) else None):
+            return super().forward_step(batch)
+
+    @functools.cached_property
+    def _routers(self) -> list[SkyworkRouter]:
+        return list(find_routers([self.module]).values())
 
 
 class SkyworkMoEModel(SkyworkModel):
