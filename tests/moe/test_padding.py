@@ -21,6 +21,7 @@ from worlds import (
     in_world,
     make_router,
     on_ranks,
+    relative_errors,
 )
 
 from nemo_skymoe.config import ConfigurationError
@@ -213,23 +214,28 @@ def test_the_drop_rate_is_what_was_really_dropped_of_what_counts() -> None:
             run_ranks(in_world, size, check_drop_counts, layout)
 
 
-def group_drop_rates(layout: Layout, options: dict[str, Any]) -> list[float]:
+def padded_training(layout: Layout, options: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+    """Drop rates of the layers and the gradients."""
     with groups(layout):
-        training = Training(layout, **options, moe_expert_capacity_factor=0.75)
+        training = Training(layout, **options, moe_expert_capacity_factor=0.75, moe_z_loss_coeff=Z)
         routers = find_routers(training.chunks).values()
         with padding_told(routers, padding(0.75)):
             training.run()
         group: Any = torch.distributed.group.WORLD
         metrics = reduce_statistics([r.statistics for r in routers], group, torch.device("cpu"))
-        return [layer.drop_rate for layer in metrics]
+        return [layer.drop_rate for layer in metrics], training.gradients()
 
 
-def test_so_it_is_where_the_dispatcher_drops_over_the_whole_group() -> None:
-    """The capacity of an EDP group drops what one rank's drops, of which the same is padding."""
-    (one,) = run_ranks(in_world, 1, group_drop_rates, Layout(), {})
-    edp = {"moe_edp": True, "moe_capacity_scope": "edp"}
-    for found in run_ranks(in_world, 2, group_drop_rates, Layout(tp=2, ep=2), edp):
-        assert found == one and min(one) > 0
+def test_expert_data_parallelism_under_padding_is_one_rank() -> None:
+    """Where the dispatcher drops over the whole group's tokens, and where every rank holds all of them."""
+    (one, gradients) = run_ranks(in_world, 1, padded_training, Layout(), {})[0]
+    assert min(one) > 0
+    for options in ({"moe_capacity_scope": "edp"}, {"sequence_parallel": False}):
+        for rates, found in run_ranks(
+            in_world, 2, padded_training, Layout(tp=2, ep=2), {"moe_edp": True, **options}
+        ):
+            assert rates == one, options
+            assert max(relative_errors(found, gradients).values()) <= 1e-10, options
 
 
 @on_ranks(1)
