@@ -19,6 +19,7 @@ from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.moe.aux_loss import squared_load_balancing_loss
 from nemo_skymoe.moe.gate import add_gate_parameters, gate_logits
 from nemo_skymoe.moe.gating import normalize_and_break_ties, tie_order
+from nemo_skymoe.moe.gradients import CarryGradient, ScaleGradient
 from nemo_skymoe.moe.padding import ToldPadding, ValidTokens, sum_over
 from nemo_skymoe.moe.telemetry import RouterStatistics
 
@@ -179,12 +180,12 @@ class SkyworkRouter(TopKRouter):
             return logits
         penalised = logits if raw is None else raw.view_as(logits)
         if self.valid_tokens is not None:
-            return _CarryGradient.apply(logits, self._attach_padded_z_loss(penalised, self.valid_tokens))
+            return CarryGradient.apply(logits, self._attach_padded_z_loss(penalised, self.valid_tokens))
         scale = self.tp_cp_group.size() if self.config.calculate_per_token_loss else 1
         if raw is None and scale == 1:
             return super().apply_z_loss(logits, *args, **kwargs)
-        penalised = super().apply_z_loss(_ScaleGradient.apply(penalised, scale), *args, **kwargs)
-        return _CarryGradient.apply(logits, penalised)
+        penalised = super().apply_z_loss(ScaleGradient.apply(penalised, scale), *args, **kwargs)
+        return CarryGradient.apply(logits, penalised)
 
     def _attach_padded_z_loss(self, logits_TE: Tensor, valid: ValidTokens) -> Tensor:
         """Megatron takes the mean of each rank and then of the ranks, whichever share of the padding they have."""
@@ -249,7 +250,9 @@ class SkyworkRouter(TopKRouter):
         if self.valid_tokens is not None:
             total_tokens = self.valid_tokens.group_count
         loss = squared_load_balancing_loss(scores_TE, total_tokens, coefficient, self.tp_cp_group)
-        return self._attach(probs, coefficient, loss, "load_balancing_loss", self.tp_cp_group)
+        return self.attach_and_log_load_balancing_loss(
+            probs, coefficient, loss, "load_balancing_loss", self.tp_cp_group, without_padding=True
+        )
 
     @torch.no_grad()
     def _assign_equal_rows(self, routing_map: Tensor) -> None:
@@ -307,21 +310,41 @@ class SkyworkRouter(TopKRouter):
         aux_loss_name: str,
         reduce_group: torch.distributed.ProcessGroup,
         *args: Any,
+        without_padding: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """As Megatron's, observed, without padding, and independent of TP x CP under `calculate_per_token_loss`."""
-        tokens = activation.shape[0] * reduce_group.size()
+        """As Megatron's, observed, without padding, and independent of TP x CP under `calculate_per_token_loss`.
+
+        `without_padding` says that the loss is one of the tokens without padding already; Megatron's are of all.
+        """
+        if not without_padding:
+            aux_loss = self._loss_without_padding(activation, aux_loss, reduce_group)
+        self.statistics.observe_aux_loss(aux_loss / aux_loss_coeff, reduce_group.size())
+        if self.config.calculate_per_token_loss:
+            # Megatron up to 0.18 multiplies by this rank's tokens, but divides by those of the group.
+            of_group: int | Tensor = self.tp_cp_group.size()
+            if self.valid_tokens is not None:
+                of_group = self.valid_tokens.group_count / max(activation.shape[0], 1)
+            aux_loss = ScaleGradient.apply(aux_loss, of_group)
+            # 0.16 counts the positions of a micro-batch as its tokens in the loss over sequences.
+            kwargs.pop("valid_token_count", None)
+        return super().attach_and_log_load_balancing_loss(
+            activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, **kwargs
+        )
+
+    def _loss_without_padding(
+        self, activation: Tensor, aux_loss: Tensor, reduce_group: torch.distributed.ProcessGroup
+    ) -> Tensor:
         over_the_batch = reduce_group is not self.tp_cp_group
         # Of the data-parallel ranks that share a loss over the whole batch, others may have padding.
         if self.valid_tokens is not None or over_the_batch:
             # Megatron's losses are sums over tokens divided by the square of their number.
+            tokens = activation.shape[0] * reduce_group.size()
             aux_loss = aux_loss * (tokens / self._valid_in(reduce_group, activation).double()) ** 2
         if over_the_batch:
             # Each rank has its share of that loss, of whose gradients Megatron then takes the mean, not the sum.
-            aux_loss = _ScaleGradient.apply(aux_loss, reduce_group.size() // self.tp_cp_group.size())
-        return self._attach(
-            activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, **kwargs
-        )
+            aux_loss = ScaleGradient.apply(aux_loss, reduce_group.size() // self.tp_cp_group.size())
+        return aux_loss
 
     def _valid_in(self, group: torch.distributed.ProcessGroup, activation: Tensor) -> Tensor:
         if self.valid_tokens is None:
@@ -331,29 +354,6 @@ class SkyworkRouter(TopKRouter):
         else:
             count = self.valid_tokens.count
         return sum_over(count, group).clamp_min(1)
-
-    def _attach(
-        self,
-        activation: Tensor,
-        aux_loss_coeff: float,
-        aux_loss: Tensor,
-        aux_loss_name: str,
-        reduce_group: torch.distributed.ProcessGroup,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        self.statistics.observe_aux_loss(aux_loss / aux_loss_coeff, reduce_group.size())
-        if self.config.calculate_per_token_loss:
-            # Megatron up to 0.18 multiplies by this rank's tokens, but divides by those of the group.
-            of_group: int | Tensor = self.tp_cp_group.size()
-            if self.valid_tokens is not None:
-                of_group = self.valid_tokens.group_count / max(activation.shape[0], 1)
-            aux_loss = _ScaleGradient.apply(aux_loss, of_group)
-            # 0.16 counts the positions of a micro-batch as its tokens in the loss over sequences.
-            kwargs.pop("valid_token_count", None)
-        return super().attach_and_log_load_balancing_loss(
-            activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, **kwargs
-        )
 
 
 @functools.cache
@@ -365,26 +365,3 @@ def _warn_of_running_mean() -> None:
             " micro-batches and over data-parallel ranks: by a quarter to two thirds at 32 tokens a micro-batch"
             " (docs/monitor.md). The gradient of 'aux_loss' does not."
         )
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor: Tensor, factor: float | Tensor) -> Tensor:
-        ctx.factor = factor
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        return gradients[0] * ctx.factor, None
-
-
-class _CarryGradient(torch.autograd.Function):
-    """Return the first tensor; let losses attached to the second take part in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, carried: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        return gradients[0], torch.zeros_like(gradients[0])
