@@ -145,12 +145,15 @@ def test_gate_of_a_bfloat16_model_counts_in_float32(tmp_path: Path):
     tensors = hf_models.skywork_moe(tmp_path)
     block = load(exported(tmp_path), dtype=torch.bfloat16).model.layers[0].block_sparse_moe
     x = torch.randn(50, 64, dtype=torch.bfloat16)
-    weights, experts = block.route(x)
-    logits = x.float() @ tensors[f"{MOE.format(0)}.gate.weight"].float().T
-    expected = normalize_gating_logits(logits).topk(2)
-    assert weights.dtype == torch.float32
-    assert torch.equal(experts, expected.indices)
-    torch.testing.assert_close(weights, expected.values.softmax(dim=-1))
+    for size in (1.0, 1e20):  # whose squares no float32 holds
+        weights, experts = block.route(size * x)
+        logits = (size * x).float() @ tensors[f"{MOE.format(0)}.gate.weight"].float().T
+        centred = logits.double() - logits.double().mean(-1, keepdim=True)
+        expected = (centred / centred.std(-1, keepdim=True)).topk(2)
+        assert weights.dtype == torch.float32
+        assert torch.equal(experts, expected.indices)
+        torch.testing.assert_close(weights.double(), expected.values.softmax(dim=-1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(normalize_gating_logits(logits).topk(2).values.double(), expected.values)
     assert block(x[None]).dtype == torch.bfloat16
 
 
