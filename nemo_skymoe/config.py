@@ -4,12 +4,16 @@ An option exists once, here, under a Megatron-style name; every bad value is ref
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Optional
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, Optional, get_args
 
 AUX_LOSS_FORMS = ("switch", "square")
 CAPACITY_SCOPES = ("rank", "edp")
 EDP_DISPATCHERS = ("auto", "replicated", "allgather", "alltoall")
+LOGIT_NORM_SCALES = (0.01, 100.0)
+LOGIT_NORM_EPS = (1e-12, 0.01)
 
 
 class ConfigurationError(ValueError):
@@ -65,18 +69,31 @@ class SkyworkOptions:
     """Compare the routing of the "replicated" dispatcher's ranks every so many forward passes of a layer; 0: never."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_choices()
         self._check_ranges()
-        if getattr(self, "num_moe_experts", None):
-            self._check_router()
+        self._check_moe()
         parent: Any = super()
         if hasattr(parent, "__post_init__"):
             try:
                 parent.__post_init__()
             except (AssertionError, ValueError) as reason:
                 raise ConfigurationError(str(reason)) from reason
+        # Again, for Megatron turns options into others: `moe_router_topk_limited_devices` into groups of experts.
+        self._check_moe()
         if getattr(self, "num_moe_experts", None):
             self._check_parallelism()
+
+    def _check_types(self) -> None:
+        for field in fields(SkyworkOptions):
+            kinds: Any = get_args(field.type) or (field.type,)
+            value = getattr(self, field.name)
+            wanted = next(kind for kind in kinds if kind is not type(None))
+            if not (_is_a(value, wanted) or (value is None and len(kinds) > 1)):
+                name = {bool: "True or False", int: "a whole number", float: "a number", str: "a name"}[
+                    wanted
+                ]
+                raise ConfigurationError(f"{field.name} is {value!r}, expected {name}")
 
     def _check_choices(self) -> None:
         for option, choices in (
@@ -93,9 +110,17 @@ class SkyworkOptions:
 
     def _check_ranges(self) -> None:
         maximum = self.moe_adaptive_aux_loss_maximum
+        for option, (least, most), otherwise in (
+            ("moe_router_logit_norm_scale", LOGIT_NORM_SCALES, "the gate is uniform or one-hot"),
+            ("moe_router_logit_norm_eps", LOGIT_NORM_EPS, "the gate is uniform"),
+        ):
+            value = getattr(self, option)
+            if value is not None and not least <= value <= most:
+                raise ConfigurationError(
+                    f"{option} is {value}, expected a finite number above 0, from {least:g} to {most:g}: beyond,"
+                    f" {otherwise} and the router does not learn"
+                )
         for option, least, most in (
-            ("moe_router_logit_norm_scale", 0.0, math.inf),
-            ("moe_router_logit_norm_eps", 0.0, math.inf),
             ("moe_adaptive_aux_loss_sensitivity", 0.0, math.inf),
             ("moe_adaptive_aux_loss_maximum", 0.0, math.inf),
             ("moe_nominal_capacity_factor", 0.0, math.inf),
@@ -118,12 +143,45 @@ class SkyworkOptions:
                 f" = {maximum}"
             )
 
+    def _check_moe(self) -> None:
+        if getattr(self, "num_moe_experts", None) is None:
+            return
+        for option, expected, fits in _MEGATRONS:
+            value = getattr(self, option, None)
+            values = value if isinstance(value, list | tuple) else [value]
+            if value is not None and not all(fits(one) for one in values):
+                raise ConfigurationError(f"{option} is {value!r}, expected {expected}")
+        self._check_layers()
+        self._check_router()
+
+    def _check_layers(self) -> None:
+        config: Any = self
+        pattern, layers = config.moe_layer_freq, config.num_layers
+        if _is_a(pattern, int) and pattern >= 1:
+            return
+        if not isinstance(pattern, list) or any(not _is_a(one, int) or one not in (0, 1) for one in pattern):
+            raise ConfigurationError(
+                f"moe_layer_freq is {pattern!r}, expected n for an MoE in every n-th layer, or a list with 1 for every"
+                " MoE layer and 0 for every dense one"
+            )
+        if len(pattern) != layers or not any(pattern):
+            raise ConfigurationError(
+                f"moe_layer_freq has {len(pattern)} entries, {sum(pattern)} of them 1; expected num_layers = {layers}"
+                " entries and an MoE layer among them"
+            )
+
     def _check_router(self) -> None:
         config: Any = self
         experts, topk = config.num_moe_experts, config.moe_router_topk
         if topk > experts:
             raise ConfigurationError(
                 f"moe_router_topk is {topk}, expected at most num_moe_experts = {experts}"
+            )
+        if experts == 2 and self.moe_router_logit_norm_scale is not None:
+            raise ConfigurationError(
+                "num_moe_experts=2 with moe_router_logit_norm_scale: two normalised logits are always the same two"
+                " numbers and the router gets no gradient; expected 3 or more experts, or"
+                " moe_router_logit_norm_scale=None"
             )
         if config.moe_router_score_function != "softmax":
             raise ConfigurationError(
@@ -134,11 +192,18 @@ class SkyworkOptions:
                 "moe_router_topk=1 with renormalised weights (eq. 2) gives every token weight 1 and the router no"
                 " gradient; set moe_router_topk=2 or moe_router_pre_softmax=True"
             )
-        if config.moe_router_group_topk or config.moe_router_num_groups:
-            raise ConfigurationError(
-                f"moe_router_group_topk is {config.moe_router_group_topk} and moe_router_num_groups"
-                f" {config.moe_router_num_groups}, expected None: the report's top-k is over all experts"
+        groups = {
+            option: getattr(config, option)
+            for option in (
+                "moe_router_group_topk",
+                "moe_router_num_groups",
+                "moe_router_topk_limited_devices",
             )
+            if getattr(config, option, None)
+        }
+        if groups:
+            given = " and ".join(f"{option} is {value}" for option, value in groups.items())
+            raise ConfigurationError(f"{given}, expected None: the report's top-k is over all experts")
         if getattr(config, "mtp_num_layers", None):
             raise ConfigurationError(
                 f"mtp_num_layers is {config.mtp_num_layers}, expected None: multi-token prediction adds MoE layers that"
@@ -180,6 +245,7 @@ class SkyworkOptions:
                 f" {config.expert_model_parallel_size}"
             )
         self._check_cuda_graphs()
+        self._check_whole_experts()
         if self.moe_edp:
             self._check_edp()
             self._check_edp_dispatcher()
@@ -204,6 +270,17 @@ class SkyworkOptions:
                 f" cuda_graph_scope is {scope!r}, expected 'attn'"
             )
 
+    def _check_whole_experts(self) -> None:
+        config: Any = self
+        tensor, within = config.tensor_model_parallel_size, config.expert_tensor_parallel_size
+        if config.expert_model_parallel_size == 1 and within not in (None, tensor):
+            raise ConfigurationError(
+                f"expert_tensor_parallel_size is {within} with tensor_model_parallel_size={tensor} and"
+                " expert_model_parallel_size=1: Megatron reduces the gradients of experts over the ranks of attention"
+                f" unless experts are spread over ranks; expected expert_tensor_parallel_size={tensor}, or"
+                " expert_model_parallel_size above 1"
+            )
+
     def _check_edp(self) -> None:
         config: Any = self
         tensor, expert = config.tensor_model_parallel_size, config.expert_model_parallel_size
@@ -224,10 +301,21 @@ class SkyworkOptions:
         for option in (
             "moe_shared_expert_overlap",
             "moe_router_padding_for_fp8",
+            "moe_router_padding_for_quantization",
             "overlap_moe_expert_parallel_comm",
         ):
             if getattr(config, option, False):
                 raise ConfigurationError(f"{option} is not available under moe_edp, expected False")
+        if (
+            config.moe_router_force_load_balancing
+            and not config.sequence_parallel
+            and config.tensor_model_parallel_size > 1
+        ):
+            raise ConfigurationError(
+                "moe_router_force_load_balancing=True draws other random logits on every rank, where without"
+                " sequence parallelism the ranks of moe_edp hold the same tokens: expected sequence_parallel=True, or"
+                " moe_router_force_load_balancing=False"
+            )
         if config.moe_token_dispatcher_type == "flex":
             raise ConfigurationError(
                 "moe_token_dispatcher_type='flex' needs DeepEP's groups, under moe_edp expected 'allgather' or"
@@ -253,3 +341,42 @@ class SkyworkOptions:
                 f"edp_dispatcher={name!r} needs {needs}: without sequence parallelism every rank holds the tokens"
                 " already ('replicated'), with it each holds its own ('allgather', 'alltoall')"
             )
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
+
+
+def _finite(value: Any) -> bool:
+    return _is_a(value, float) and math.isfinite(value)
+
+
+def _positive_integer(value: Any) -> bool:
+    return _is_a(value, int) and value >= 1
+
+
+def _not_negative(value: Any) -> bool:
+    return _finite(value) and value >= 0
+
+
+# Megatron's options whose bad values it takes without a word, or answers with a traceback once it trains.
+_MEGATRONS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("num_moe_experts", "a whole number above 0", _positive_integer),
+    ("moe_router_topk", "a whole number above 0", _positive_integer),
+    ("moe_aux_loss_coeff", "a finite number of at least 0", _not_negative),
+    ("moe_z_loss_coeff", "None or a finite number of at least 0", _not_negative),
+    (
+        "moe_input_jitter_eps",
+        "None or a number from 0 to 1",
+        lambda value: _not_negative(value) and value < 1,
+    ),
+    (
+        "moe_router_topk_scaling_factor",
+        "None or a number above 0",
+        lambda value: _finite(value) and value > 0,
+    ),
+    # A negative factor is Megatron's other way to say None.
+    ("moe_expert_capacity_factor", "None or a number above 0", lambda value: _finite(value) and value != 0),
+)

@@ -1,5 +1,6 @@
 """Options are refused by name, before any work starts."""
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -142,3 +143,93 @@ def test_allowed() -> None:
     configuration(
         moe_router_load_balancing_type="none", moe_adaptive_aux_loss=False, moe_expert_capacity_factor=1.0
     )
+
+
+NUMBERS: dict[str, list[Any]] = {
+    "num_moe_experts": [0, -1, 2.5, "8", True],
+    "moe_router_topk": [0, -1, 2.0, "2", True, math.nan],
+    "moe_aux_loss_coeff": [-0.01, math.nan, math.inf, "0.01"],
+    "moe_z_loss_coeff": [-1e-3, math.nan, math.inf, "1e-3"],
+    "moe_input_jitter_eps": [-0.1, math.nan, 1.0],
+    "moe_router_topk_scaling_factor": [0.0, -2.0, math.nan],
+    "moe_expert_capacity_factor": [0, 0.0, math.nan, math.inf, "1.25"],
+    "moe_layer_freq": [0, -1, 1.5, "1", [0, 0], [1], [1, 2], [1, 1, 1], []],
+}
+
+
+def test_values_that_are_none_are_refused_by_their_name() -> None:
+    for option, values in NUMBERS.items():
+        for value in values:
+            with pytest.raises(ConfigurationError, match=f"^{option} (is|has) "):
+                configuration(**{option: value})
+    kinds = {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"], "moe_adaptive_aux_loss": False}
+    configuration(**kinds, moe_aux_loss_coeff=[0.1, 0.2])
+    for value in ([0.1, math.nan], [-1.0, 0.1]):
+        with pytest.raises(ConfigurationError, match=r"^moe_aux_loss_coeff is "):
+            configuration(**kinds, moe_aux_loss_coeff=value)
+
+
+def test_an_option_of_ours_of_another_type_is_refused_by_its_name() -> None:
+    """As a command line may pass them on: `"true"` would be true, and `"false"` too."""
+    for field in fields(SkyworkOptions):
+        default = field.default
+        values: list[Any] = ["x"] if not isinstance(default, str) else [1.0, None]
+        values += ["true", "false", 1] if isinstance(default, bool) else [True]
+        values += [math.nan, math.inf] if isinstance(default, float) else []
+        for value in values:
+            with pytest.raises(ConfigurationError, match=f"^{field.name} is "):
+                configuration(**{field.name: value})
+
+
+def test_megatrons_negative_capacity_is_none() -> None:
+    assert configuration(moe_expert_capacity_factor=-1).moe_expert_capacity_factor is None
+
+
+def test_what_megatron_makes_of_the_options_is_checked_too() -> None:
+    """It turns limited devices into groups of experts, and fp8 padding into padding for any quantisation."""
+    with pytest.raises(ConfigurationError, match="moe_router_topk_limited_devices is 1, expected None"):
+        configuration(moe_router_topk_limited_devices=1, expert_model_parallel_size=2)
+    config: Any = configuration(moe_edp=True, expert_tensor_parallel_size=1)
+    for option in ("moe_router_padding_for_fp8", "moe_router_padding_for_quantization"):
+        setattr(config, option, True)  # where Transformer Engine, which is not there, would allow it
+        with pytest.raises(
+            ConfigurationError, match=f"{option} is not available under moe_edp, expected False"
+        ):
+            config._check_parallelism()
+        setattr(config, option, False)
+
+
+def test_a_router_that_cannot_learn_is_refused() -> None:
+    off = {"moe_router_logit_norm_scale": None}
+    for refused, message in (
+        ({"num_moe_experts": 2}, "num_moe_experts=2 with moe_router_logit_norm_scale"),
+        ({"num_moe_experts": 2, "moe_router_topk": 1, "moe_router_pre_softmax": True}, "num_moe_experts=2"),
+        ({"num_moe_experts": 2, "moe_router_logit_norm_correction": 0}, "num_moe_experts=2"),
+        ({"moe_router_topk": 1}, "moe_router_topk=1"),
+        ({"moe_router_topk": 1, **off}, "moe_router_topk=1"),
+        ({"moe_router_logit_norm_scale": 1e-9}, "moe_router_logit_norm_scale is 1e-09"),
+        ({"moe_router_logit_norm_scale": 1e4}, "moe_router_logit_norm_scale is 10000"),
+        ({"moe_router_logit_norm_eps": 10.0}, "moe_router_logit_norm_eps is 10"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            configuration(**refused)
+    configuration(num_moe_experts=2, **off)
+    configuration(num_moe_experts=3)
+
+
+def test_random_logits_under_replicated_edp_are_refused() -> None:
+    edp = {"moe_edp": True, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}
+    options = {**edp, "expert_tensor_parallel_size": 1, "moe_router_force_load_balancing": True}
+    configuration(**options, sequence_parallel=True)
+    with pytest.raises(
+        ConfigurationError, match="moe_router_force_load_balancing=True draws other random logits"
+    ):
+        configuration(**options)
+
+
+def test_experts_that_megatron_reduces_over_the_wrong_ranks_are_refused() -> None:
+    with pytest.raises(
+        ConfigurationError, match="expert_tensor_parallel_size is 1 with tensor_model_parallel_size=2"
+    ):
+        configuration(tensor_model_parallel_size=2, expert_tensor_parallel_size=1, sequence_parallel=True)
+    configuration(tensor_model_parallel_size=2, sequence_parallel=True)
