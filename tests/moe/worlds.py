@@ -40,6 +40,18 @@ class Layout:
     ep: int = 1
     pp: int = 1
     vpp: int | None = None
+    etp: int | None = None
+    sp: bool | None = None
+
+    @property
+    def experts_tp(self) -> int:
+        """Ranks that an expert is split over; whole experts unless said otherwise."""
+        return self.etp or 1
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """On with tensor parallelism unless said otherwise."""
+        return self.tp > 1 if self.sp is None else self.sp
 
     def __str__(self) -> str:
         return "-".join(f"{name}{size}" for name, size in vars(self).items() if size not in (None, 1)) or "dp"
@@ -76,11 +88,13 @@ def groups(layout: Layout = Layout()) -> Iterator[None]:
         layout.vpp,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=layout.experts_tp,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    yield
-    parallel_state.destroy_model_parallel()
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 def configuration(layout: Layout = Layout(), **options: Any) -> SkyworkTransformerConfig:
@@ -109,10 +123,10 @@ def configuration(layout: Layout = Layout(), **options: Any) -> SkyworkTransform
         "tensor_model_parallel_size": layout.tp,
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": 1,
+        "expert_tensor_parallel_size": layout.experts_tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
-        "sequence_parallel": layout.tp > 1,
+        "sequence_parallel": layout.sequence_parallel,
     }
     return SkyworkTransformerConfig(**{**values, **options})
 
@@ -122,7 +136,7 @@ def build(config: SkyworkTransformerConfig) -> list[GPTModel]:
     stages = config.virtual_pipeline_model_parallel_size
     chunks = [model_chunk(config, stage if stages else None) for stage in range(stages or 1)]
     for name, parameter in parameters(chunks).items():
-        parameter.data.copy_(local_part(parameter, weight(name, global_shape(parameter))))
+        parameter.data.copy_(local_part(name, parameter, weight(name, global_shape(name, parameter))))
     return chunks
 
 
@@ -211,9 +225,8 @@ class Training:
     def gradients(self) -> dict[str, Tensor]:
         """Every parameter's gradient in full size by its global name, on every rank."""
         parts: list[Any] = [None] * torch.distributed.get_world_size()
-        rank = parallel_state.get_tensor_model_parallel_rank()
         local = {
-            name: (rank, partition(parameter), parameter.main_grad.numpy().copy())
+            name: (rank_within(name), partition(name, parameter), parameter.main_grad.numpy().copy())
             for name, parameter in parameters(self.chunks).items()
         }
         torch.distributed.all_gather_object(parts, local)
@@ -225,9 +238,7 @@ class Training:
                     torch.from_numpy(gradient),
                 )
         return {
-            name: torch.cat([by_rank[rank][1] for rank in sorted(by_rank)], dim=max(by_rank[0][0], 0))
-            if by_rank[0][0] >= 0
-            else by_rank[0][1]
+            name: joined(name, by_rank[0][0], [by_rank[rank][1] for rank in sorted(by_rank)])
             for name, by_rank in whole.items()
         }
 
@@ -275,25 +286,51 @@ def parameters(chunks: list[GPTModel]) -> dict[str, Any]:
     return named
 
 
-def partition(parameter: Any) -> int:
-    """Dimension split over the tensor-parallel ranks, -1 for none. Experts are whole."""
-    whole = not getattr(parameter, "allreduce", True) or not getattr(
-        parameter, "tensor_model_parallel", False
-    )
-    return -1 if whole else parameter.partition_dim
+def rank_within(name: str) -> int:
+    """This rank's place among those that a parameter of that name is split over."""
+    if ".local_experts." in name:
+        return parallel_state.get_expert_tensor_parallel_rank()
+    return parallel_state.get_tensor_model_parallel_rank()
 
 
-def global_shape(parameter: Any) -> tuple[int, ...]:
+def size_within(name: str) -> int:
+    """How many ranks a parameter of that name is split over, if it is."""
+    if ".local_experts." in name:
+        return parallel_state.get_expert_tensor_parallel_world_size()
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def partition(name: str, parameter: Any) -> int:
+    """Dimension that is split over ranks, -1 for none."""
+    split = getattr(parameter, "tensor_model_parallel", False) and size_within(name) > 1
+    return parameter.partition_dim if split else -1
+
+
+def pieces_of(name: str) -> int:
+    """A gated linear unit's two halves are split one by one."""
+    return 2 if "linear_fc1" in name else 1
+
+
+def joined(name: str, dimension: int, parts: list[Tensor]) -> Tensor:
+    """The whole parameter of its parts in the order of the ranks."""
+    if dimension < 0:
+        return parts[0]
+    halves = [part.chunk(pieces_of(name), dim=dimension) for part in parts]
+    return torch.cat([half[i] for i in range(pieces_of(name)) for half in halves], dim=dimension)
+
+
+def global_shape(name: str, parameter: Any) -> tuple[int, ...]:
     """Shape of the whole parameter."""
-    shape, dimension = list(parameter.shape), partition(parameter)
+    shape, dimension = list(parameter.shape), partition(name, parameter)
     if dimension >= 0:
-        shape[dimension] *= parallel_state.get_tensor_model_parallel_world_size()
+        shape[dimension] *= size_within(name)
     return tuple(shape)
 
 
-def local_part(parameter: Any, whole: Tensor) -> Tensor:
+def local_part(name: str, parameter: Any, whole: Tensor) -> Tensor:
     """This rank's part of a whole parameter."""
-    if (dimension := partition(parameter)) < 0:
+    if (dimension := partition(name, parameter)) < 0:
         return whole
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    return whole.chunk(size, dim=dimension)[parallel_state.get_tensor_model_parallel_rank()]
+    halves = whole.chunk(pieces_of(name), dim=dimension)
+    mine = [half.chunk(size_within(name), dim=dimension)[rank_within(name)] for half in halves]
+    return torch.cat(mine, dim=dimension)
