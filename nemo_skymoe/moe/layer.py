@@ -18,8 +18,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nemo_skymoe.config import SkyworkOptions
+from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.moe import edp
+from nemo_skymoe.moe.capacity import with_capacity_in_reach
 from nemo_skymoe.moe.norm import RMSNorm
 from nemo_skymoe.moe.router import SkyworkRouter
 from nemo_skymoe.patches import context_parallel_aux_loss, expert_parallel_warning, router_without_te
@@ -40,7 +41,7 @@ class SkyworkMoELayer(MoELayer):
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         router_without_te.apply()
         context_parallel_aux_loss.apply()
-        super().__init__(config, *args, **kwargs)
+        super().__init__(with_capacity_in_reach(config), *args, **kwargs)
         if not isinstance(self.router, SkyworkRouter):
             self.router = SkyworkRouter.adopt(self.router)
         if cast(SkyworkOptions, config).moe_edp:
@@ -67,7 +68,16 @@ def get_skywork_moe_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """One transformer layer: Transformer Engine's where it is installed, else Megatron's local one.
 
     With `config.num_moe_experts` its MLP is a `SkyworkMoELayer`; without, it is the dense layer of Skywork-13B.
+
+    Raises:
+        ConfigurationError: Sequence parallelism without Transformer Engine, for which a spec of one layer cannot
+            bring the final norm.
     """
+    if config.sequence_parallel and not have_transformer_engine():
+        raise ConfigurationError(
+            "sequence_parallel=True without Transformer Engine needs a final norm that supports it, which a spec of one"
+            " layer does not bring: expected get_skywork_block_spec instead of get_skywork_moe_layer_spec"
+        )
     get_spec = get_gpt_layer_local_spec
     if have_transformer_engine():
         get_spec = get_gpt_layer_with_transformer_engine_spec
@@ -86,6 +96,9 @@ def get_skywork_block_spec(
     """This pipeline stage's layers and the final norm; what `GPTModel(transformer_layer_spec=...)` takes.
 
     Which layers are MoE follows `config.moe_layer_freq`; `transformer_engine=None` takes it where it is installed.
+
+    Raises:
+        ConfigurationError: A norm that neither Megatron nor this package has without Transformer Engine.
     """
     if transformer_engine is None:
         transformer_engine = have_transformer_engine()
@@ -103,6 +116,9 @@ def _adapt(spec: ModuleSpec, config: TransformerConfig, transformer_engine: bool
     submodules = cast(Any, spec.submodules)
     if _needs_local_norm(config, transformer_engine):
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+        attention = submodules.self_attention.submodules
+        if config.qk_layernorm and hasattr(attention, "k_layernorm"):
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     if submodules.mlp.module is MoELayer:
         submodules.mlp.module = SkyworkMoELayer
 
@@ -114,4 +130,15 @@ def _not_about_the_mlp(record: logging.LogRecord) -> bool:
 
 def _needs_local_norm(config: TransformerConfig, transformer_engine: bool) -> bool:
     """Megatron's own norms refuse sequence parallelism without Transformer Engine."""
-    return not transformer_engine and config.normalization == "RMSNorm"
+    if transformer_engine:
+        return False
+    if config.layernorm_zero_centered_gamma:
+        raise ConfigurationError(
+            "layernorm_zero_centered_gamma=True needs Transformer Engine, expected False without it"
+        )
+    if config.sequence_parallel and config.normalization != "RMSNorm":
+        raise ConfigurationError(
+            f"normalization is {config.normalization!r} with sequence_parallel=True, which needs Transformer Engine;"
+            " expected 'RMSNorm' without it"
+        )
+    return config.normalization == "RMSNorm"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.moe.aux_loss import squared_load_balancing_loss
+from nemo_skymoe.moe.capacity import with_capacity_in_reach
 from nemo_skymoe.moe.gate import add_gate_parameters, gate_logits
 from nemo_skymoe.moe.gating import normalize_and_break_ties, tie_order
 from nemo_skymoe.moe.gradients import CarryGradient, ScaleGradient
@@ -80,7 +81,8 @@ class SkyworkRouter(TopKRouter):
             )
         if "global_aux_loss" in self.routing_type:
             _warn_of_running_mean()
-        options: SkyworkOptions = self.config
+        self.config = with_capacity_in_reach(self.config)
+        options = self._options
         add_gate_parameters(self)
         if options.moe_adaptive_aux_loss:
             initial = options.moe_adaptive_aux_loss_initial

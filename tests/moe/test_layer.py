@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 from worlds import Layout, build, configuration, generator, groups, model_chunk, on_ranks
 
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.controller import AuxLossController
 from nemo_skymoe.moe.layer import SkyworkMoELayer, get_skywork_block_spec, get_skywork_moe_layer_spec
 from nemo_skymoe.moe.norm import RMSNorm
@@ -232,3 +233,23 @@ def test_a_rank_without_tokens_takes_part() -> None:
             outcomes.append((output, x.grad, layer.router.weight.grad))
     for apart, alone in zip(*outcomes, strict=True):
         torch.testing.assert_close(apart, alone, rtol=1e-12, atol=1e-12)
+
+
+@on_ranks(2)
+def test_norms_that_are_not_there_without_transformer_engine_are_refused_by_name() -> None:
+    with groups(Layout(tp=2, ep=2)):
+        split = configuration(Layout(tp=2, ep=2))
+        with pytest.raises(ConfigurationError, match="expected get_skywork_block_spec instead of"):
+            get_skywork_moe_layer_spec(split)
+        get_skywork_moe_layer_spec(configuration())
+        (first, _) = (
+            get_skywork_block_spec(configuration(Layout(tp=2, ep=2), qk_layernorm=True)).layer_specs or ()
+        )
+        attention: Any = first.submodules.self_attention.submodules  # pyright: ignore
+        assert attention.q_layernorm is attention.k_layernorm is RMSNorm
+        for options, option in (
+            ({"normalization": "LayerNorm"}, "normalization is 'LayerNorm' with sequence_parallel=True"),
+            ({"layernorm_zero_centered_gamma": True}, "layernorm_zero_centered_gamma=True"),
+        ):
+            with pytest.raises(ConfigurationError, match=option):
+                get_skywork_block_spec(configuration(Layout(tp=2, ep=2), **options))
