@@ -23,7 +23,7 @@ from nemo_skymoe.patches import nemo_cpu
 
 SEQUENCE = 256
 BATCH = 8
-BATCHES = 24
+BATCHES = 16
 
 
 def train(recipe: Any, title: str, terminal: int, log: Path, later: float = 0.0) -> dict[str, Any]:
