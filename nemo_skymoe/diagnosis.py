@@ -64,7 +64,7 @@ def cuda_devices() -> list[str]:
     """Names of the CUDA devices that this process may use."""
     probe = [sys.executable, "-c", _LIST_DEVICES]
     try:
-        return subprocess.run(probe, capture_output=True, text=True, timeout=3.0).stdout.splitlines()
+        return subprocess.run(probe, capture_output=True, text=True, timeout=60.0).stdout.splitlines()
     except subprocess.TimeoutExpired:
         return []
 

@@ -39,7 +39,7 @@ def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 600.0,
+    timeout: float = 1800.0,
     env: dict[str, str] | None = None,
 ) -> list[Any]:
     """Call `function(*args)` on every rank of a new world and return the results in rank order.
@@ -105,7 +105,7 @@ def _receive(reader: Connection, process: BaseProcess) -> _Report:
     try:
         return pickle.loads(reader.recv_bytes())
     except (EOFError, OSError):  # nothing, or half a message
-        process.join(timeout=1.0)
+        process.join(timeout=60.0)  # it has closed its pipe; a busy machine lets it end later
         code = process.exitcode
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         return _Report(False, f"died without a word ({how})")
@@ -121,7 +121,8 @@ def _child(writer: Connection, env: dict[str, str], function: Callable[..., Any]
         # Plain pickle: torch would hand tensors over in shared memory that dies with this process.
         message = pickle.dumps(_Report(True, function(*args)))
     except BaseException:
-        message = pickle.dumps(_Report(False, f"failed:\n{traceback.format_exc()}", time.monotonic()))
+        moment = time.monotonic()  # before the traceback is put together, which reads files
+        message = pickle.dumps(_Report(False, f"failed:\n{traceback.format_exc()}", moment))
     # Before the report, which allows the parent to end this process.
     sys.stdout.flush()
     sys.stderr.flush()

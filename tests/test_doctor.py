@@ -10,6 +10,7 @@ import pytest
 from nemo_skymoe import doctor
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.doctor import installed, judge, require_supported
+from tests.cases import every
 
 COMPLETE = {
     "python": "3.11.7",
@@ -33,11 +34,11 @@ SUPPORTED = {(None, megatron) for megatron in ("0.14.0", "0.15.3", "0.16.1")} | 
 }
 
 
-@pytest.mark.parametrize(
-    "megatron", ["0.12.3", "0.13.1", "0.14.0", "0.15.3", "0.16.1", "0.17.0", "1.0.0", None]
+@every(
+    python=["3.10.14", "3.11.7", "3.12.4", "3.13.0"],
+    nemo=["1.23.0", "2.4.1", "2.5.3", "2.6.2", "2.7.3", "2.8.0", "3.0.0", None],
+    megatron=["0.12.3", "0.13.1", "0.14.0", "0.15.3", "0.16.1", "0.17.0", "1.0.0", None],
 )
-@pytest.mark.parametrize("nemo", ["1.23.0", "2.4.1", "2.5.3", "2.6.2", "2.7.3", "2.8.0", "3.0.0", None])
-@pytest.mark.parametrize("python", ["3.10.14", "3.11.7", "3.12.4", "3.13.0"])
 def test_matrix(python: str, nemo: str | None, megatron: str | None):
     verdict = judge(COMPLETE | {"python": python, "nemo-toolkit": nemo, "megatron-core": megatron})
     assert verdict.supported == (python[:4] in ("3.11", "3.12") and (nemo, megatron) in SUPPORTED)

@@ -14,9 +14,11 @@ import torch
 
 from nemo_skymoe import ranks
 from nemo_skymoe.ranks import RankFailed, run_ranks
+from tests.waiting import HANG, wait_until
 
-FOREVER = 600.0
-PROMPT = 10.0  # seconds, on a busy machine; waiting for the stuck ranks would take FOREVER
+FOREVER = (
+    24 * 3600.0
+)  # seconds: a rank that sleeps so long and is waited for would end in a hang, not in a failure
 
 
 def rank() -> int:
@@ -36,26 +38,31 @@ def alive(pid: int) -> bool:
         return False
 
 
+def ended(directory: Path, number: int) -> bool:
+    """Whether a rank has recorded its process, and is over."""
+    file = directory / str(number)
+    return file.exists() and (pid := file.read_text()) != "" and not alive(int(pid))
+
+
 def record_pid(directory: Path) -> None:
     (directory / str(rank())).write_text(str(os.getpid()))
 
 
 def recorded_pids(directory: Path, count: int) -> list[int]:
-    deadline = time.monotonic() + PROMPT
-    while time.monotonic() < deadline:
-        pids = [int(text) for file in directory.iterdir() if (text := file.read_text())]
-        if len(pids) == count:
-            return pids
-        time.sleep(0.02)
-    raise AssertionError(f"{count} ranks did not start")
+    def pids() -> list[int]:
+        found = [int(text) for file in directory.iterdir() if (text := file.read_text())]
+        return found if len(found) == count else []
+
+    return wait_until(f"{count} ranks", pids)
 
 
-def test_results_come_in_rank_order_whoever_ends_first():
-    def square(base: int) -> int:
-        time.sleep(0.1 * (3 - rank()))
+def test_results_come_in_rank_order_whoever_ends_first(tmp_path: Path):
+    def square(base: int, directory: Path) -> int:
+        wait_until("the end of the next rank", lambda: rank() == 3 or ended(directory, rank() + 1))
+        record_pid(directory)
         return base + rank() ** 2
 
-    assert run_ranks(square, 4, 10) == [10, 11, 14, 19]
+    assert run_ranks(square, 4, 10, tmp_path) == [10, 11, 14, 19]
 
 
 def test_environment_is_what_torchrun_gives():
@@ -74,7 +81,7 @@ def test_gloo_finds_its_world():
         torch.distributed.all_reduce(total)
         return total
 
-    assert [total.item() for total in run_ranks(add, 3, timeout=60)] == [7.0] * 3
+    assert [total.item() for total in run_ranks(add, 3)] == [7.0] * 3
 
 
 def test_tensors_come_back_equal():
@@ -105,26 +112,29 @@ def test_exception_names_its_rank_and_kills_the_stuck_ones(tmp_path: Path):
             raise ZeroDivisionError("the reason")
         time.sleep(FOREVER)
 
-    start = time.monotonic()
     with pytest.raises(
         RankFailed, match=r"^rank 1 of 3 failed:\n(?s:.*)in fail_on_one\n(?s:.*)ZeroDivisionError: the reason"
     ):
         run_ranks(fail_on_one, 3)
-    assert time.monotonic() - start < PROMPT
     assert not any(running(pid) for pid in recorded_pids(tmp_path, 3))
     assert multiprocessing.active_children() == []
 
 
-def test_the_cause_is_reported_not_its_consequence(monkeypatch: pytest.MonkeyPatch):
+def test_the_cause_is_reported_not_its_consequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The parent looks when all have reported, and reads the consequences first."""
+
     def break_the_collective() -> None:
-        time.sleep(0.1 * (2 - rank()))
+        if rank() != 2:
+            wait_until("the end of rank 2", lambda: ended(tmp_path, 2))
+        record_pid(tmp_path)
         raise ValueError("cause" if rank() == 2 else "consequence")
 
     wait = ranks.wait
 
-    def look_late(*args, **kwargs):
-        time.sleep(1.0)
-        return wait(*args, **kwargs)
+    def look_late(pipes, timeout):
+        for process in multiprocessing.active_children():
+            process.join()
+        return sorted(wait(pipes, timeout), key=pipes.index)
 
     monkeypatch.setattr(ranks, "wait", look_late)
     with pytest.raises(RankFailed, match=r"rank 2 of 3 failed:\n(?s:.*)ValueError: cause"):
@@ -141,10 +151,8 @@ def test_rank_that_dies_is_named(die, how: str):
             die()
         time.sleep(FOREVER)
 
-    start = time.monotonic()
     with pytest.raises(RankFailed, match=rf"^rank 1 of 2 died without a word \({how}\)$"):
         run_ranks(die_on_one, 2)
-    assert time.monotonic() - start < PROMPT
 
 
 def test_exit_is_a_failure():
@@ -158,8 +166,12 @@ def test_timeout_names_the_ranks_that_did_not_end(tmp_path: Path):
         if rank() != 1:
             time.sleep(FOREVER)
 
-    with pytest.raises(RankFailed, match=r"^ranks \[0, 2\] of 3 did not end within 2 s$"):
-        run_ranks(hang, 3, timeout=2.0)
+    for seconds in (1, 10, 100):  # a busy machine may need longer to start the rank that does end
+        with pytest.raises(RankFailed, match=rf"of 3 did not end within {seconds} s$") as failure:
+            run_ranks(hang, 3, timeout=seconds)
+        if len(list(tmp_path.iterdir())) == 3 and not str(failure.value).startswith("ranks [0, 1, 2]"):
+            break
+    assert str(failure.value).startswith("ranks [0, 2] of 3")
     assert not any(running(pid) for pid in recorded_pids(tmp_path, 3))
 
 
@@ -181,7 +193,7 @@ def test_nothing_is_left_behind(tmp_path: Path):
 def test_what_a_rank_prints_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class SlowTerminal:
         def flush(self) -> None:
-            time.sleep(0.3)
+            time.sleep(0.3)  # for a parent that would not wait, to end this process
             (tmp_path / str(rank())).write_text("flushed")
 
     def speak() -> None:
@@ -205,9 +217,9 @@ def test_a_threaded_parent_does_not_hang_its_ranks():
         parallel = lambda: torch.randn(2000, 2000).exp().sum().item()
         parallel()
         assert torch.get_num_threads() == 2
-        run_ranks(parallel, 2, timeout=20)
+        run_ranks(parallel, 2, timeout=300)
     """
-    assert script(body, OMP_NUM_THREADS="2").wait(60) == 0
+    assert script(body, OMP_NUM_THREADS="2").wait(HANG) == 0
 
 
 def test_ranks_end_with_a_killed_parent(tmp_path: Path):
@@ -223,7 +235,4 @@ def test_ranks_end_with_a_killed_parent(tmp_path: Path):
     pids = recorded_pids(tmp_path, 2)
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + PROMPT
-    while any(alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "the ranks outlived their parent"
-        time.sleep(0.02)
+    wait_until("the end of the ranks", lambda: not any(alive(pid) for pid in pids), hang=300)

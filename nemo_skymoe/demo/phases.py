@@ -1,11 +1,14 @@
 """The demo's phases, each a function that runs on every rank of a world of its own."""
 
 import resource
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
+import torch
+from torch import distributed
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
@@ -20,14 +23,14 @@ from nemo_skymoe.patches import nemo_cpu
 
 SEQUENCE = 256
 BATCH = 8
-BATCHES = 24
+BATCHES = 16
 
 
-def train(recipe: Any, title: str, terminal: int, log: Path) -> dict[str, Any]:
-    """Run a recipe; returns this rank's peak memory in bytes and the mesh it trained on."""
+def train(recipe: Any, title: str, terminal: int, log: Path, later: float = 0.0) -> dict[str, Any]:
+    """Run a recipe; returns this rank's peak memory in bytes and the mesh it trained on. `later`: see `TerminalProgress`."""
     redirect_output(log)
     nemo_cpu.apply()
-    recipe.trainer.callbacks.append(run.Config(TerminalProgress, title=title, terminal=terminal))
+    recipe.trainer.callbacks.append(run.Config(TerminalProgress, title=title, terminal=terminal, later=later))
     fdl.build(recipe)()
     return {"memory": peak_memory(), "mesh": edp_mesh_rows()}
 
@@ -38,7 +41,9 @@ def upcycle_and_compare(corpus: Corpus, dense: Path, moe: Path, log: Path) -> di
     start_single_rank()
     config: Any = SkyworkMoETinyConfig()
     options = Upcycling(config.num_moe_experts, config.moe_router_topk, router_std=config.init_method_std)
-    convert.plan({BASE: convert.open_source(dense)}, TargetOptions("nemo"), options).run(moe)
+    if distributed.get_rank() == 0:
+        convert.plan({BASE: convert.open_source(dense)}, TargetOptions("nemo"), options).run(moe)
+    distributed.barrier()
     return held_out_losses(corpus, dense, moe)
 
 
@@ -50,19 +55,27 @@ def compare(corpus: Corpus, dense: Path, moe: Path, log: Path) -> dict[str, floa
 
 
 def held_out_losses(corpus: Corpus, dense: Path, moe: Path) -> dict[str, float]:
-    """Mean loss a token: of a dense checkpoint, and of an MoE with nothing dropped and at its capacity factor."""
+    """Mean loss a token: of a dense checkpoint, and of an MoE with nothing dropped and at its capacity factor.
+
+    Every rank takes its share of the batches, with whole models.
+    """
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    assert BATCHES % world == 0, f"{BATCHES} batches on {world} ranks"
     models: dict[str, tuple[Any, Path]] = {
         "dense": (SkyworkTinyConfig(), dense),
         "MoE, nothing dropped": (SkyworkMoETinyConfig(moe_expert_capacity_factor=None), moe),
         "MoE, capacity factor 1.25": (SkyworkMoETinyConfig(moe_expert_capacity_factor=1.25), moe),
     }
-    return {
-        name: mean_loss(
+    losses = [
+        mean_loss(
             load_model(config, checkpoint, corpus.vocab_size),
-            validation_batches(corpus, SEQUENCE, BATCH, BATCHES),
+            islice(validation_batches(corpus, SEQUENCE, BATCH, BATCHES), rank, None, world),
         )
-        for name, (config, checkpoint) in models.items()
-    }
+        for config, checkpoint in models.values()
+    ]
+    total = torch.tensor(losses, dtype=torch.float64)
+    distributed.all_reduce(total)
+    return dict(zip(models, (total / world).tolist(), strict=True))
 
 
 def peak_memory() -> int:

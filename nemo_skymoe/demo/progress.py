@@ -1,13 +1,17 @@
 """Progress of a training in the terminal, while everything NeMo prints goes to a log file."""
 
 import os
+from time import monotonic
 from typing import Any
 
 import lightning.pytorch as pl
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-_LINES = 20
+from nemo_skymoe.demo.record import minutes
+
+_LINES = 10
+_FIRST = 3  # a step or two are no measure: the first one allocates
 
 
 class TerminalProgress(pl.Callback):
@@ -16,12 +20,15 @@ class TerminalProgress(pl.Callback):
     Args:
         title: What is being trained.
         terminal: File descriptor of the terminal, inherited by the forked ranks.
+        later: What comes after this training, as a number of its steps that would take as long.
     """
 
-    def __init__(self, title: str, terminal: int) -> None:
+    def __init__(self, title: str, terminal: int, later: float = 0.0) -> None:
         self.title = title
         self.terminal = terminal
+        self.later = later
         self._progress: Progress | None = None
+        self._begin = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the bar."""
@@ -32,13 +39,12 @@ class TerminalProgress(pl.Callback):
             TextColumn("  {task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]}{task.fields[left]}"),
             console=console,
             disable=not console.is_terminal,
             refresh_per_second=4,
         )
-        self._task = self._progress.add_task(self.title, total=trainer.max_steps, loss="-")
+        self._task = self._progress.add_task(self.title, total=trainer.max_steps, loss="-", left="")
         self._progress.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -48,13 +54,12 @@ class TerminalProgress(pl.Callback):
         value = trainer.callback_metrics.get("reduced_train_loss")
         loss = "-" if value is None else f"{float(value):.3f}"
         step = trainer.global_step
-        self._progress.update(self._task, completed=step, loss=loss)
+        left = self._left(step, trainer.max_steps)
+        self._progress.update(self._task, completed=step, loss=loss, left=left)
         console = self._progress.console
-        if not console.is_terminal and (step % max(1, trainer.max_steps // _LINES) == 0):
-            left = self._progress.tasks[0].time_remaining
-            console.print(
-                f"  {self.title}: step {step}/{trainer.max_steps}, loss {loss}, {left or 0:.0f} s left"
-            )
+        every = max(1, trainer.max_steps // _LINES)
+        if not console.is_terminal and (step == _FIRST or (step > _FIRST and step % every == 0)):
+            console.print(f"  {self.title}: step {step}/{trainer.max_steps}, loss {loss}{left}")
             console.file.flush()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -62,3 +67,12 @@ class TerminalProgress(pl.Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress.console.file.flush()
+
+    def _left(self, step: int, steps: int) -> str:
+        """Time until the end of everything, from the pace since the first step."""
+        if step == 1:
+            self._begin = monotonic()
+        if step < _FIRST:
+            return ""
+        pace = (monotonic() - self._begin) / (step - 1)
+        return f", {minutes(pace * (steps - step + self.later))} left{' in all' if self.later else ''}"

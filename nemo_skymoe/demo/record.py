@@ -22,3 +22,9 @@ class Story:
     def folder(self, name: str) -> Path:
         """Folder of a phase."""
         return self.output / name
+
+
+def minutes(seconds: float) -> str:
+    """A duration for people."""
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"

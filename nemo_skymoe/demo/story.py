@@ -1,10 +1,13 @@
 """`make demo`: a dense Skywork trained on real text, upcycled, and trained on as a Skywork-MoE."""
 
+import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,19 @@ from rich.table import Table
 from nemo_skymoe.checkpoint.run_folder import last_checkpoint
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.demo.output import output_to
-from nemo_skymoe.demo.record import Story
+from nemo_skymoe.demo.record import Story, minutes
 from nemo_skymoe.doctor import require_supported
 from nemo_skymoe.ranks import run_ranks
 
 RANKS = 2
+STEPS, QUICK_STEPS = (120, 150), (20, 20)
+"""Of the dense model, and of each of the two that follow it."""
 PEAK_LR, FINAL_LR = 1.5e-3, 1.5e-4
 """Of the MoE and of the continued dense model alike: the one peak there is time for, chosen before comparing."""
+SMOOTHING = 0.95
+"""Of the adaptive coefficients: over about 20 steps. The report's 0.99, over 100, would show little in so short a run."""
+_COSTS = {"dense": 1.0, "upcycling": 40.0, "moe": 2.0, "dense_continued": 1.0, "comparison": 30.0}
+"""What the phases take, by step or as a whole, in the dense model's steps: for the time left, in this order."""
 
 
 def run(output: Path, quick: bool = False) -> Path:
@@ -28,30 +37,29 @@ def run(output: Path, quick: bool = False) -> Path:
 
     Args:
         output: Folder for the corpus (kept from an earlier run), the runs and the report.
-        quick: 20 steps a phase: to see that it works, not to learn anything.
+        quick: 20 steps a training: to see that it works, not to learn anything.
 
     Returns:
         The report's path.
     """
     require_supported(nemo=True)
     console = Console()
-    story = Story(output.resolve(), *((20, 20) if quick else (300, 300)))
-    console.print(
-        "[bold]Skywork-MoE on a laptop[/]: dense, upcycled, trained on. Loading NeMo (about 20 s) ..."
-    )
+    story = Story(output.resolve(), *(QUICK_STEPS if quick else STEPS))
     _clear(story.output, console)
+    console.print("[bold]Skywork-MoE on a laptop[/]: dense, upcycled, trained on")
     begin = time.monotonic()
-    with output_to(story.folder("logs") / "import.log"):
-        from nemo_skymoe.demo import phases
-        from nemo_skymoe.demo.summary import write
-    story.seconds["import of NeMo"] = time.monotonic() - begin
-    _corpus(story, console)
+    with _corpus(story, console):
+        console.print("  NeMo loads meanwhile, about 20 s; its first steps tell the time left")
+        with output_to(story.folder("logs") / "import.log"):
+            from nemo_skymoe.demo import phases
+            from nemo_skymoe.demo.summary import write
+    story.seconds["corpus, import of NeMo"] = time.monotonic() - begin
     _dense(story, phases, console)
     _upcycle(story, phases, console)
     _continue(story, phases, console)
     report = write(story)
     console.print(
-        f"\n{_verdict(story)}\nReport: [bold]{report}[/]  ({_minutes(sum(story.seconds.values()))} in all)"
+        f"\n{_verdict(story)}\nReport: [bold]{report}[/]  ({minutes(sum(story.seconds.values()))} in all)"
     )
     return report
 
@@ -71,15 +79,27 @@ def _clear(output: Path, console: Console) -> None:
     marker.touch()
 
 
-def _corpus(story: Story, console: Console) -> None:
+@contextmanager
+def _corpus(story: Story, console: Console) -> Iterator[None]:
+    """Build the corpus beside what is done inside, which keeps one core busy."""
+
+    def build() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's, which ends this process
+        with output_to(story.folder("logs") / "corpus.log"):
+            from nemo_skymoe.data.corpus import build_corpus
+        with suppress(Exception):  # said below
+            build_corpus(
+                story.folder("corpus"), progress=lambda line: console.print(f"  {line}", highlight=False)
+            )
+
+    console.print("[bold]Corpus[/]: the standard library of this Python")
+    builder = multiprocessing.get_context("fork").Process(target=build, daemon=True)
+    builder.start()
+    yield
+    builder.join()
     from nemo_skymoe.data.corpus import build_corpus
 
-    def build() -> Any:
-        return build_corpus(
-            story.folder("corpus"), progress=lambda line: console.print(f"  {line}", highlight=False)
-        )
-
-    story.corpus = _timed(story, console, "corpus", "Corpus: the standard library of this Python", build)
+    story.corpus = build_corpus(story.folder("corpus"))  # there already, unless it cannot be built
 
 
 def _dense(story: Story, phases: Any, console: Console) -> None:
@@ -87,7 +107,7 @@ def _dense(story: Story, phases: Any, console: Console) -> None:
 
     recipe = skywork_tiny.pretrain_recipe(
         dir=str(story.output), name="dense", corpus=str(story.folder("corpus")), devices=RANKS,
-        max_steps=story.dense_steps, val_check_interval=story.dense_steps // 4,
+        max_steps=story.dense_steps, val_check_interval=story.dense_steps // 3,
     )  # fmt: skip
     _train(story, phases, console, "dense", "Dense pretraining (skywork_tiny, 2 ranks)", recipe)
 
@@ -96,7 +116,9 @@ def _upcycle(story: Story, phases: Any, console: Console) -> None:
     def upcycle() -> dict[str, float]:
         dense = last_checkpoint(story.folder("dense"))
         log = story.folder("logs") / "upcycle.log"
-        return run_ranks(phases.upcycle_and_compare, 1, story.corpus, dense, story.folder("upcycled"), log)[0]
+        return run_ranks(
+            phases.upcycle_and_compare, RANKS, story.corpus, dense, story.folder("upcycled"), log
+        )[0]
 
     story.before = _timed(story, console, "upcycling", "Upcycling to 16 experts", upcycle)
     _print_losses(console, "Loss on held-out text before the first step", story.before)
@@ -111,12 +133,13 @@ def _continue(story: Story, phases: Any, console: Console) -> None:
         "corpus": str(story.folder("corpus")),
         "devices": RANKS,
         "max_steps": story.steps,
-        "val_check_interval": story.steps // 6,
+        "val_check_interval": story.steps // 3,
         "max_lr": PEAK_LR,
         "min_lr": FINAL_LR,
         "data_seed": 2,
     }
     moe = skywork_moe_tiny.pretrain_recipe(name="moe", resume_path=str(story.folder("upcycled")), **shared)
+    moe.model.config.moe_adaptive_aux_loss_smoothing = SMOOTHING
     results = _train(story, phases, console, "moe", "MoE pretraining (skywork_moe_tiny, EDP on 2 ranks)", moe)
     story.mesh = results[0]["mesh"]
     console.print("Device mesh: the expert-parallel (ep) group is the tensor-parallel (tp) group")
@@ -127,9 +150,8 @@ def _continue(story: Story, phases: Any, console: Console) -> None:
 
     def compare() -> dict[str, float]:
         checkpoints = [last_checkpoint(story.folder(name)) for name in ("dense_continued", "moe")]
-        return run_ranks(phases.compare, 1, story.corpus, *checkpoints, story.folder("logs") / "compare.log")[
-            0
-        ]
+        log = story.folder("logs") / "compare.log"
+        return run_ranks(phases.compare, RANKS, story.corpus, *checkpoints, log)[0]
 
     story.after = _timed(story, console, "comparison", "Comparison", compare)
     _print_losses(console, "Loss on held-out text at the end", story.after)
@@ -138,15 +160,17 @@ def _continue(story: Story, phases: Any, console: Console) -> None:
 def _train(
     story: Story, phases: Any, console: Console, name: str, title: str, recipe: Any
 ) -> list[dict[str, Any]]:
+    recipe.log.ckpt.save_top_k = 0  # the last one is enough, and the same again
     terminal = os.dup(1)
     log = story.folder("logs") / f"{name}.log"
+    later = _later(story, name)
     try:
         results = _timed(
             story,
             console,
             name,
             title,
-            lambda: run_ranks(phases.train, RANKS, recipe, name, terminal, log, timeout=3600),
+            lambda: run_ranks(phases.train, RANKS, recipe, name, terminal, log, later, timeout=3600),
         )
     finally:
         os.close(terminal)
@@ -155,12 +179,20 @@ def _train(
     return results
 
 
+def _later(story: Story, name: str) -> float:
+    """What comes after a training, in steps of it."""
+    steps = {"dense": story.dense_steps, "moe": story.steps, "dense_continued": story.steps}
+    phases = list(_COSTS)
+    after = phases[phases.index(name) + 1 :]
+    return sum(steps.get(phase, 1) * _COSTS[phase] for phase in after) / _COSTS[name]
+
+
 def _timed(story: Story, console: Console, name: str, title: str, work: Callable[[], Any]) -> Any:
     console.print(f"[bold]{title}[/]")
     begin = time.monotonic()
     result = work()
     story.seconds[name] = time.monotonic() - begin
-    console.print(f"  [dim]{story.seconds[name]:.0f} s[/]")
+    console.print(f"  [dim]{minutes(story.seconds[name])}[/]")
     return result
 
 
@@ -180,7 +212,3 @@ def _verdict(story: Story) -> str:
         f"After {story.steps} steps the MoE's loss is {abs(difference):.3f} nats"
         f" {'below' if difference < 0 else 'above'} that of the dense model trained on alike."
     )
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60} min {int(seconds) % 60} s"

@@ -1,4 +1,4 @@
-"""Loss of a NeMo checkpoint on given batches, on one rank and without a trainer."""
+"""Loss of a NeMo checkpoint on given batches, without a trainer, on ranks that each hold the whole model."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ from nemo_skymoe.patches import nemo_cpu
 
 
 def start_single_rank() -> None:
-    """Megatron's process groups for a world of one, on the CPU runtime where CUDA is absent."""
+    """Megatron's process groups for a rank that shares no model with another, on the CPU runtime where CUDA is absent."""
     nemo_cpu.apply()
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     parallel_state.initialize_model_parallel()

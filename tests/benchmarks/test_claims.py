@@ -1,10 +1,14 @@
 """When a claim holds."""
 
+import re
+from pathlib import Path
+
 import pytest
 
-from benchmarks.paper.claims import CONTRADICTED, HOLDS, UNDECIDED, equal, signed
+from benchmarks.paper.claims import BEFORE, CONTRADICTED, HOLDS, UNDECIDED, equal, signed
 from benchmarks.paper.results import Difference
 
+ROOT = Path(__file__).parents[2]
 ALONE = Difference(-0.5, float("inf"), 1)
 
 
@@ -34,3 +38,11 @@ def test_a_sign_needs_the_whole_interval(published: float, ours: Difference, ver
 )
 def test_equality_needs_the_whole_interval(ours: Difference, verdict: str) -> None:
     assert equal("", "", 0.0, ours, within=0.01).verdict == verdict
+
+
+def test_the_readme_and_the_claims_have_one_demos_digits() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (row,) = [line for line in lines if line.startswith("| step-0 loss")]
+    dense, upcycled = re.findall(r"\d+\.\d{6}", row)[:2]
+    (claim,) = [claim for claim in BEFORE if claim.command == "make demo"]
+    assert claim.ours == f"{dense} and {upcycled}" and dense == upcycled

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.paper import text
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data.indexed import write_documents
+from tests.waiting import HANG
 
 PAGE = """<html><head><title>T</title><style>p {}</style></head><body><nav><a href="/">Home</a></nav>
 <h1>Wie <b>man</b>
@@ -63,7 +64,7 @@ def test_two_processes_build_one_corpus(tmp_path: Path, monkeypatch: pytest.Monk
     both = threading.Barrier(2)
 
     def read(_: Path) -> dict[str, dict[str, str]]:
-        both.wait(timeout=60)
+        both.wait(timeout=HANG)
         return {}
 
     def write(_: object, output: Path) -> None:

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint.filesystem  # what a job imports, so that its forks need not
 
+from tests.waiting import wait_until
+
 CALLS = ("fsync", "replace", "rename", "unlink", "mkdir", "ftruncate")
 """Of `os`: after any of them the folder looks different."""
 
@@ -104,12 +106,12 @@ def check(
 
 def _to_the_end(convert: Callable[[], Any]) -> Run:
     """A killed job's workers hold its lock for another moment."""
-    for _ in range(50):
-        run = attempt(convert)
-        if "is being written by another process" not in run.error:
-            break
-        time.sleep(0.1)
-    return run
+
+    def run() -> Run | None:
+        last = attempt(convert)
+        return None if "is being written by another process" in last.error else last
+
+    return wait_until("the end of the killed job's workers", run, pause=0.1)
 
 
 def evenly(total: int, points: int) -> Iterator[int]:

@@ -32,7 +32,7 @@ def converted(
 
 def by_megatron(folder: Path) -> Tensor:
     """In a process of its own: Megatron's process groups are not for this one."""
-    [logits] = run_ranks(lambda: megatron_logits(folder, TEXT), 1, timeout=120)
+    [logits] = run_ranks(lambda: megatron_logits(folder, TEXT), 1)
     return logits
 
 

@@ -134,7 +134,7 @@ def test_what_megatron_saves_is_read_bit_for_bit(case: Case, tmp_path: Path) -> 
     source = write(tmp_path / "source", weights, case.dtype, stacked=case.stacked, prefix=case.prefix)
     target = tmp_path / "target"
     (target / "weights").mkdir(parents=True)
-    run_ranks(save_by_megatron, case.ranks, case, source, target / "weights", timeout=120)
+    run_ranks(save_by_megatron, case.ranks, case, source, target / "weights")
     if case.prefix:
         write_context(target, case.architecture)
     read, description = megatron.open(target)

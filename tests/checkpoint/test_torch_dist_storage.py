@@ -85,7 +85,7 @@ def save_megatron(folder: Path, pipeline: int, dtype: torch.dtype) -> None:
 def test_reads_what_megatron_saved_at_any_parallel_sizes(
     world: int, pipeline: int, dtype: torch.dtype, tmp_path: Path
 ):
-    run_ranks(save_megatron, world, tmp_path, pipeline, dtype, timeout=120)
+    run_ranks(save_megatron, world, tmp_path, pipeline, dtype)
     storage = TorchDistStorage(tmp_path)
     assert {name: info.shape for name, info in storage.tensors.items()} == SHAPES
     for name, tensor in tensors(dtype).items():
@@ -230,7 +230,7 @@ def test_refuses_metadata_that_lies(change: Callable[[Metadata], Any], message: 
 
 
 def test_refuses_pieces_that_leave_a_hole(tmp_path: Path):
-    run_ranks(save_megatron, 2, tmp_path, 1, torch.float32, timeout=120)
+    run_ranks(save_megatron, 2, tmp_path, 1, torch.float32)
     name = "module.layers.experts.fc1.weight"
     change_metadata(tmp_path, lambda metadata: metadata.state_dict_metadata[name].chunks.pop(5))
     with pytest.raises(ConfigurationError, match=r"pieces of 'module.layers.experts.fc1.weight' (leave|end)"):

@@ -1,7 +1,6 @@
 """`skymoe inspect`, `convert`, `upcycle` and `verify` as a user meets them."""
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +21,22 @@ from nemo_skymoe.config import ConfigurationError
 
 TINY = Architecture(2, 32, 48, 4, vocab_size=300)
 PYTHON = [sys.executable, "-c", "import sys; from nemo_skymoe.cli import main; main()"]
+# The same, and at its end how many bytes it has read, and that it has imported nothing that takes seconds.
+LIGHT = [
+    sys.executable,
+    "-c",
+    """
+import re, sys
+from nemo_skymoe import cli
+try:
+    cli.app(sys.argv[1:])
+except SystemExit as exit:
+    assert not exit.code
+heavy = {"torch", "megatron", "transformers", "nemo"} & set(sys.modules)
+assert not heavy, heavy
+print(re.search(r"rchar: (\\d+)", open("/proc/self/io").read())[1], file=sys.stderr)
+""",
+]
 
 
 def dense(folder: Path, seed: int = 0, base_seed: int = 0) -> Path:
@@ -189,10 +204,8 @@ def skywork_13b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("to, tensors", [("hf", 2863), ("nemo", 10)])
 def test_dry_run_of_146b(to: str, tensors: int, skywork_13b: Path, tmp_path: Path):
     options = ["--to", to, "--dry-run", "--json", *(["--layer-spec", "te"] if to == "nemo" else [])]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [*PYTHON, "upcycle", str(skywork_13b), str(tmp_path / "moe"), *options]
+    command = [*LIGHT, "upcycle", str(skywork_13b), str(tmp_path / "moe"), *options]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = json.loads(answer.stdout)
     assert len(found["tensors"]) == tensors
     rows = 65536 if to == "nemo" else 65519
@@ -202,27 +215,17 @@ def test_dry_run_of_146b(to: str, tensors: int, skywork_13b: Path, tmp_path: Pat
     )
     assert 0 < found["bytes_needed"] - 2 * (SKYWORK_MOE_146B.parameters + vocabulary) < 1e7
     assert list(tmp_path.iterdir()) == []
-    # Processor time: the machine may be busy with other things.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    # Of 28 GB of weights nothing but the headers; the rest is Python's own modules.
+    assert int(answer.stderr) < 50_000_000
 
 
 def test_dry_run_does_not_import_torch(source: Path, tmp_path: Path):
-    code = """
-        import sys
-        from nemo_skymoe import cli
-        try:
-            cli.app(sys.argv[1:])
-        except SystemExit as exit:
-            assert not exit.code
-        assert not {"torch", "megatron", "transformers", "nemo"} & set(sys.modules)
-    """
-    lines = "\n".join(line.removeprefix(" " * 8) for line in code.splitlines())
     for arguments in (
         ("upcycle", str(source), str(tmp_path / "moe"), "--to", "nemo", "--dry-run"),
         ("convert", str(source), str(tmp_path / "copy"), "--to", "hf", "--dry-run"),
         ("inspect", str(source)),
     ):
-        subprocess.run([sys.executable, "-c", lines, *arguments], check=True, capture_output=True)
+        subprocess.run([*LIGHT, *arguments], check=True, capture_output=True)
 
 
 def test_dry_run_lists_names_shapes_and_room(source: Path, tmp_path: Path):

@@ -1,7 +1,6 @@
 """`skymoe plan` as a user meets it."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -52,16 +51,21 @@ def test_the_table_says_what_the_json_says(report: dict):
     assert "not measured" in answer.stdout
 
 
-def test_the_146b_is_planned_in_under_a_second():
-    def seconds() -> float:
-        """Of the processor: the duration on an idle machine, whoever else is computing on this one."""
-        before = os.times()
-        answer = subprocess.run([SKYMOE, "plan", *REPORT], capture_output=True, text=True, timeout=60)
-        after = os.times()
-        assert (answer.returncode, answer.stderr) == (0, "")
-        return after.children_user - before.children_user + after.children_system - before.children_system
-
-    assert min(seconds() for _ in range(3)) < 1
+def test_the_146b_is_planned_without_what_takes_seconds_to_import():
+    """How many layouts are tried for it: tests/pipeline/test_planner.py."""
+    code = """
+import sys
+from nemo_skymoe import cli
+try:
+    cli.app(sys.argv[1:])
+except SystemExit as exit:
+    assert not exit.code
+heavy = {"torch", "megatron", "transformers", "nemo", "matplotlib", "scipy", "pandas"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    command = [sys.executable, "-c", code, "plan", *REPORT]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr) == (0, "")
 
 
 def test_a_model_by_its_dimensions_and_a_layout_of_ones_own():

@@ -10,6 +10,7 @@ import pytest
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.demo import story
+from tests.waiting import HANG
 
 
 def test_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
@@ -22,7 +23,7 @@ def test_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_the_whole_story_quickly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nemo_skymoe", "demo", "--quick", "--output", str(tmp_path / "demo")]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=6 * HANG, env=os.environ)
     assert process.returncode == 0, process.stdout + process.stderr
     page = (tmp_path / "demo" / "report" / "report.html").read_text()
     for title in ("Before the first step", "At the end", "Device mesh", "Corpus"):

@@ -31,7 +31,7 @@ def execute(name: str) -> dict[str, Any]:
 
 
 def on_ranks(function: Callable[[], Any]) -> list[Any]:
-    return run_ranks(function, RANKS, timeout=120)
+    return run_ranks(function, RANKS)
 
 
 def test_every_page_with_python_is_run_here() -> None:

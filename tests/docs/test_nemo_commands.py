@@ -39,4 +39,4 @@ def dry_run(words: list[str], folder: Path) -> int:
 def test_nemo_run_understands_it(words: list[str], tmp_path: Path) -> None:
     environment: dict[str, Any] = {f"SKYMOE_SLURM_{name}": value for name, value in SITE.items()}
     environment["NEMORUN_HOME"] = str(tmp_path)
-    assert run_ranks(dry_run, 1, words, tmp_path, timeout=120, env=environment) == [0]
+    assert run_ranks(dry_run, 1, words, tmp_path, env=environment) == [0]

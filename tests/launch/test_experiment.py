@@ -25,6 +25,7 @@ from nemo_skymoe.launch.experiment import submit
 from nemo_skymoe.launch.stages import stages
 from nemo_skymoe.ranks import RankFailed
 from nemo_skymoe.recipes._scale import SCALES
+from tests.waiting import HANG
 
 pytestmark = pytest.mark.long
 TOY, VOCABULARY, STEPS = SCALES["toy"], 512, 6
@@ -143,7 +144,7 @@ def test_launched_again_after_a_training_was_killed_it_ends_with_the_same_bytes(
     killer.start()
     with pytest.raises(RankFailed, match="training ended as"):
         submit(experiment(given, tmp_path))
-    killer.join(60)
+    killer.join(HANG)
     assert not killer.is_alive() and not (tmp_path / "exported").exists()
     reached, written = last_checkpoint(run).name, (tmp_path / "upcycled" / "weights" / "common.pt").stat()
 

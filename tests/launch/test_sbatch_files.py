@@ -5,13 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemo_skymoe.recipes.executors import SAVING_SECONDS, VARIABLES, a800_slurm
+from tests.waiting import HANG, wait_until
 
 SLURM = Path(__file__).resolve().parents[2] / "slurm"
 RECIPE = "skywork_moe_146b(dir=/data/runs,resume_path=/data/upcycled)"
@@ -47,7 +47,7 @@ def calls(folder: Path) -> list[list[str]]:
 
 def bash(file: str, *arguments: str, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        ["bash", SLURM / file, *arguments], env=env, capture_output=True, text=True, timeout=60
+        ["bash", SLURM / file, *arguments], env=env, capture_output=True, text=True, timeout=HANG
     )
 
 
@@ -89,11 +89,9 @@ def test_before_the_time_limit_ranks_save_and_the_job_is_requeued(
 ) -> None:
     hold = tmp_path / "hold"
     job = subprocess.Popen(["bash", SLURM / "pretrain.sbatch", RECIPE], env={**slurm, "HOLD": str(hold)})
-    deadline = time.monotonic() + 30
-    while not hold.with_suffix(".started").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until("the start of the ranks", hold.with_suffix(".started").exists)
     job.send_signal(10)  # SIGUSR1, as #SBATCH --signal asks for
-    assert job.wait(30) == 0
+    assert job.wait(HANG) == 0
     _, told, asked, requeued = calls(tmp_path)
     assert told == ["scancel", "--signal=TERM", "7"] and asked == ["scontrol", "show", "job", "7"]
     assert requeued == ["scontrol", "requeue", "7"]

@@ -139,4 +139,4 @@ def follow_all(world_size: int) -> dict[tuple[str, str], dict[str, Any]]:
 @functools.cache
 def trajectories(world_size: int) -> dict[tuple[str, str], dict[str, Any]]:
     """Every case of a world size, from one world."""
-    return run_ranks(in_world, world_size, follow_all, world_size, timeout=300)[0]
+    return run_ranks(in_world, world_size, follow_all, world_size)[0]

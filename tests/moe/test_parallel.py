@@ -80,7 +80,7 @@ def all_gradients(world_size: int) -> dict[tuple[str, str], Gradients]:
 @functools.cache
 def results(world_size: int) -> dict[tuple[str, str], Gradients]:
     """Every case of a world size, from one world."""
-    return run_ranks(in_world, world_size, all_gradients, world_size, timeout=300)[0]
+    return run_ranks(in_world, world_size, all_gradients, world_size)[0]
 
 
 def one_rank(name: str) -> Gradients:

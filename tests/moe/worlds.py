@@ -63,7 +63,7 @@ def on_ranks(world_size: int) -> Callable[[Callable[..., None]], Callable[..., N
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
         def run(*args: Any, **kwargs: Any) -> None:
-            run_ranks(in_world, world_size, functools.partial(test, *args, **kwargs), timeout=180)
+            run_ranks(in_world, world_size, functools.partial(test, *args, **kwargs))
 
         return run
 

@@ -57,7 +57,7 @@ def nemo(arguments: Sequence[str]) -> int:
             return int(end.code or 0)
         return 0
 
-    [code] = run_ranks(command, 1, timeout=120)
+    [code] = run_ranks(command, 1)
     return code
 
 

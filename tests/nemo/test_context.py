@@ -80,7 +80,7 @@ def test_the_tokenizer_and_the_whole_context_load(checkpoints: Path) -> None:
         assert isinstance(context, TrainerContext)
         return type(context.trainer.strategy).__name__
 
-    assert run_ranks(whole, 1, timeout=60) == ["MegatronStrategy"]
+    assert run_ranks(whole, 1) == ["MegatronStrategy"]
 
 
 def nemo_logits(checkpoint: Path) -> Tensor:
@@ -94,8 +94,8 @@ def nemo_logits(checkpoint: Path) -> Tensor:
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_nemo_loads_the_weights_and_computes_the_same(checkpoints: Path, name: str) -> None:
-    [found] = run_ranks(nemo_logits, 1, checkpoints / name, timeout=120)
-    [expected] = run_ranks(megatron_logits, 1, checkpoints / name, TOKENS, timeout=120)
+    [found] = run_ranks(nemo_logits, 1, checkpoints / name)
+    [expected] = run_ranks(megatron_logits, 1, checkpoints / name, TOKENS)
     assert found.shape == (2, 32, 512)
     assert torch.equal(found[..., : expected.shape[-1]], expected)
 
@@ -128,7 +128,7 @@ def test_what_nemo_itself_writes_is_read(checkpoints: Path, tmp_path: Path, kind
         "llama": llm.LlamaModel,
         "mixtral": llm.MixtralModel,
     }
-    run_ranks(nemo_writes, 1, classes[kind](config, tokenizer=tokenizer), tmp_path, timeout=60)
+    run_ranks(nemo_writes, 1, classes[kind](config, tokenizer=tokenizer), tmp_path)
     moe = kind in ("skywork-moe", "mixtral")
     architecture = Architecture(
         2, 64, 96, 4, vocab_size=384, num_query_groups=2, kv_channels=24, num_moe_experts=4 if moe else None

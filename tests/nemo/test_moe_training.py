@@ -99,15 +99,15 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> list[Kept]:
-    return run_ranks(train, 2, recipe(folder, "whole"), timeout=300)
+    return run_ranks(train, 2, recipe(folder, "whole"))
 
 
 @pytest.fixture(scope="module")
 def resumed(folder: Path) -> list[Kept]:
     cut = recipe(folder, "cut")
     cut.trainer.callbacks.append(run.Config(Stop))
-    run_ranks(train, 2, cut, timeout=300)
-    return run_ranks(train, 2, recipe(folder, "cut"), timeout=300)
+    run_ranks(train, 2, cut)
+    return run_ranks(train, 2, recipe(folder, "cut"))
 
 
 def test_coefficients_follow_the_drop_rate_and_agree_on_both_ranks(whole: list[Kept]) -> None:

@@ -114,21 +114,21 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def start(folder: Path) -> str:
     """Weights that all runs start from: stages draw their own."""
-    run_ranks(train, 1, recipe(folder, "start", steps=1), timeout=120)
+    run_ranks(train, 1, recipe(folder, "start", steps=1))
     (checkpoint,) = (folder / "start" / "checkpoints").glob("*-last")
     return str(checkpoint)
 
 
 @pytest.fixture(scope="module")
 def one_rank(folder: Path, start: str) -> Kept:
-    return run_ranks(train, 1, recipe(folder, "one rank", start=start, saves=False), timeout=120)[0]
+    return run_ranks(train, 1, recipe(folder, "one rank", start=start, saves=False))[0]
 
 
 @pytest.fixture(scope="module")
 def two_stages(folder: Path, start: str) -> list[Kept]:
     cut = recipe(folder, "two", TWO, start)
     cut.trainer.callbacks.append(run.Config(Stop))
-    return run_ranks(train, 2, cut, timeout=120)
+    return run_ranks(train, 2, cut)
 
 
 def coefficients(ranks: list[Kept]) -> dict[int, dict[int, float]]:
@@ -152,14 +152,14 @@ def test_unequal_stages_train_what_one_rank_does(one_rank: Kept, two_stages: lis
 
 
 def test_a_resumed_run_follows_the_plan_too(folder: Path, one_rank: Kept, two_stages: list[Kept]) -> None:
-    resumed = run_ranks(train, 2, recipe(folder, "two", TWO), timeout=120)
+    resumed = run_ranks(train, 2, recipe(folder, "two", TWO))
     assert passes(resumed, STEPS - CUT) == {1: 2, 2: 2, 3: 2, 4: 1, 5: 1}
     for rank in resumed:
         assert rank.losses == {step: one_rank.losses[step] for step in range(CUT + 1, STEPS + 1)}
 
 
 def test_virtual_stages_train_what_one_rank_does(folder: Path, start: str, one_rank: Kept) -> None:
-    ranks = run_ranks(train, 2, recipe(folder, "virtual", VIRTUAL, start, saves=False), timeout=120)
+    ranks = run_ranks(train, 2, recipe(folder, "virtual", VIRTUAL, start, saves=False))
     assert [rank.layers for rank in ranks] == [[[1, 2], [4]], [[3], [5]]]
     assert passes(ranks, STEPS) == {1: 2, 2: 1, 3: 1, 4: 2, 5: 2}
     assert ranks[0].losses == ranks[1].losses == one_rank.losses

@@ -14,6 +14,7 @@ from nemo_run.cli.cli_parser import parse_value
 from nemo_skymoe.config import SkyworkOptions
 from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.nemo import api
+from tests.waiting import HANG
 
 
 def test_nemo_llm_pretrain_runs_the_recipe_on_two_torchrun_ranks(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_nemo_llm_pretrain_runs_the_recipe_on_two_torchrun_ranks(tmp_path: Path)
         | {"PATH": f"{binaries}:{os.environ['PATH']}", "NEMORUN_HOME": str(tmp_path / "nemo_run")},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=HANG,
     )
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     assert "rotary_base is 20000 at seq_length 64" in process.stdout + process.stderr

@@ -124,7 +124,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Kept:
-    (kept,) = run_ranks(train, 1, recipe(folder, "whole"), timeout=300)
+    (kept,) = run_ranks(train, 1, recipe(folder, "whole"))
     return kept
 
 
@@ -148,8 +148,8 @@ def test_the_learning_rate_follows_each_stages_schedule(whole: Kept) -> None:
 
 
 def test_a_run_stopped_in_the_second_stage_goes_on_as_if_it_had_not(folder: Path, whole: Kept) -> None:
-    run_ranks(train, 1, recipe(folder, "cut"), CUT, timeout=300)
-    (resumed,) = run_ranks(train, 1, recipe(folder, "cut"), timeout=300)
+    run_ranks(train, 1, recipe(folder, "cut"), CUT)
+    (resumed,) = run_ranks(train, 1, recipe(folder, "cut"))
     assert min(resumed.losses) == CUT + 1, "the second run started from scratch"
     assert resumed.samples == whole.samples[CUT * BATCH :]
     for found, expected in (
@@ -165,9 +165,9 @@ def test_a_run_stopped_in_the_second_stage_goes_on_as_if_it_had_not(folder: Path
 def test_a_stage_added_to_a_finished_run_goes_on(folder: Path) -> None:
     third = STAGES + '- {tokens: 512, max_lr: 2e-3, min_lr: 1e-3, mixture: "en:1 code:1"}\n'
     (folder / "more.yaml").write_text(third)
-    (expected,) = run_ranks(train, 1, recipe(folder, "at_once", "more.yaml"), timeout=300)
-    run_ranks(train, 1, recipe(folder, "extended"), timeout=300)
-    (added,) = run_ranks(train, 1, recipe(folder, "extended", "more.yaml"), timeout=300)
+    (expected,) = run_ranks(train, 1, recipe(folder, "at_once", "more.yaml"))
+    run_ranks(train, 1, recipe(folder, "extended"))
+    (added,) = run_ranks(train, 1, recipe(folder, "extended", "more.yaml"))
     assert sorted(added.losses) == [7, 8]
     assert added.losses == {step: expected.losses[step] for step in (7, 8)}
     assert added.rates == {step: expected.rates[step] for step in (6, 7)} and added.rates[6] == 2e-3

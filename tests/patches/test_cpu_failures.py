@@ -3,7 +3,6 @@
 import os
 import signal
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tiny_gpt import FORMATS, VERSION, Case, Run, groups
 
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.ranks import RankFailed, run_ranks
+from tests.waiting import wait_until
 
 
 def train(**case: Any) -> Callable[[], list[tuple[float, float]]]:
@@ -133,8 +133,8 @@ def _world(world: Callable[[], Any], without: str | None) -> Any:
 @pytest.mark.parametrize(("name", "ranks", "world", "message"), FAILURES)
 def test_each_failure_is_cured(name: str, ranks: int, world: Callable[[], Any], message: str) -> None:
     with pytest.raises(RankFailed, match=message):
-        run_ranks(_world, ranks, world, name, timeout=60)
-    run_ranks(_world, ranks, world, None, timeout=60)
+        run_ranks(_world, ranks, world, name)
+    run_ranks(_world, ranks, world, None)
 
 
 def test_every_substitution_has_its_failure_here() -> None:
@@ -169,17 +169,15 @@ def test_no_process_outlives_a_rank_that_saved() -> None:
         save(min(FORMATS))()
         return filesystem_async._get_write_results_queue()._manager._process.pid
 
-    [manager] = run_ranks(_world, 1, world, None)
-    assert _ends(manager)
-    [manager] = run_ranks(_world, 1, world, "cpu_megatron.results_queue")
-    assert not _ends(manager)
-    os.kill(manager, signal.SIGKILL)
+    [outlives] = run_ranks(_world, 1, world, "cpu_megatron.results_queue")
+    [ends] = run_ranks(_world, 1, world, None)
+    wait_until("the end of the later one", lambda: _ended(ends))
+    assert not _ended(outlives)
+    os.kill(outlives, signal.SIGKILL)
 
 
-def _ends(process: int) -> bool:
-    status = Path(f"/proc/{process}/stat")
-    for _ in range(20):
-        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX":
-            return True
-        time.sleep(0.05)
-    return False
+def _ended(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True

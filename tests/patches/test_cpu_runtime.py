@@ -63,8 +63,8 @@ def _two_ranks(folder: Path) -> list[list[tuple[float, float]]]:
 def trajectories() -> dict[str, list[tuple[float, float]]]:
     """(loss, gradient norm) a step of every layout, and of one rank under "dense" and "moe"."""
     with tempfile.TemporaryDirectory() as folder:
-        [reference] = run_ranks(_one_rank, 1, Path(folder), timeout=120)
-        layouts = run_ranks(_two_ranks, 2, Path(folder), timeout=120)[-1]
+        [reference] = run_ranks(_one_rank, 1, Path(folder))
+        layouts = run_ranks(_two_ranks, 2, Path(folder))[-1]
     return {"dense": reference[0], "moe": reference[1], **dict(zip(map(str, LAYOUTS), layouts, strict=True))}
 
 
@@ -120,7 +120,7 @@ def _resumes(folder: Path) -> dict[int, list[str]]:
 def differences() -> dict[int, list[dict[int, list[str]]]]:
     """By world size, rank and case: the names of what a resumed run does not have in common with the other."""
     with tempfile.TemporaryDirectory() as folder:
-        return {ranks: run_ranks(_resumes, ranks, Path(folder), timeout=120) for ranks in (1, 2)}
+        return {ranks: run_ranks(_resumes, ranks, Path(folder)) for ranks in (1, 2)}
 
 
 @pytest.mark.parametrize("index", range(len(RESUMES)), ids=["-".join(map(str, row)) for row in RESUMES])

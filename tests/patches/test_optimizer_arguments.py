@@ -78,14 +78,14 @@ SPARED = {"no_weight_decay_cond": is_embedding}
 @pytest.mark.parametrize("arguments", [{}, SCALED], ids=["plain", "experts"])
 def test_nemo_fails_without_the_patch(arguments: dict[str, Any]) -> None:
     with pytest.raises(RankFailed, match="unexpected keyword argument 'no_weight_decay_cond'"):
-        run_ranks(nemos_groups, 1, False, False, arguments, timeout=60)
+        run_ranks(nemos_groups, 1, False, False, arguments)
 
 
 @pytest.mark.parametrize(
     "arguments", [{}, SCALED, SPARED, SCALED | SPARED], ids=["plain", "experts", "decay", "both"]
 )
 def test_every_parameter_has_its_rate_and_weight_decay(arguments: dict[str, Any]) -> None:
-    [found] = run_ranks(nemos_groups, 1, True, False, arguments, timeout=60)
+    [found] = run_ranks(nemos_groups, 1, True, False, arguments)
     by_name = rates(found)
     assert by_name == {name: pytest.approx(expected(name, arguments)) for name in by_name}
     kinds = ("embedding", ".mlp.experts.", ".router.", "layernorm", "output_layer")
@@ -97,7 +97,7 @@ def test_every_parameter_has_its_rate_and_weight_decay(arguments: dict[str, Any]
 def test_megatron_can_tell_the_groups_of_a_checkpoint_apart(distributed: bool, multiplier: float) -> None:
     """It finds a saved group by these keys: two groups with the same would load one's parameters for both's."""
     arguments = SCALED | {"lr_mult": multiplier}
-    [found] = run_ranks(nemos_groups, 1, True, distributed, arguments, timeout=60)
+    [found] = run_ranks(nemos_groups, 1, True, distributed, arguments)
     keys = [
         tuple(group.get(key, group.get(f"pre_{key}")) for key in param_group_identifier_keys)
         for group in found
@@ -120,4 +120,4 @@ def test_megatrons_own_call_is_left_as_it_is() -> None:
             optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
             return sorted(group["wd_mult"] for group in optimizer.param_groups)
 
-    assert run_ranks(own, 1, timeout=60) == [[0.5, 1.0]]
+    assert run_ranks(own, 1) == [[0.5, 1.0]]

@@ -54,8 +54,8 @@ def save(path: Path, patched: bool) -> str:
 
 def test_an_asynchronous_save(tmp_path: Path) -> None:
     with pytest.raises(RankFailed, match="ImportError: megatron-core was not found"):
-        run_ranks(save, 1, tmp_path / "file", False, timeout=60)
-    assert run_ranks(save, 1, tmp_path / "file", True, timeout=60) == ["saved"]
+        run_ranks(save, 1, tmp_path / "file", False)
+    assert run_ranks(save, 1, tmp_path / "file", True) == ["saved"]
 
 
 def test_nothing_is_done_where_nothing_is_missing() -> None:
@@ -63,5 +63,5 @@ def test_nothing_is_done_where_nothing_is_missing() -> None:
         had_all = dist_ckpt_io.HAVE_MEGATRON_CORE
         return had_all, tensorstore_import.apply()
 
-    [(had_all, cured)] = run_ranks(cure, 1, timeout=60)
+    [(had_all, cured)] = run_ranks(cure, 1)
     assert had_all != cured

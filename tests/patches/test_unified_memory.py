@@ -8,6 +8,8 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from tests.waiting import HANG
+
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the failure needs a machine without a GPU"),
     pytest.mark.skipif(not version("megatron-core").startswith("0.15."), reason="0.15 compiles at import"),
@@ -29,7 +31,7 @@ SCRIPT = """
 
 def import_megatron(toolkit: str, patched: bool) -> subprocess.CompletedProcess[str]:
     script = textwrap.dedent(SCRIPT.format(toolkit=toolkit, patched=patched))
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG)
 
 
 def test_the_import_ends_in_an_index_error(tmp_path):

@@ -49,12 +49,12 @@ def train_all(cases: dict[str, Case]) -> dict[str, Found]:
 
 @functools.cache
 def one_stage(ranks: int) -> dict[str, Found]:
-    return run_ranks(in_world, ranks, train_all, ONE_STAGE[ranks], timeout=120)[0]
+    return run_ranks(in_world, ranks, train_all, ONE_STAGE[ranks])[0]
 
 
 @functools.cache
 def results(ranks: int) -> dict[str, Found]:
-    return run_ranks(in_world, ranks, train_all, PLANNED[ranks], timeout=120)[0]
+    return run_ranks(in_world, ranks, train_all, PLANNED[ranks])[0]
 
 
 def reference(case: Case) -> Found:
@@ -126,10 +126,10 @@ def test_batched_messages_between_two_stages_are_wrong_and_the_plan_turns_them_o
     """Megatron's default for virtual stages on two ranks, with its own p2p_communication.py."""
     case = PLANNED[2]["moe, virtual stages"]
     batched = Case(case.layout, case.recompute, more={"batch_p2p_comm": True})
-    wrong = run_ranks(without_the_ordered_messages, 2, batched, timeout=60)[0]
+    wrong = run_ranks(without_the_ordered_messages, 2, batched)[0]
     assert wrong.losses != reference(case).losses
     assert len(different(wrong, reference(case))) > 50
-    right = run_ranks(without_the_ordered_messages, 2, case, timeout=60)[0]
+    right = run_ranks(without_the_ordered_messages, 2, case)[0]
     assert right.losses == reference(case).losses
     assert different(right, reference(case)) == []
 

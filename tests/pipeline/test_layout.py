@@ -13,6 +13,7 @@ from nemo_skymoe.pipeline.baselines import balanced_layout, even_layout
 from nemo_skymoe.pipeline.layout import Chunk, Layout
 from nemo_skymoe.pipeline.problem import Block, PipelineProblem
 from nemo_skymoe.pipeline.schedule import stage_order
+from tests.cases import every
 from tests.pipeline.random_problems import all_cuts, random_problem
 
 LAYER = Block("layer", 1.0, 2.0, weights=10.0, activations=8.0, checkpoint=1.0, recompute=0.75, working=0.5)
@@ -44,7 +45,7 @@ def test_embedding_and_head_may_be_alone():
     assert parsed(layout)[0] == [[LayerType.embedding]]
 
 
-@pytest.mark.parametrize("seed", range(100))
+@every(seed=range(100))
 def test_megatron_reads_the_same_stages(seed: int):
     rng = random.Random(seed)
     stages, virtual = rng.randint(1, 5), rng.randint(1, 3)

@@ -14,12 +14,12 @@ def nemo_llm(folder: Path, kind: str, recipe: str, *more: str, ranks: int = 2, *
     """`nemo llm KIND --factory "RECIPE(arguments)" --yes`, in `folder`, on `ranks` ranks as torchrun starts them."""
     chosen = ",".join(f"{key}={value}" for key, value in arguments.items())
     command = ["nemo", "llm", kind, "--factory", f"{recipe}({chosen})", "--yes", *more]
-    run_ranks(_nemo, ranks, folder, command, timeout=200, env={"NEMORUN_HOME": str(folder / "nemo_run")})
+    run_ranks(_nemo, ranks, folder, command, env={"NEMORUN_HOME": str(folder / "nemo_run")})
 
 
 def skymoe(folder: Path, *arguments: str) -> None:
     """`skymoe ARGUMENTS` in `folder`."""
-    run_ranks(_skymoe, 1, folder, list(arguments), timeout=200)
+    run_ranks(_skymoe, 1, folder, list(arguments))
 
 
 def losses(folder: Path, name: str) -> list[float]:

@@ -55,7 +55,7 @@ def count_all() -> dict[str, Count]:
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, Count]:
-    return run_ranks(count_all, 1, timeout=300)[0]
+    return run_ranks(count_all, 1)[0]
 
 
 def test_the_large_models_have_the_reports_sizes(counts: dict[str, Count]) -> None:
@@ -101,7 +101,7 @@ def trained_under_train_only_ffn() -> set[str]:
 
 
 def test_train_only_ffn_leaves_the_mlps_weights() -> None:
-    [trained] = run_ranks(trained_under_train_only_ffn, 1, timeout=60)
+    [trained] = run_ranks(trained_under_train_only_ffn, 1)
     assert trained == {
         f"decoder.layers.{layer}.mlp.linear_{fc}.weight" for layer in (0, 1) for fc in ("fc1", "fc2")
     }

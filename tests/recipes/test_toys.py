@@ -69,7 +69,7 @@ def watched(folder: Path, recipe: Any) -> tuple[list[set[float]], set[str]]:
 def test_the_experts_have_a_learning_rate_of_their_own_and_both_go_to_zero(workplace: Path) -> None:
     factory = FACTORIES["pretrain skywork_moe_1p8b"]
     recipe = factory(learning_rates="expert", scale="toy", name="rates")
-    [(rates, _), *_] = run_ranks(watched, 2, workplace, recipe, timeout=100)
+    [(rates, _), *_] = run_ranks(watched, 2, workplace, recipe)
     assert [len(step) for step in rates] == [2, 2, 2, 1]
     assert all(min(step) == pytest.approx(max(step) / 4) for step in rates[:-1])
     assert (max(rates[0]), max(rates[2]), rates[3]) == (6e-3, pytest.approx(6e-4), {0.0})
@@ -84,7 +84,7 @@ def test_train_only_ffn_changes_nothing_else(workplace: Path) -> None:
         train_only_ffn=True, resume_path="dense", max_lr=1e-2, min_lr=1e-2, scale="toy", name="ffn"
     )
     recipe.resume.restore_config = None
-    [(_, changed), *_] = run_ranks(watched, 2, workplace, recipe, timeout=100)
+    [(_, changed), *_] = run_ranks(watched, 2, workplace, recipe)
     assert {name.split("layers.")[-1] for name in changed} == {
         f"{layer}.mlp.linear_{fc}.weight" for layer in (0, 1) for fc in ("fc1", "fc2")
     }
@@ -95,7 +95,7 @@ def test_the_146b_on_two_stages_of_two_ranks_with_a_plan(workplace: Path) -> Non
     recipe = FACTORIES["pretrain skywork_moe_146b"](scale="toy", name="stages")
     recipe.trainer.devices, recipe.trainer.strategy.pipeline_model_parallel_size = 4, 2
     recipe.pipeline = run.Config(PipelinePlan, layout="Et|tL", recompute=[[1], [0]])
-    run_ranks(watched, 4, workplace, recipe, timeout=200)
+    run_ranks(watched, 4, workplace, recipe)
     nemo_llm(workplace, "pretrain", "skywork_moe_146b", scale="toy", name="one_stage")
     # The stages draw their weights from seeds of their own.
     assert losses(workplace, "stages") == pytest.approx(losses(workplace, "one_stage"), abs=0.1)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.waiting import HANG, wait_until
+
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "srun", "scancel")
 NODES = ("n1", "n2")
 GPUS = 2
@@ -43,7 +45,7 @@ class Cluster:
     def run(self, *command: str, **variables: str) -> str:
         """Output of a command on this cluster."""
         done = subprocess.run(
-            command, env=self.environment | variables, capture_output=True, text=True, timeout=300
+            command, env=self.environment | variables, capture_output=True, text=True, timeout=HANG
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
@@ -110,19 +112,6 @@ def _reap(pid: int) -> None:
         return
 
 
-def wait_for(what: str, condition: Callable[[], object], seconds: float) -> None:
-    """Wait until `condition` holds.
-
-    Raises:
-        TimeoutError: It did not in so many seconds.
-    """
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {seconds:g} s: {what}")
-        time.sleep(0.5)
-
-
 @contextmanager
 def running(folder: Path) -> Iterator[Cluster]:
     """A cluster in `folder`, stopped with everything that runs on it at the end, whatever the end is."""
@@ -131,11 +120,11 @@ def running(folder: Path) -> Iterator[Cluster]:
     try:
         munge = [f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("key-file", "socket", "pid-file", "log-file", "seed-file")]  # fmt: skip
         cluster.start_daemon("munged", "--foreground", "--force", *munge)
-        wait_for("munge's socket", (folder / "munge.socket").exists, 20)
+        wait_until("munge's socket", (folder / "munge.socket").exists)
         cluster.start_daemon("slurmctld", "-D")
         for name in NODES:
             cluster.start_node(name)
-        wait_for("idle nodes", lambda: all(_idle(cluster, name) for name in NODES), 60)
+        wait_until("idle nodes", lambda: all(_idle(cluster, name) for name in NODES), pause=0.5)
         yield cluster
     finally:
         kill(lambda environment: f"SLURM_CONF={cluster.conf}" in environment)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cluster import Cluster, wait_for
+from cluster import Cluster
 
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
 from nemo_skymoe.report.curves import read_curves
+from tests.waiting import wait_until
 
 SECONDS = 1200
 """For whatever is waited for, a whole training among it; two cores that have nothing else to do need a tenth."""
@@ -40,7 +41,7 @@ class Job:
     def wait(self, what: str, condition: Callable[[], object]) -> None:
         """Wait until `condition` holds; the end of the log is in the message where it does not."""
         try:
-            wait_for(f"{what}, of job {self.number}", condition, SECONDS)
+            wait_until(f"{what}, of job {self.number}", condition, SECONDS, pause=0.5)
         except TimeoutError as late:
             raise TimeoutError(f"{late}\n{self.shown()}\n{self.printed()[-4000:]}") from None
 

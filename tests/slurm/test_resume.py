@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import NODES, Cluster, wait_for
+from cluster import NODES, Cluster
 from jobs import SECONDS, Job, Kept, checkpoint, kept
 
 from nemo_skymoe.checkpoint.verification.verifier import verify
+from tests.waiting import wait_until
 
 SLURM = Path(__file__).resolve().parents[2] / "slurm"
 # SLURM looks at time limits every 30 seconds: so long must these steps take, and some more.
@@ -143,7 +144,7 @@ def test_a_job_of_nemo_run_that_is_preempted_and_loses_its_node(
     job.wait_for_requeue(1)
     assert 3 < last_step(folder, "preempted") == job.step() + 1
     assert export.shown()["JobState"] == "PENDING"
-    wait_for("the urgent job", lambda: cluster.job(urgent)["JobState"] == "COMPLETED", SECONDS)
+    wait_until("the urgent job", lambda: cluster.job(urgent)["JobState"] == "COMPLETED", SECONDS, pause=0.5)
     job.start_now()
     # Past another checkpoint, some steps of which are lost with the node.
     job.wait_for_step(min(STEPS - SAVED_EVERY, job.step() + SAVED_EVERY + 3))
@@ -151,7 +152,7 @@ def test_a_job_of_nemo_run_that_is_preempted_and_loses_its_node(
     lost = job.shown()["NodeList"]
     cluster.kill_node(lost)
     job.wait_for_requeue(2)
-    wait_for("a node that is down", lambda: cluster.node(lost).startswith("DOWN"), SECONDS)
+    wait_until("a node that is down", lambda: cluster.node(lost).startswith("DOWN"), SECONDS, pause=0.5)
     job.start_now()
     job.wait_for_success()
     (other,) = set(NODES) - {lost}
