@@ -30,8 +30,8 @@ def preprocess(
     """Tokenise text into Megatron's datasets.
 
     One dataset a domain, from JSONL (SkyPile's {"text": ...}), parquet or plain text, compressed (.gz, .zst, .bz2) or
-    not. The same command goes on where an interrupted one ended. What is empty or undecodable is left out, counted,
-    and listed in OUTPUT/rejected.txt.
+    not. The same command goes on where an interrupted or refused one ended, with the inputs corrected. What is empty or
+    undecodable is left out, counted, and listed in OUTPUT/rejected.txt.
     """
     from nemo_skymoe.commands import checkpoint_output
     from nemo_skymoe.data import preprocess
@@ -47,6 +47,7 @@ def preprocess(
             end_of_document=end_of_document,
             workers=workers,
             progress=progress,
+            say=lambda line: typer.echo(f"skymoe: {line}", err=True),
         )
     for name, domain in domains.items():
         left_out = f", left out {domain.empty} empty and {domain.undecodable} undecodable"

@@ -248,6 +248,6 @@ def _read_manifest(directory: Path) -> Corpus | None:
                 return None
             prefix.with_suffix(".idx").stat()
         (corpus.tokenizer / "tokenizer.json").stat()
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     return corpus

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.data.inputs import Input, open_bytes
+from nemo_skymoe.data.inputs import Input, open_bytes, parse_record, read_errors
 
 EMPTY, UNDECODABLE = "empty", "undecodable"
 
@@ -42,8 +41,6 @@ def read(found: Input, piece: Piece, text_key: str) -> Iterator[Document]:
     Raises:
         ConfigurationError: The file cannot be read to its end.
     """
-    import pyarrow
-
     try:
         if found.format == "parquet":
             records = _rows(found, piece, text_key)
@@ -53,7 +50,7 @@ def read(found: Input, piece: Piece, text_key: str) -> Iterator[Document]:
             records = _lines(found, piece, text_key)
         for number, content in enumerate(records, start=1):
             yield _document(number, content)
-    except (OSError, EOFError, pyarrow.ArrowInvalid) as reason:
+    except read_errors() as reason:
         raise ConfigurationError(f"'{found.path}' cannot be read to its end: {reason}") from None
 
 
@@ -120,12 +117,30 @@ def _json(line: str, text_key: str) -> Any:
     if not line.strip():
         return ""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as reason:
+        record = parse_record(line)
+    except ValueError as reason:
         return reason
     if not isinstance(record, dict) or text_key not in record:
         return ValueError(f"no key '{text_key}'")
     return record[text_key]
+
+
+def first_document(inputs: Sequence[Input], text_key: str) -> Document | None:
+    """The first document of `inputs`; where there is none, the first that was rejected, or None.
+
+    Raises:
+        ConfigurationError: A file cannot be read, as far as it was.
+    """
+    rejected: Document | None = None
+    for number, found in enumerate(inputs):
+        for piece in _pieces(number, found, max(found.size, 1)):
+            for document in read(found, piece, text_key):
+                if not document.rejected:
+                    return document
+                rejected = rejected or replace(
+                    document, rejected=f"{found.path}:{document.number}: {document.rejected}"
+                )
+    return rejected
 
 
 def split(inputs: list[Input], shard_bytes: int) -> list[list[Piece]]:
@@ -146,7 +161,7 @@ def split(inputs: list[Input], shard_bytes: int) -> list[list[Piece]]:
 
 
 def _pieces(number: int, found: Input, shard_bytes: int) -> Iterator[Piece]:
-    size = found.path.stat().st_size
+    size = found.size
     if found.format == "parquet":
         from pyarrow import parquet
 

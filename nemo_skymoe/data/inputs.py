@@ -1,26 +1,27 @@
-"""The files of a data preparation: found, typed and checked before any work."""
+"""The files of a data preparation: found, typed and checked before any work; what is left out is told with its reason."""
 
 from __future__ import annotations
 
-import bz2
 import glob
 import gzip
 import io
 import json
-import os
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.folders import LeaveOut, again, file_identity, files_below
 
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text"}
 """By suffix, after that of a compression. `lines`, a document a line, has to be asked for."""
-COMPRESSIONS = (".gz", ".zst", ".bz2")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _KNOWN = f"{', '.join(FORMATS)} (perhaps with {', '.join(COMPRESSIONS)})"
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*")
+UNKNOWN, NOTHING = "of unknown format", "empty"
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,39 @@ class Input:
     format: str
     """`jsonl`, `parquet`, `text` (the file is a document) or `lines` (every line is one)."""
 
+    size: int
+    """Bytes when it was found, and `modified`, nanoseconds: a file that changes later is another one."""
+    modified: int
+
     @property
     def compressed(self) -> bool:
         """Whether it has to be read from its beginning."""
-        return self.path.suffix in COMPRESSIONS
+        return self.path.suffix.lower() in COMPRESSIONS
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the file is still the one that was found."""
+        status = self.path.stat()
+        return (status.st_size, status.st_mtime_ns) == (self.size, self.modified)
 
 
-def find_inputs(texts: Sequence[str], text_key: str, formats: Sequence[str] = ()) -> list[Input]:
+def find_inputs(
+    texts: Sequence[str],
+    text_key: str,
+    formats: Sequence[str] = (),
+    leave_out: LeaveOut = lambda path, reason: None,
+) -> list[Input]:
     """Read `PATH` or `DOMAIN=PATH` each; a path is a file, a folder of files or a pattern with `*`.
 
     Args:
         text_key: Key, or column, of a document's text: has to be in the first record of every file.
-        formats: `FORMAT` of every file, or `DOMAIN=FORMAT`. Others go by their suffix, and those of unknown suffix in
-            a folder are left alone.
+        formats: `FORMAT` of every file, or `DOMAIN=FORMAT`. Others go by their suffix in either case.
+        leave_out: Told of every file that is found and not read, with the reason: it is empty, hidden in a folder, of
+            unknown suffix in a folder, or reached a second time by a link.
 
     Raises:
-        ConfigurationError: A path without files, a file twice, an unknown format, or a key or column that is not there.
+        ConfigurationError: A path without files, a file twice, an unreadable one, an unknown format, a key or column
+            that is not there, or a domain whose files are all empty.
     """
     by_domain = _formats(formats)
     named = [_domain(text) for text in texts]
@@ -56,29 +74,54 @@ def find_inputs(texts: Sequence[str], text_key: str, formats: Sequence[str] = ()
     inputs = [
         found
         for domain, place in named
-        for found in _expand(domain, place, by_domain.get(domain, by_domain.get("")))
+        for found in _expand(domain, place, by_domain.get(domain, by_domain.get("")), leave_out)
     ]
-    seen: set[Path] = set()
+    seen: dict[object, Path] = {}
     for found in inputs:
-        if (real := found.path.resolve()) in seen:
-            raise ConfigurationError(f"the file '{found.path}' is given twice")
-        seen.add(real)
-        _check(found, text_key)
-    return inputs
+        if (first := seen.setdefault(file_identity(found.path), found.path)) is not found.path:
+            same = "" if first == found.path else f": it is the same file as '{first}'"
+            raise ConfigurationError(f"the file '{found.path}' is given twice{same}")
+    kept = [found for found in inputs if _holds_something(found, text_key, leave_out)]
+    for domain in dict.fromkeys(found.domain for found in inputs):
+        if all(found.domain != domain for found in kept):
+            files = [str(found.path) for found in inputs if found.domain == domain]
+            raise ConfigurationError(
+                f"the domain '{domain}' has no document in {len(files)} files: all are empty ('{files[0]}')"
+            )
+    return kept
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """A file's bytes, decompressed."""
-    if path.suffix == ".gz":
+    """A file's bytes, decompressed to its very end: what follows a compressed stream is another one, or an OSError."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        return path.open("rb")
+    if compression == "gzip":  # which may be padded with zeros
         return cast(BinaryIO, gzip.open(path))
-    if path.suffix == ".bz2":
-        return cast(BinaryIO, bz2.open(path))
-    if path.suffix == ".zst":
-        import pyarrow
+    import pyarrow
 
-        stream: Any = pyarrow.input_stream(str(path), compression="zstd")
-        return io.BufferedReader(stream)
-    return path.open("rb")
+    stream: Any = pyarrow.input_stream(str(path), compression=compression)
+    return io.BufferedReader(stream)
+
+
+def read_errors() -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises, whatever its format and compression."""
+    import pyarrow
+
+    return (OSError, EOFError, zlib.error, pyarrow.lib.ArrowException)
+
+
+def parse_record(line: str) -> Any:
+    """A line of JSON. ValueError: it is none, or nested too deeply to be read."""
+    line = line.removeprefix("\ufeff")  # files that each begin with a mark, one after the other
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # an integer of more digits than Python converts: only the text counts
+        return json.loads(line, parse_int=float)
 
 
 def _formats(texts: Sequence[str]) -> dict[str, str]:
@@ -104,26 +147,55 @@ def _domain(text: str) -> tuple[str, str]:
     return domain, place
 
 
-def _expand(domain: str, place: str, format: str | None) -> list[Input]:
+def _expand(domain: str, place: str, format: str | None, leave_out: LeaveOut) -> list[Input]:
     path = Path(place)
     if path.is_dir():
-        names = sorted(Path(folder, name) for folder, _, files in os.walk(path) for name in files)
-        files = [name for name in names if format or _format(name)]
-        if names and not files:
-            raise ConfigurationError(
-                f"none of the {len(names)} files in '{place}' is of a known format, expected {_KNOWN}, or --format"
-            )
+        files = _of_folder(path, format, leave_out)
     elif path.is_file():
         files = [path]
     else:
-        files = sorted(Path(name) for name in glob.glob(place) if Path(name).is_file())
+        files = _of_pattern(place, format, leave_out)
     if not files:
         raise ConfigurationError(f"'{place}' is no file, no folder and no pattern that has any to read")
-    return [Input(file, domain, format or _known_format(file)) for file in files]
+    return [_input(file, domain, format or _known_format(file)) for file in files]
+
+
+def _of_folder(folder: Path, format: str | None, leave_out: LeaveOut) -> list[Path]:
+    files, known = files_below(folder, leave_out, hidden=False), []
+    for file in files:
+        if format or _format(file):
+            known.append(file)
+        else:
+            leave_out(file, UNKNOWN)
+    if files and not known:
+        raise ConfigurationError(
+            f"none of the {len(files)} files in '{folder}' is of a known format, expected {_KNOWN}, or --format"
+        )
+    return known
+
+
+def _of_pattern(pattern: str, format: str | None, leave_out: LeaveOut) -> list[Path]:
+    """Files, and those in folders, that it matches, each once; `**` is any number of folders."""
+    found: dict[object, Path] = {}
+    for name in sorted(Path(name) for name in glob.glob(pattern, recursive=True)):
+        for file in _of_folder(name, format, leave_out) if name.is_dir() else [name]:
+            if not file.is_file():
+                raise ConfigurationError(f"'{file}' is no file that can be read")
+            first = found.setdefault(file_identity(file), file)
+            if first != file:
+                leave_out(file, again(first))
+    return list(found.values())
+
+
+def _input(file: Path, domain: str, format: str) -> Input:
+    status = file.stat()
+    return Input(file, domain, format, status.st_size, status.st_mtime_ns)
 
 
 def _format(path: Path) -> str | None:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
@@ -134,23 +206,31 @@ def _known_format(path: Path) -> str:
     return found
 
 
-def _check(found: Input, text_key: str) -> None:
+def _holds_something(found: Input, text_key: str, leave_out: LeaveOut) -> bool:
+    """Whether the file has any content. ConfigurationError: it cannot be read, or its first record has no such key."""
+    if found.size == 0:
+        leave_out(found.path, NOTHING)
+        return False
     try:
         if found.format == "parquet":
-            _check_column(found.path, text_key)
-            return
-        with open_bytes(found.path) as file:
-            first = file.readline() if found.format == "jsonl" else file.read(1)
-    except (OSError, EOFError) as reason:
+            rows = _check_column(found.path, text_key)
+            first = b"x" * min(rows, 1)
+        else:
+            with open_bytes(found.path) as file:
+                first = file.readline() if found.format == "jsonl" else file.read(1)
+    except read_errors() as reason:
         raise ConfigurationError(f"'{found.path}' cannot be read: {reason}") from None
-    if found.format == "jsonl":
+    if not first:
+        leave_out(found.path, NOTHING)
+    elif found.format == "jsonl":
         _check_key(found.path, first, text_key)
+    return bool(first)
 
 
 def _check_key(path: Path, first: bytes, text_key: str) -> None:
     """Only a record that is whole tells; the others are counted when they are read."""
     try:
-        record = json.loads(first)
+        record = parse_record(first.decode("utf-8-sig"))
     except ValueError:
         return
     if isinstance(record, dict) and text_key not in record:
@@ -159,12 +239,14 @@ def _check_key(path: Path, first: bytes, text_key: str) -> None:
         )
 
 
-def _check_column(path: Path, text_key: str) -> None:
+def _check_column(path: Path, text_key: str) -> int:
+    """Rows of the file, which has the column."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         schema = parquet.read_schema(path)
+        rows = parquet.read_metadata(path).num_rows
     except pyarrow.ArrowInvalid as reason:
         raise ConfigurationError(f"'{path}' is no parquet file: {reason}") from None
     if text_key not in schema.names:
@@ -174,3 +256,4 @@ def _check_column(path: Path, text_key: str) -> None:
     kind = schema.field(text_key).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         raise ConfigurationError(f"column '{text_key}' of '{path}' is {kind}, expected string")
+    return rows

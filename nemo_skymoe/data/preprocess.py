@@ -1,4 +1,8 @@
-"""Files of text into one indexed dataset a domain; it can be killed at any moment and continued by the same command."""
+"""Files of text into one indexed dataset a domain; it can be killed at any moment and continued by the same command.
+
+Finished work is never deleted by a refusal. A shard is named by what it is made of, so that a command with some of its
+inputs corrected goes on with all shards of the others.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,16 +21,18 @@ from typing import Any
 from nemo_skymoe import __version__
 from nemo_skymoe.checkpoint.journal import JOURNAL, Journal
 from nemo_skymoe.checkpoint.output_file import sync_folder, write_small
-from nemo_skymoe.checkpoint.receipt import RECEIPT, receipt_bytes
+from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt, receipt_bytes
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data import indexed, shard, workers
 from nemo_skymoe.data import tokenizer as tokenizers
-from nemo_skymoe.data.documents import EMPTY, UNDECODABLE, Piece, split
-from nemo_skymoe.data.inputs import Input, find_inputs
+from nemo_skymoe.data.documents import EMPTY, UNDECODABLE, Piece, first_document, split
+from nemo_skymoe.data.inputs import UNKNOWN, Input, find_inputs
 
 MANIFEST, REJECTED, TOKENIZER = "dataset.json", "rejected.txt", "tokenizer"
 _UNFINISHED, _SHARDS = ".unfinished", "shards"
 SHARD_BYTES = 16 << 20
+_NAMED = 3
+"""Left-out files named in a line; all of them are in `rejected.txt`."""
 Progress = Callable[[int, int, str], None]
 
 
@@ -51,17 +58,20 @@ def preprocess(
     end_of_document: str | None = None,
     workers: int = 1,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Domain]:
     """Write `output`/DOMAIN.bin and .idx, `dataset.json`, `rejected.txt` and the tokenizer, or finish what was begun.
 
     Everything happens in `<output>.unfinished`, which is renamed at the very end. The bytes depend neither on the
-    number of workers nor on interruptions.
+    number of workers nor on interruptions. What an attempt has finished stays there whatever ends it: the same command,
+    with inputs corrected, added or taken away where that is needed, goes on from it.
 
     Args:
         inputs: `PATH` or `DOMAIN=PATH`, with `text_key` and `formats`: see `find_inputs`.
         tokenizer: Folder or file: see `tokenizer.load`.
         progress: Called with bytes done, bytes in all and what is being done.
+        say: Called with a line on the files that are found and not read, before any work.
         shard_bytes: Of text that is tokenised in one go; what an interruption costs.
 
     Raises:
@@ -70,22 +80,29 @@ def preprocess(
     """
     output = Path(os.path.abspath(output))
     _check(output, workers)
-    found = find_inputs(inputs, text_key, formats)
+    left_out: list[tuple[Path, str]] = []
+    found = find_inputs(inputs, text_key, formats, lambda path, reason: left_out.append((path, reason)))
     loaded = tokenizers.load(tokenizer, end_of_document)
-    job = _Job(found, split(found, shard_bytes), loaded, text_key)
+    _check_domains(found, text_key)
+    _tell(left_out, say or (lambda _: None))
+    job = _Job(found, split(found, shard_bytes), loaded, text_key, left_out)
     unfinished = output.with_name(output.name + _UNFINISHED)
     with _plain_errors(unfinished):
         identity = {"job": job.identity(tokenizer, shard_bytes)}
         journal = Journal(unfinished, identity)
         try:
-            if not (unfinished / RECEIPT).is_file():  # else the last attempt ended between its last steps
+            if not _is_written(unfinished, job):
                 _write(job, unfinished, tokenizer, workers, progress or (lambda *_: None))
-                write_small(unfinished / RECEIPT, receipt_bytes(identity, [], {}))
+                receipt = receipt_bytes(identity | {"inputs": job.inputs_checksum()}, [], {})
+                write_small(unfinished / RECEIPT, receipt)
             shutil.rmtree(unfinished / _SHARDS, ignore_errors=True)
             journal.remove()
             sync_folder(unfinished)
             os.rename(unfinished, output)
             sync_folder(output.parent)
+        except ConfigurationError:
+            _remove_if_nothing_is_finished(unfinished)
+            raise
         finally:
             journal.close()
     return read_manifest(output)
@@ -98,6 +115,54 @@ def _check(output: Path, workers: int) -> None:
         raise ConfigurationError(f"'{output}' exists: expected a new folder")
 
 
+def _check_domains(inputs: Sequence[Input], text_key: str) -> None:
+    """Every domain has a document: found out before anything is tokenised."""
+    for name in dict.fromkeys(found.domain for found in inputs):
+        own = [found for found in inputs if found.domain == name]
+        first = first_document(own, text_key)
+        if first is None or first.rejected:
+            why = f", the first for this reason: {first.rejected}" if first else ""
+            raise ConfigurationError(
+                f"the domain '{name}' has no document in {len(own)} files: what they hold is left out{why}; expected text"
+                " there, or a command without this domain"
+            )
+
+
+def _tell(left_out: Sequence[tuple[Path, str]], say: Callable[[str], None]) -> None:
+    """A line a reason: how many, of which suffixes, and the first of them by name."""
+    by_reason: dict[str, list[Path]] = {}
+    for path, reason in left_out:
+        by_reason.setdefault(reason.partition(" (")[0], []).append(path)
+    for reason, paths in by_reason.items():
+        names = ", ".join(f"'{path}'" for path in paths[:_NAMED])
+        more = f" and {len(paths) - _NAMED} more, see {REJECTED}" if len(paths) > _NAMED else ""
+        suffixes = Counter(path.suffix or "without suffix" for path in paths).most_common()
+        counted = ", ".join(f"{count} {suffix}" for suffix, count in suffixes)
+        say(f"not read, {reason}{f' ({counted})' if reason == UNKNOWN else ''}: {names}{more}")
+
+
+def _is_written(unfinished: Path, job: _Job) -> bool:
+    """Whether the last attempt ended between its last steps.
+
+    Raises:
+        ConfigurationError: It did, with other inputs.
+    """
+    receipt = read_receipt(unfinished)
+    if receipt is not None and receipt.get("inputs") != job.inputs_checksum():
+        raise ConfigurationError(
+            f"'{unfinished}' holds the finished work of this command with other inputs: run it with those to get its"
+            " output, or delete the folder to start over"
+        )
+    return receipt is not None
+
+
+def _remove_if_nothing_is_finished(unfinished: Path) -> None:
+    """A refusal leaves no folder behind that nothing can go on from."""
+    shards = unfinished / _SHARDS
+    if not (unfinished / RECEIPT).exists() and not any(shards.glob("*.json")):
+        shutil.rmtree(unfinished)
+
+
 def read_manifest(folder: Path) -> dict[str, Domain]:
     """The domains of a prepared folder.
 
@@ -107,7 +172,7 @@ def read_manifest(folder: Path) -> dict[str, Domain]:
     try:
         values = json.loads((folder / MANIFEST).read_bytes())
         return {name: Domain(**domain) for name, domain in values["domains"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigurationError(f"'{folder}' has no {MANIFEST}: make it with skymoe preprocess") from None
 
 
@@ -117,6 +182,7 @@ class _Job:
     shards: list[list[Piece]]
     tokenizer: tokenizers.TextTokenizer
     text_key: str
+    left_out: list[tuple[Path, str]]
 
     @property
     def bytes(self) -> int:
@@ -129,22 +195,37 @@ class _Job:
             domains[self.inputs[pieces[0].input].domain].append(number)
         return domains
 
-    def identity(self, tokenizer: Path, shard_bytes: int) -> dict[str, Any]:
-        """Equal for the same command on the same files."""
-        stats = [(found.path.stat(), found) for found in self.inputs]
-        listed = [
-            [str(found.path), found.domain, found.format, stat.st_size, stat.st_mtime_ns]
-            for stat, found in stats
+    def shard_names(self) -> list[str]:
+        """A name for each shard: equal for the same pieces of the same files."""
+        return [
+            _checksum([[*_signature(self.inputs[piece.input]), piece.start, piece.stop] for piece in pieces])[
+                :16
+            ]
+            for pieces in self.shards
         ]
+
+    def inputs_checksum(self) -> str:
+        """Equal for the same files in the same domains."""
+        return _checksum([[found.domain, *_signature(found)] for found in self.inputs])
+
+    def identity(self, tokenizer: Path, shard_bytes: int) -> dict[str, Any]:
+        """What has to be equal for a shard to be of use; its inputs are in its name."""
         return {
             "command": "preprocess",
             "version": __version__,
-            "inputs": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
             "tokenizer": _sha256(tokenizers.tokenizer_file(tokenizer)),
             "end_of_document": self.tokenizer.end_of_document,
             "text_key": self.text_key,
             "shard_bytes": shard_bytes,
         }
+
+
+def _signature(found: Input) -> list[Any]:
+    return [str(found.path), found.format, found.size, found.modified]
+
+
+def _checksum(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _write(job: _Job, folder: Path, tokenizer: Path, processes: int, progress: Progress) -> None:
@@ -158,14 +239,14 @@ def _write(job: _Job, folder: Path, tokenizer: Path, processes: int, progress: P
     def write_shard(number: int, advance: Callable[[int], None]) -> None:
         shard.write(prefixes[number], job.shards[number], job.inputs, job.tokenizer, job.text_key, advance)
 
-    prefixes = [folder / _SHARDS / f"{number:06d}" for number in range(len(job.shards))]
+    prefixes = [folder / _SHARDS / name for name in job.shard_names()]
     remaining = _keep_finished(folder, prefixes)
     advance(sum(piece.bytes for n in set(range(len(prefixes))) - set(remaining) for piece in job.shards[n]))
     workers.run(remaining, write_shard, processes, advance)
     records = [record for prefix in prefixes if (record := shard.finished(prefix)) is not None]
     assert len(records) == len(prefixes)
     domains = {name: _summary(job, name, [records[n] for n in ns]) for name, ns in job.domains().items()}
-    _refuse_empty(domains, folder)
+    _refuse_empty(domains)
     for name, numbers in job.domains().items():
         indexed.join([prefixes[n] for n in numbers if records[n].documents], folder / name)
     indexed.write_whole(folder / REJECTED, lambda file: file.writelines(_rejected(job, records)))
@@ -174,24 +255,28 @@ def _write(job: _Job, folder: Path, tokenizer: Path, processes: int, progress: P
 
 
 def _keep_finished(folder: Path, prefixes: Sequence[Path]) -> list[int]:
-    """Delete all but complete shards; the numbers of the others."""
-    remaining = [number for number, prefix in enumerate(prefixes) if shard.finished(prefix) is None]
-    kept = {file for prefix in prefixes for file in shard.files(prefix)}
-    kept -= {file for number in remaining for file in shard.files(prefixes[number])}
+    """Delete all but complete shards, also those that these inputs do not need; the numbers of shards to write."""
     (folder / _SHARDS).mkdir(exist_ok=True)
+    complete = {
+        prefix
+        for record in (folder / _SHARDS).glob("*.json")
+        if shard.finished(prefix := record.with_suffix("")) is not None
+    }
+    kept = {file for prefix in complete for file in shard.files(prefix)}
     for path in (*folder.iterdir(), *(folder / _SHARDS).iterdir()):
         if path not in {*kept, folder / JOURNAL, folder / _SHARDS}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return remaining
+    return [number for number, prefix in enumerate(prefixes) if prefix not in complete]
 
 
-def _refuse_empty(domains: dict[str, Domain], folder: Path) -> None:
+def _refuse_empty(domains: dict[str, Domain]) -> None:
+    """The same as `_check_domains`, should a file have lost its documents since."""
     for name, domain in domains.items():
         if not domain.documents:
-            shutil.rmtree(folder)
             raise ConfigurationError(
                 f"the domain '{name}' has no document in {domain.files} files: {domain.empty} empty,"
-                f" {domain.undecodable} undecodable"
+                f" {domain.undecodable} undecodable; the other domains are kept: run the command again with this one"
+                " corrected or without it"
             )
 
 
@@ -208,7 +293,9 @@ def _summary(job: _Job, name: str, records: Sequence[shard.Record]) -> Domain:
 
 
 def _rejected(job: _Job, records: Sequence[shard.Record]) -> Iterator[bytes]:
-    """`file:line: reason`, where a line is counted in its file."""
+    """`file: not read, reason`; then `file:line: reason`, where a line is counted in its file."""
+    for path, reason in job.left_out:
+        yield f"{path}: not read, {reason}\n".encode(errors="replace")
     before = [0] * len(job.inputs)
     for pieces, record in zip(job.shards, records, strict=True):
         starts = []

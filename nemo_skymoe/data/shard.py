@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.checkpoint.output_file import write_small
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data import documents, indexed
 from nemo_skymoe.data.documents import Piece
 from nemo_skymoe.data.inputs import Input
@@ -46,6 +47,11 @@ def write(
     temporary = prefix.with_name(prefix.name + indexed.TEMPORARY)
     texts = _texts(pieces, inputs, text_key, record, advance)
     record.documents, record.tokens = indexed.write_documents(tokenizer, texts, temporary)
+    for found in {piece.input: inputs[piece.input] for piece in pieces}.values():
+        if not found.unchanged:
+            raise ConfigurationError(
+                f"'{found.path}' has changed while it was read: run the same command again to read it as it is now"
+            )
     for written, final in zip(indexed.files(temporary), indexed.files(prefix), strict=True):
         record.files.append(_synced_size(written))
         os.replace(written, final)
@@ -59,7 +65,7 @@ def finished(prefix: Path) -> Record | None:
         values["rejected"] = [tuple(each) for each in values["rejected"]]
         record = Record(**values)
         sizes = [file.stat().st_size for file in indexed.files(prefix)]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return record if sizes == record.files else None
 

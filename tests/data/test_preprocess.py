@@ -215,6 +215,13 @@ def test_a_continued_job_keeps_its_finished_shards(
     crash.attempt(job, call=10)
     finished = list((tmp_path / "out.unfinished" / "shards").glob("*.json"))
     assert finished
+    done = written_shards(monkeypatch)
+    job()
+    assert len(done) + len(finished) == 4
+
+
+def written_shards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of all shards that are tokenised from now on."""
     done: list[int] = []
     original = workers.run
 
@@ -223,17 +230,115 @@ def test_a_continued_job_keeps_its_finished_shards(
         original(tasks, *arguments)
 
     monkeypatch.setattr(preprocess.workers, "run", spy)
-    job()
-    assert not {int(file.stem) for file in finished} & set(done)
+    return done
 
 
-def test_other_work_in_the_folder_is_refused(tmp_path: Path, tokenizer: Path, job: Callable[[], Any]) -> None:
-    crash.attempt(job, call=10)
+def test_a_domain_without_documents_is_refused_before_any_work(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl(tmp_path / "en.jsonl", TEXTS * 10)
+    contents: dict[str, bytes] = {
+        "empty.jsonl": b"",
+        "empty.jsonl.gz": gzip.compress(b""),
+        "blank.jsonl": b"\n \n\n" * 9,
+        "blank.jsonl.zst": zstd(b"\n" * 9),
+        "other.jsonl": b'["text"]\n3\n',
+        "blank.txt": b" \n",
+        "binary.txt": b"\xff\xfe\x00",
+    }
+    done = written_shards(monkeypatch)
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigurationError, match=r"the domain 'zh' has no document in 1 files: .*"):
+            run(tmp_path, tokenizer, f"en={tmp_path}/en.jsonl", f"zh={tmp_path / name}")
+    assert done == [] and not list(tmp_path.glob("out*"))
+
+
+def test_what_turns_out_in_the_middle_keeps_all_that_is_finished(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl(tmp_path / "en.jsonl", TEXTS * 10)
+    jsonl(tmp_path / "code.jsonl", TEXTS)
+    whole = gzip.compress(
+        jsonl(tmp_path / "zh.jsonl", [os.urandom(99).hex() for _ in range(999)]).read_bytes()
+    )
+    (tmp_path / "zh.jsonl.gz").write_bytes(whole[:-100])
+    inputs = [f"{name}={tmp_path}/{file}" for name, file in (("en", "en.jsonl"), ("zh", "zh.jsonl.gz"))]
+    with pytest.raises(ConfigurationError, match=r"zh.jsonl.gz' cannot be read to its end"):
+        run(tmp_path, tokenizer, *inputs, shard_bytes=500)
+    finished = crash.tree(tmp_path / "out.unfinished")
+    assert sum(name.endswith(".json") for name in finished) == 7
+
+    # Refusals of every kind leave it alone: another tokenizer's job, a domain without documents, a missing file.
+    (tmp_path / "blank.jsonl").write_text("\n")
+    for refused in (["en=" + str(tmp_path / "blank.jsonl")], [*inputs, "x=missing"]):
+        with pytest.raises(ConfigurationError):
+            run(tmp_path, tokenizer, *refused, shard_bytes=500)
     with pytest.raises(ConfigurationError, match="unfinished work of another command"):
-        run(tmp_path, tokenizer, str(tmp_path / "a.jsonl"))
-    os.utime(tmp_path / "a.jsonl", (0, 0))
-    with pytest.raises(ConfigurationError, match="unfinished work of another command"):
+        run(tmp_path, tokenizer, *inputs, shard_bytes=501)
+    assert crash.tree(tmp_path / "out.unfinished") == finished
+
+    (tmp_path / "zh.jsonl.gz").write_bytes(whole)
+    inputs.append(f"code={tmp_path}/code.jsonl")
+    done = written_shards(monkeypatch)
+    found = run(tmp_path, tokenizer, *inputs, shard_bytes=500)
+    assert found["zh"].documents == 999 and found["en"].documents == 50
+    assert len(done) == 2  # zh's only one, and that of code
+    preprocess.preprocess(inputs, tmp_path / "fresh", tokenizer, shard_bytes=500)
+    assert crash.tree(tmp_path / "out") == crash.tree(tmp_path / "fresh")
+
+
+def test_finished_work_of_other_inputs_is_not_taken_for_these(
+    tmp_path: Path, tokenizer: Path, job: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess.os, "rename", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         job()
+    monkeypatch.undo()
+    kept = crash.tree(tmp_path / "out.unfinished")
+    with pytest.raises(ConfigurationError, match="finished work of this command with other inputs"):
+        run(tmp_path, tokenizer, f"en={tmp_path}/a.jsonl", shard_bytes=200)
+    assert {name: kept[name] for name in kept} == {
+        name: data for name, data in crash.tree(tmp_path / "out.unfinished").items() if name in kept
+    }
+    assert set(job()) == {"en", "zh"}
+
+
+def test_a_file_that_changes_is_read_as_it_is_in_the_end(
+    tmp_path: Path, tokenizer: Path, job: Callable[[], Any]
+) -> None:
+    crash.attempt(job, call=10)
+    jsonl(tmp_path / "a.jsonl", ["new"])
+    job()
+    assert read(tmp_path / "out", "en") == ["new"]
+
+    class Meddling:
+        def __init__(self) -> None:
+            self._loaded: Any = load(tokenizer)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._loaded, name)
+
+        def encode(self, texts: Any) -> Any:
+            jsonl(tmp_path / "a.jsonl", ["meanwhile"])
+            return self._loaded.encode(texts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocess.tokenizers, "load", lambda *_: Meddling())
+        with pytest.raises(ConfigurationError, match=r"a.jsonl' has changed while it was read"):
+            preprocess.preprocess([f"en={tmp_path}/a.jsonl"], tmp_path / "again", tokenizer)
+    preprocess.preprocess([f"en={tmp_path}/a.jsonl"], tmp_path / "again", tokenizer)
+    assert read(tmp_path / "again", "en") == ["meanwhile"]
+
+
+def test_work_of_another_kind_in_the_folder_is_refused(
+    tmp_path: Path, tokenizer: Path, job: Callable[[], Any]
+) -> None:
+    crash.attempt(job, call=10)
+    for options in ({"text_key": "body"}, {"end_of_document": "<s>"}):
+        inputs = [f"en={jsonl(tmp_path / 'c.jsonl', TEXTS, key=options.get('text_key', 'text'))}"]
+        with pytest.raises(ConfigurationError, match="unfinished work of another command"):
+            run(tmp_path, tokenizer, *inputs, shard_bytes=200, **options)
 
 
 def test_a_dead_worker_is_named(tmp_path: Path) -> None:
@@ -258,7 +363,15 @@ def test_a_dead_worker_is_named(tmp_path: Path) -> None:
         (["a b=a.jsonl"], {}, "the domain of 'a b=a.jsonl' is 'a b', expected letters"),
         (["a.jsonl"], {"workers": 0}, "workers is 0"),
         (["a.jsonl"], {"end_of_document": "<eod>"}, "has no '<eod>' to end documents with"),
-        (["empty.jsonl"], {}, "the domain 'text' has no document in 1 files: 0 empty, 0 undecodable"),
+        (["empty.jsonl"], {}, "the domain 'text' has no document in 1 files: all are empty"),
+        (["deep.jsonl"], {}, "the domain 'text' has no document .*: the JSON is nested too deeply"),
+        (["dangling"], {}, "'dangling/a.jsonl' cannot be read: No such file"),
+        (
+            ["dangling/*"],
+            {},
+            "'dangling/\\*' is no file, no folder and no pattern|'dangling/a.jsonl' is no file",
+        ),
+        (["looping"], {}, "'looping/a.jsonl' cannot be read: "),
     ],
 )
 def test_bad_input_is_refused_and_leaves_nothing(
@@ -277,19 +390,58 @@ def test_bad_input_is_refused_and_leaves_nothing(
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "sources").mkdir()
     (tmp_path / "sources" / "a.py").touch()
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    for name, target in (("dangling", "nowhere.jsonl"), ("looping", "a.jsonl")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").symlink_to(target)
     before = set(tmp_path.iterdir())
     with pytest.raises(ConfigurationError, match=message):
         run(tmp_path, tokenizer, *inputs, **options)
     assert set(tmp_path.iterdir()) == before
 
 
-def test_a_file_damaged_in_its_middle_is_named(tmp_path: Path, tokenizer: Path) -> None:
-    whole = gzip.compress(
-        "".join(json.dumps({"text": os.urandom(99).hex()}) + "\n" for _ in range(999)).encode()
+def test_a_damaged_file_is_named_whatever_its_compression(tmp_path: Path, tokenizer: Path) -> None:
+    lines = [json.dumps({"text": os.urandom(99).hex()}).encode() + b"\n" for _ in range(3000)]
+    half = b"".join(lines[:1500]), b"".join(lines[1500:])
+    cases = []
+    for suffix in (".gz", ".bz2", ".zst"):
+        first, second = (COMPRESS[suffix](part) for part in half)
+        middle = bytearray(first)
+        middle[len(first) // 2 : len(first) // 2 + 200] = bytes(range(200))
+        cases += [
+            (suffix, first[:-1], "cut off"),
+            (suffix, first[: len(first) // 2], "cut in half"),
+            (suffix, first + second[:5], "a second stream that only begins"),
+            (suffix, first + b"xx" + second, "a second stream with a damaged head"),
+            (suffix, bytes(middle), "a bad block"),
+        ]
+    table = pyarrow.table({"text": [os.urandom(99).hex() for _ in range(999)]})
+    parquet.write_table(table, tmp_path / "whole.parquet", row_group_size=300, write_page_checksum=True)
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    page = bytearray(whole)
+    page[len(whole) // 2 : len(whole) // 2 + 400] = bytes(400)
+    (tmp_path / "whole.parquet").unlink()
+    cases += [(".parquet", whole[:-1], "cut off"), (".parquet", whole[: len(whole) // 2], "cut in half")]
+    for number, (suffix, data, what) in enumerate(cases):
+        name = f"{number}{'' if suffix == '.parquet' else '.jsonl'}{suffix}"
+        (tmp_path / name).write_bytes(data)
+        for count in (1, 2):
+            inputs = [f"zh={tmp_path / name}", f"en={jsonl(tmp_path / 'en.jsonl', TEXTS)}"]
+            message = f"{name}' (cannot be read|is no parquet file)"
+            with pytest.raises(ConfigurationError, match=message):
+                run(tmp_path, tokenizer, *inputs, workers=count)
+                pytest.fail(f"{suffix}, {what}, was read")
+
+
+def test_marks_and_numbers_beside_the_text_do_not_matter(tmp_path: Path, tokenizer: Path) -> None:
+    first = b'\xef\xbb\xbf{"text": "one"}\n'
+    long = b'{"id": %s, "text": "two"}\n' % (b"7" * 5000)
+    (tmp_path / "a.jsonl").write_bytes(
+        long + first + b'{"id": 1e999, "text": "three"}\n{"text": ' + b"[" * 10**5
     )
-    (tmp_path / "torn.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigurationError, match=r"torn.jsonl.gz' cannot be read to its end"):
-        run(tmp_path, tokenizer, str(tmp_path / "torn.jsonl.gz"))
+    found = run(tmp_path, tokenizer, str(tmp_path / "a.jsonl"))
+    assert read(tmp_path / "out") == ["two", "one", "three"] and found["text"].undecodable == 1
+    assert "a.jsonl:4: undecodable: the JSON is nested" in (tmp_path / "out" / "rejected.txt").read_text()
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[", ""])
@@ -328,8 +480,79 @@ def test_sentencepiece(tmp_path: Path) -> None:
         load(tmp_path / "tokenizer.model", "<eod>")
 
 
-def test_folders_take_what_they_know(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl.gz", "README.md", "c.parquet.tmp"):
-        (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
-    found = find_inputs([f"zh={tmp_path}"], "text")
-    assert [(each.path.name, each.domain) for each in found] == [("a.jsonl.gz", "zh"), ("b.jsonl", "zh")]
+def test_folders_take_what_they_know_and_tell_the_rest(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data/sub", "data/.cache", "elsewhere/deep", "sibling"):
+        Path(folder).mkdir(parents=True)
+    line = b'{"text": "x"}\n'
+    for name in (
+        "data/b.jsonl",
+        "data/C.JSONL",
+        "data/sub/d.Json",
+        "elsewhere/deep/e.ndjson",
+        "sibling/g.jsonl",
+    ):
+        Path(name).write_bytes(line)
+    Path("data/A.JSONL.GZ").write_bytes(gzip.compress(line))
+    for name in ("README.md", "n.csv", "c.parquet.tmp", "noext", ".hidden.jsonl", ".cache/f.jsonl"):
+        Path("data", name).write_bytes(line)
+    Path("data/void.jsonl").touch()
+    Path("data/linked").symlink_to("../elsewhere")
+    Path("data/sub/up").symlink_to("..")
+    Path("data/twice").symlink_to("sub")
+    Path("data/again.jsonl").symlink_to("b.jsonl")
+    os.link("data/b.jsonl", "data/z.jsonl")
+    Path("data/sub/outside.jsonl").symlink_to("../../sibling/g.jsonl")
+
+    left_out: dict[str, str] = {}
+    found = find_inputs(["zh=data"], "text", (), lambda path, reason: left_out.update({str(path): reason}))
+    assert [(str(each.path), each.domain) for each in found] == [
+        (f"data/{name}", "zh")
+        for name in (
+            *("A.JSONL.GZ", "C.JSONL", "b.jsonl", "linked/deep/e.ndjson"),
+            *("sub/d.Json", "sub/outside.jsonl"),
+        )
+    ]
+    again = "read already under another path"
+    assert left_out == {
+        **{f"data/{name}": "of unknown format" for name in ("README.md", "n.csv", "c.parquet.tmp", "noext")},
+        **{f"data/{name}": "hidden" for name in (".hidden.jsonl", ".cache")},
+        "data/void.jsonl": "empty",
+        "data/sub/up": "a link back to a folder that it lies in",
+        "data/twice": f"{again} (data/sub)",
+        "data/again.jsonl": f"{again} (data/b.jsonl)",
+        "data/z.jsonl": f"{again} (data/b.jsonl)",
+    }
+    # A pattern takes folders too, any number of levels by `**`, and each file once.
+    for pattern, count in (("data/sub*", 2), ("data/**", 6), ("data/**/*.[Jj]*", 5), ("d*/l*", 1)):
+        assert len(find_inputs([pattern], "text", ["jsonl"] if "[" in pattern else [])) == count, pattern
+    with pytest.raises(
+        ConfigurationError, match=r"'data/z.jsonl' is given twice: it is the same file as 'data/b.jsonl'"
+    ):
+        find_inputs(["data/b.jsonl", "data/z.jsonl"], "text")
+
+    answer = CliRunner().invoke(app, ["preprocess", "data", "out", "--tokenizer", str(tokenizer)])
+    assert answer.exit_code == 0 and "in 6 documents" in answer.stdout
+    assert "not read, of unknown format (1 .csv, 1 .md, 1 .tmp, 1 without suffix): " in answer.stderr.replace(
+        "1 .md, 1 .tmp, 1 .csv", "1 .csv, 1 .md, 1 .tmp"
+    )
+    assert answer.stderr.count("skymoe: not read, ") == 5
+    listed = Path("out/rejected.txt").read_text().splitlines()
+    assert sorted(listed) == sorted(f"{path}: not read, {reason}" for path, reason in left_out.items())
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "closed").mkdir(parents=True)
+    jsonl(tmp_path / "a" / "a.jsonl", TEXTS)
+    scandir = os.scandir
+
+    def closed(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(ConfigurationError, match=r"the folder '.*closed' cannot be read: Permission denied"):
+        find_inputs([str(tmp_path / "a")], "text")
