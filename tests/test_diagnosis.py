@@ -14,6 +14,7 @@ from nemo_skymoe.ranks import run_ranks
 
 SKYMOE = str(Path(sys.executable).with_name("skymoe"))
 NO_NEMO = {**doctor.installed(), "nemo-toolkit": None}
+EXECUTORS = ["executor_checks", "executor_values"]
 
 
 def skymoe_doctor(*options: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -59,12 +60,18 @@ def test_unsupported_combination_exits_with_1(tmp_path: Path):
 @pytest.mark.parametrize(
     ("engine", "core", "expected"),
     [
-        ("2.9", "0.16.1", ["optimizer_arguments", "tensorstore_import"]),
-        ("2.9", "0.15.3", ["context_parallel_aux_loss", "expert_parallel_warning"]),
+        ("2.9", "0.16.1", [*EXECUTORS, "optimizer_arguments", "tensorstore_import"]),
+        ("2.9", "0.15.3", ["context_parallel_aux_loss", *EXECUTORS, "expert_parallel_warning"]),
         (
             None,
             "0.16.1",
-            ["lora_without_te", "optimizer_arguments", "router_without_te", "tensorstore_import"],
+            [
+                *EXECUTORS,
+                "lora_without_te",
+                "optimizer_arguments",
+                "router_without_te",
+                "tensorstore_import",
+            ],
         ),
     ],
 )

@@ -12,6 +12,7 @@ from torchx.specs import AppState
 from nemo_skymoe.launch.comments import commented
 from nemo_skymoe.launch.stages import Stage
 from nemo_skymoe.ranks import RankFailed
+from nemo_skymoe.shell import word
 
 TITLE = "skymoe"
 
@@ -67,5 +68,6 @@ def _script(request: Any, stage: Stage, before: Stage | None) -> str:
 
 def _command(request: Any, stage: Stage, before: Stage | None) -> str:
     (replicas,) = request.role_params.values()
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in stage.executor.env_vars.items()]
-    return commented("\n".join([*exports, shlex.join(replicas[0].args)])) + "\n"
+    variables = {name: value for name, value in stage.executor.env_vars.items() if value is not None}
+    exports = [f"export {name}={word(value)}" for name, value in variables.items()]
+    return commented("\n".join([*exports, " ".join(map(word, replicas[0].args))])) + "\n"
