@@ -10,14 +10,17 @@ import nemo_run as run
 import torch
 
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.patches import executor_checks, executor_values, unified_memory
+from nemo_skymoe.patches import executor_values, unified_memory
 
 unified_memory.apply()  # before NeMo imports Megatron
 executor_values.apply()
-executor_checks.apply()
 
 from nemo.lightning.pytorch.callbacks import PreemptionCallback  # noqa: E402
 from nemo.lightning.run.plugins import HAVE_RES, FaultTolerancePlugin, PreemptionPlugin  # noqa: E402
+
+from nemo_skymoe.recipes import executor_checks  # noqa: E402
+
+executor_checks.install()
 
 PREFIX = "SKYMOE_SLURM_"
 SAVING_SECONDS = 600

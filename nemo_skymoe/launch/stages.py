@@ -21,7 +21,7 @@ from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_v
 from nemo_skymoe.launch.training import check_recipe, make_recipe, planner_options, run_folder
 from nemo_skymoe.nemo import commands
 from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
-from nemo_skymoe.patches.executor_checks import check_executor
+from nemo_skymoe.recipes.executor_checks import check_executor
 from nemo_skymoe.recipes.executors import EXECUTORS, plugins
 from nemo_skymoe.shell import word
 

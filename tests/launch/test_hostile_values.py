@@ -89,7 +89,7 @@ def script_of(executor: Any, task: Any = TASK) -> str:
 
 
 def test_what_is_given_arrives_byte_for_byte_and_nothing_is_run(bash: Any) -> None:
-    variables = {f"v{n}_Mixed": value for n, value in enumerate((*HOSTILE, *LINES, ""))}
+    variables: dict[str, str | None] = {f"v{n}_Mixed": value for n, value in enumerate((*HOSTILE, *LINES, ""))}
     for value in HOSTILE:
         mount = f"/host{value.replace(',', '')}:/data"
         executor = fdl.build(
@@ -124,7 +124,7 @@ def test_on_this_machine(bash: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         LocalScheduler, "schedule", lambda self, dryrun_info: started.append(dryrun_info) or "id"
     )
     monkeypatch.setattr(config, "_NEMORUN_HOME", str(tmp_path / "a $(touch marker) 'home"))
-    variables = {f"v{n}_Mixed": value for n, value in enumerate((*HOSTILE, *LINES, ""))}
+    variables: dict[str, str | None] = {f"v{n}_Mixed": value for n, value in enumerate((*HOSTILE, *LINES, ""))}
     executor = fdl.build(local_torchrun(gpus_per_node=2, env_vars=variables))
     words, environment = bash(script_of(executor))
     assert words[0] == "torchrun" and words[-1].startswith(str(tmp_path / "a $(touch marker) 'home"))

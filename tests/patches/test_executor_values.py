@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from nemo_skymoe.patches import executor_checks, executor_values
+from nemo_skymoe.patches import executor_values
 
 
 def test_applied_once_and_only_where_nemo_run_does_not_quote(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,8 +23,3 @@ def test_applied_once_and_only_where_nemo_run_does_not_quote(monkeypatch: pytest
     cured: Any = Cured
     monkeypatch.setattr(slurm, "SlurmBatchRequest", cured)
     assert not executor_values.apply() and slurm.SlurmBatchRequest is cured
-
-
-def test_checks_are_applied_once() -> None:
-    executor_checks.apply()
-    assert not executor_checks.apply()

@@ -1,7 +1,7 @@
-"""What an executor must not be given, refused where it joins an experiment: before anything is written.
+"""What an executor must not be given: what NeMo-Run's scripts cannot quote, and secrets, which its files would keep.
 
-Upstream: nemo_run/core/execution/slurm.py and nemo_run/run/torchx_backend, NeMo-Run 0.6 to 0.11: its folders are written
-into commands of the login node, line breaks into #SBATCH lines, and every value into scripts, logs and saved configurations.
+NeMo-Run writes its folders into commands of the login node, line breaks into #SBATCH lines, and every value into scripts, logs
+and saved configurations.
 """
 
 import functools
@@ -9,20 +9,18 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import nemo_run as run
+
 from nemo_skymoe import credentials
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.shell import check_plain, check_variable, check_word
 
 
-def apply() -> bool:
-    """Check the executors of this machine and of SLURM in `assign`; says whether that was not done yet."""
-    import nemo_run as run
-
-    if hasattr(run.SlurmExecutor.assign, "__wrapped__"):
-        return False
+def install() -> None:
+    """Check the executors of this machine and of SLURM where they join an experiment: before anything is written."""
     for executor in (run.SlurmExecutor, run.LocalExecutor):
-        setattr(executor, "assign", _checked(executor.assign))  # noqa: B010
-    return True
+        if not hasattr(executor.assign, "__wrapped__"):
+            setattr(executor, "assign", _checked(executor.assign))  # noqa: B010
 
 
 def _checked(upstream: Any) -> Any:
@@ -47,8 +45,6 @@ def check_executor(executor: Any, section: str = "") -> None:
     Raises:
         ConfigurationError: With the name of the option.
     """
-    import nemo_run as run
-
     credentials.check_variables(f"{section}env_vars", executor.env_vars)
     for name, value in executor.env_vars.items():
         check_variable(f"{section}env_vars", name, value)
