@@ -46,6 +46,7 @@ LIGHT = (
     ".config",
     ".architecture",
     ".ranks",
+    ".pipeline.training",
     ".doctor",
     ".diagnosis",
     ".patches.unified_memory",

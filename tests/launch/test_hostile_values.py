@@ -89,7 +89,9 @@ def script_of(executor: Any, task: Any = TASK) -> str:
 
 
 def test_what_is_given_arrives_byte_for_byte_and_nothing_is_run(bash: Any) -> None:
-    variables: dict[str, str | None] = {f"v{n}_Mixed": value for n, value in enumerate((*HOSTILE, *LINES, ""))}
+    variables: dict[str, str | None] = {
+        f"v{n}_Mixed": value for n, value in enumerate((*HOSTILE, *LINES, ""))
+    }
     for value in HOSTILE:
         mount = f"/host{value.replace(',', '')}:/data"
         executor = fdl.build(
@@ -124,7 +126,9 @@ def test_on_this_machine(bash: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         LocalScheduler, "schedule", lambda self, dryrun_info: started.append(dryrun_info) or "id"
     )
     monkeypatch.setattr(config, "_NEMORUN_HOME", str(tmp_path / "a $(touch marker) 'home"))
-    variables: dict[str, str | None] = {f"v{n}_Mixed": value for n, value in enumerate((*HOSTILE, *LINES, ""))}
+    variables: dict[str, str | None] = {
+        f"v{n}_Mixed": value for n, value in enumerate((*HOSTILE, *LINES, ""))
+    }
     executor = fdl.build(local_torchrun(gpus_per_node=2, env_vars=variables))
     words, environment = bash(script_of(executor))
     assert words[0] == "torchrun" and words[-1].startswith(str(tmp_path / "a $(touch marker) 'home"))
@@ -132,8 +136,8 @@ def test_on_this_machine(bash: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with run.Experiment("x") as experiment:
         experiment.add(TASK, executor=executor, name="training")
         experiment.dryrun(log=False)
-        (job,) = experiment.jobs
-    ((rank,),) = job._dryrun_info.request.role_params.values()
+        jobs: list[Any] = experiment.jobs
+    ((rank,),) = jobs[0]._dryrun_info.request.role_params.values()
     assert rank.args[-1] == str(
         tmp_path
         / f"a $(touch marker) 'home/experiments/x/{experiment._id}/training/configs/training_fn_or_script"
