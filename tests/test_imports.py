@@ -15,6 +15,7 @@ LAYERS = {
     "nemo_skymoe": 0,
     "nemo_skymoe.config": 0,
     "nemo_skymoe.shell": 0,
+    "nemo_skymoe.names": 0,
     "nemo_skymoe.credentials": 0,
     "nemo_skymoe.ranks": 0,
     "nemo_skymoe.architecture": 0,

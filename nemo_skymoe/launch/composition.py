@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from nemo_skymoe import credentials
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.names import unknown
+from nemo_skymoe.names import unknown
 
 STAGES = ("conversion", "upcycle", "plan", "training", "export")
 """In their order."""

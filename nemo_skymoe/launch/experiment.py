@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import nemo_run as run
@@ -11,6 +12,7 @@ from torchx.specs import AppState
 
 from nemo_skymoe.launch.comments import commented
 from nemo_skymoe.launch.stages import Stage
+from nemo_skymoe.nemo.failure import first_failure
 from nemo_skymoe.ranks import RankFailed
 from nemo_skymoe.shell import word
 
@@ -34,7 +36,8 @@ def submit(stages: Sequence[Stage]) -> None:
             experiment.run(tail_logs=True)
         (job,) = experiment.jobs
         if job.state is not AppState.SUCCEEDED:
-            raise RankFailed(f"{stage.name} ended as {job.state.name}; its output is above")
+            failure = first_failure(Path(job.executor.job_dir)) or "its output is above"
+            raise RankFailed(f"{stage.name} ended as {job.state.name}: {failure}")
 
 
 def dry_run(stages: Sequence[Stage]) -> str:

@@ -15,10 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_skymoe import credentials
 from nemo_skymoe.commands.pipeline import planned
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.names import unknown
 from nemo_skymoe.launch.paths import check_paths
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
 from nemo_skymoe.launch.training import check_recipe, make_recipe, planner_options, run_folder
+from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo import commands
 from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
 from nemo_skymoe.recipes.executor_checks import check_executor

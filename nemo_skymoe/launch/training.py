@@ -11,8 +11,8 @@ import fiddle as fdl
 import nemo_run as run
 
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.names import unknown
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
+from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo import checks
 from nemo_skymoe.nemo.pipeline import PipelinePlan
 from nemo_skymoe.recipes import _common, _ours

@@ -14,6 +14,7 @@ import nemo_run as run
 import typer
 
 from nemo_skymoe.commands import checkpoint, pipeline
+from nemo_skymoe.nemo.options import check_overrides, refuse_secrets
 from nemo_skymoe.pipeline.training import Training
 
 
@@ -26,7 +27,16 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             sys.exit(end.exit_code)
 
     summary = (function.__doc__ or "").partition("\n")[0]
-    return run.cli.entrypoint(call, namespace="skymoe", enable_executor=False, help=summary)
+    command: Any = run.cli.entrypoint(call, namespace="skymoe", enable_executor=False, help=summary)
+    execute = command.cli_entrypoint._execute_simple
+
+    def execute_known(args: list[str], console: Any) -> Any:
+        refuse_secrets(args)
+        check_overrides(run.Partial(command), args)
+        return execute(args, console)
+
+    command.cli_entrypoint._execute_simple = execute_known
+    return command
 
 
 @_command
