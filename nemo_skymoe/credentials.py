@@ -24,7 +24,9 @@ _VALUE = re.compile(
     r"|://[^/@\s#]*:[^/@\s]+@|^[^/@\s:=]+:[^/@\s:]+@(?!sha\d+:)"  # USER:PASSWORD@HOST, but not IMAGE:TAG@sha256:DIGEST
 )
 _KEY = re.compile(r"\b([0-9a-fA-F]{32,}|[A-Za-z0-9+_-]{40,}={0,2})(?![\w/])")
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)[\"']?\s*[:=]\s*(\"[^\"]*\"|'[^']*'|[^\s,;{}()\[\]\"']+)")
+_ASSIGNMENT = re.compile(
+    r"\b(?=([A-Za-z_]\w*)[\"']?\s*[:=]\s*(\"[^\"]*\"|'[^']*'|[^\s,;{}()\[\]\"']+))"
+)  # looked ahead: in `--export=NAME=VALUE` the value of one is another
 _REFERENCE = re.compile(r"(?i)(null|none|~|\?\?\?)?|\$.*")
 
 
@@ -59,7 +61,7 @@ def check_options(values: Any, option: str = "") -> None:
             check_variables(parent, {name: text})
         elif _looks_secret(name, text) or (_OPTION.search(name) and not _REFERENCE.fullmatch(text)):
             raise refusal(place)
-        elif name == "setup_lines":
+        else:
             check_text(place, text)
 
 
