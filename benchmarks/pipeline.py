@@ -32,8 +32,8 @@ across GPU counts; the layouts of one stage count compare like for like.
 REPORT = """
 ## The report's 146B model: 52 layers on 12 stages
 
-1536 A800-80G, TP 4, EDP 4, DP 32, sequence 8192, 2048 sequences a step, capacity factor 1.25 (the last two are
-assumed).
+1536 A800-80G, TP 4, EDP 4, DP 32, sequence 8192, 2048 sequences a step (assumed), experts in balance and
+not padded: the run of the recipe `skywork_moe_146b`.
 
 Every layout but the plan recomputes the first layers of a stage until it fits.
 - **even**: four layers a stage, the other four stages with one more being the first, the last, or every third.
@@ -68,6 +68,7 @@ def figure_6(stages: int, micro_batches: int, layers: Sequence[int] | None = Non
         seq_length=4096,
         global_batch_size=8 * micro_batches,
         layers=layers,
+        overlap_grad_reduce=False,
     )
 
 

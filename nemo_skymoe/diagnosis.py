@@ -86,6 +86,7 @@ def patches(versions: Mapping[str, str | None], devices: Sequence[str]) -> list[
 def _applies(module: str, versions: Mapping[str, str | None], devices: Sequence[str]) -> bool:
     core = versions["megatron-core"] or ""
     single = {
+        "executor_values": bool(versions["nemo_run"]),
         "router_without_te": not versions["transformer-engine"],
         "lora_without_te": bool(versions["nemo-toolkit"]) and not versions["transformer-engine"],
         "context_parallel_aux_loss": core.startswith(("0.14.", "0.15.")),

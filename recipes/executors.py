@@ -5,17 +5,22 @@ import re
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import fiddle as fdl
 import nemo_run as run
 import torch
-from nemo_run.config import get_nemorun_home
 
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.patches import unified_memory
+from nemo_skymoe.patches import executor_values, unified_memory
 
 unified_memory.apply()  # before NeMo imports Megatron
+executor_values.apply()
 
 from nemo.lightning.pytorch.callbacks import PreemptionCallback  # noqa: E402
 from nemo.lightning.run.plugins import HAVE_RES, FaultTolerancePlugin, PreemptionPlugin  # noqa: E402
+
+from nemo_skymoe.recipes import executor_checks  # noqa: E402
+
+executor_checks.install()
 
 PREFIX = "SKYMOE_SLURM_"
 SAVING_SECONDS = 600
@@ -65,7 +70,7 @@ def a800_slurm(
     container_mounts: Optional[list[str]] = None,
     time: Optional[str] = None,
     job_dir: Optional[str] = None,
-    env_vars: Optional[dict[str, str]] = None,
+    env_vars: Optional[dict[str, Optional[str]]] = None,
 ) -> run.Config[run.SlurmExecutor]:
     """Whole nodes, a task a GPU, in a container by pyxis; submitted on the machine that this runs on.
 
@@ -73,15 +78,15 @@ def a800_slurm(
     SKYMOE_SLURM_ACCOUNT, _PARTITION, _IMAGE, _MOUNTS (comma-separated HOST:CONTAINER) and _TIME.
     `container_image=none` runs what is installed on the nodes.
     `job_dir` holds scripts and logs, default NEMORUN_HOME/experiments. `env_vars` are a site's own, such as
-    NCCL_SOCKET_IFNAME.
+    NCCL_SOCKET_IFNAME; with None for a value the name alone, whose value every rank gets from the environment of the launch.
+    Everything is quoted in the scripts but `setup_lines`, which are bash.
 
     Raises:
-        ConfigurationError: One of them is missing, or there is no way to run it where its scripts would be.
+        ConfigurationError: One of them is missing, or is a secret.
     """
     image = _given("container_image", container_image, "IMAGE")
     mounts = container_mounts or [part for part in os.environ.get(f"{PREFIX}MOUNTS", "").split(",") if part]
     if image == "none":
-        _check_job_dir(job_dir or get_nemorun_home())
         container: dict[str, Any] = {}
     else:
         if not mounts:
@@ -89,7 +94,7 @@ def a800_slurm(
         # Packages in a home directory would shadow the container's; Megatron compiles its dataset index in it.
         flags = ["--no-container-mount-home", "--container-writable"]
         container = {"container_image": image, "container_mounts": mounts, "srun_args": flags}
-    return run.Config(
+    made = run.Config(
         run.SlurmExecutor,
         account=_given("account", account, "ACCOUNT"),
         partition=_given("partition", partition, "PARTITION"),
@@ -106,20 +111,28 @@ def a800_slurm(
         additional_parameters={"kill_on_invalid_dep": "yes"},
         **container,
     )
+    executor_checks.check_executor(fdl.build(made))
+    return made
 
 
 @run.cli.factory
 def local_torchrun(
-    gpus_per_node: Optional[int] = None, env_vars: Optional[dict[str, str]] = None
+    gpus_per_node: Optional[int] = None, env_vars: Optional[dict[str, Optional[str]]] = None
 ) -> run.Config[run.LocalExecutor]:
-    """torchrun on this machine: a rank for every GPU, or `gpus_per_node` ranks, on the CPU where there is no GPU."""
+    """torchrun on this machine: a rank for every GPU, or `gpus_per_node` ranks, on the CPU where there is no GPU.
+
+    Raises:
+        ConfigurationError: `env_vars` has a name that is none, or a secret.
+    """
     gpu = torch.cuda.is_available()
-    return run.Config(
+    made = run.Config(
         run.LocalExecutor,
         ntasks_per_node=gpus_per_node or (torch.cuda.device_count() if gpu else 1),
         launcher="torchrun",
         env_vars=ENVIRONMENT | ({} if gpu else unified_memory.ENVIRONMENT) | (env_vars or {}),
     )
+    executor_checks.check_executor(fdl.build(made))
+    return made
 
 
 EXECUTORS = {"a800_slurm": a800_slurm, "local_torchrun": local_torchrun}
@@ -205,15 +218,6 @@ def _given(option: str, value: Optional[str], variable: str) -> str:
     if not found:
         raise _missing(option, variable)
     return found
-
-
-def _check_job_dir(folder: str) -> None:
-    """NeMo-Run (core/execution/slurm.py, up to 0.11) replaces /nemo_run wherever it is in a script without a container."""
-    if "/nemo_run" in folder:
-        raise ConfigurationError(
-            f"job_dir, or NEMORUN_HOME, is {folder}: expected no folder of that name with container_image=none, as"
-            " NeMo-Run takes /nemo_run for the job's own folder"
-        )
 
 
 def _missing(option: str, variable: str) -> ConfigurationError:

@@ -5,6 +5,13 @@
 
 set -eu
 dense=${1:?expected a dense checkpoint} upcycled=${2:?expected a folder to write} runs=${3:?expected a folder of runs}
+for folder in "$upcycled" "$runs"; do
+    # NeMo-Run reads a recipe's arguments between brackets, and has no quotes for them.
+    if [[ $folder == *[,\'\"]* || $folder == *[[:cntrl:]]* || $folder != "${folder#[[:space:]]}" || $folder != "${folder%[[:space:]]}" ]]; then
+        printf '%q: expected a path without commas, quotes and line breaks\n' "$folder" >&2
+        exit 2
+    fi
+done
 here=$(dirname "${BASH_SOURCE[0]}")
 
 upcycle=$(sbatch --parsable "$here/skymoe.sbatch" upcycle "$dense" "$upcycled" --to nemo)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.pipeline.training import Training
 
 if TYPE_CHECKING:
     from nemo_skymoe.pipeline.plans import Plan
@@ -25,17 +26,33 @@ def plan(
     global_batch_size: Annotated[int, typer.Option(help="Sequences of a step.")],
     num_gpus: Annotated[int | None, typer.Option(help="All GPUs; or --data-parallel.")] = None,
     data_parallel: Annotated[int | None, typer.Option("--data-parallel", "--dp")] = None,
-    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", "--tp")] = 1,
-    pipeline_parallel: Annotated[int, typer.Option("--pipeline-parallel", "--pp")] = 1,
-    virtual_pipeline: Annotated[int, typer.Option("--virtual-pipeline", "--vpp")] = 1,
-    expert_parallel: Annotated[int, typer.Option("--expert-parallel", "--ep", help="EDP: same as --tp.")] = 1,
-    micro_batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", "--tp")] = Training.tensor_parallel,
+    pipeline_parallel: Annotated[
+        int, typer.Option("--pipeline-parallel", "--pp")
+    ] = Training.pipeline_parallel,
+    virtual_pipeline: Annotated[int, typer.Option("--virtual-pipeline", "--vpp")] = Training.virtual_pipeline,
+    expert_parallel: Annotated[
+        int, typer.Option("--expert-parallel", "--ep", help="EDP: same as --tp.")
+    ] = Training.expert_parallel,
+    micro_batch_size: Annotated[
+        int, typer.Option(help="Sequences of a micro-batch.")
+    ] = Training.micro_batch_size,
     sequence_parallel: Annotated[bool | None, typer.Option(help="Default: on with --tp.")] = None,
-    capacity_factor: Annotated[float | None, typer.Option(help="Of experts; default: dropless.")] = None,
-    pad_to_capacity: Annotated[bool, typer.Option(help="Experts compute their whole capacity.")] = True,
+    capacity_factor: Annotated[
+        float | None, typer.Option(help="Of experts; default: dropless.")
+    ] = Training.capacity_factor,
+    pad_to_capacity: Annotated[
+        bool, typer.Option(help="Experts compute their whole capacity.")
+    ] = Training.pad_to_capacity,
     overlap_grad_reduce: Annotated[
         bool, typer.Option(help="Hide gradient reduction behind compute.")
-    ] = False,
+    ] = Training.overlap_grad_reduce,
+    gradient_bytes: Annotated[
+        int, typer.Option(help="Of one gradient: 4 in fp32, 2 in bf16.")
+    ] = Training.gradient_bytes,
+    distributed_optimizer: Annotated[
+        bool, typer.Option(help="Each data-parallel rank keeps its share of the optimizer's state.")
+    ] = Training.distributed_optimizer,
     recompute: Annotated[bool, typer.Option(help="Recompute layers where memory binds.")] = True,
     memory_limit: Annotated[float | None, typer.Option(help="GB of a GPU to use; default: all.")] = None,
     layers: Annotated[str | None, typer.Option(help="Predict this layout instead: 5,5,5,5,4.")] = None,
@@ -76,6 +93,8 @@ def plan(
         capacity_factor=capacity_factor,
         pad_to_capacity=pad_to_capacity,
         overlap_grad_reduce=overlap_grad_reduce,
+        gradient_bytes=gradient_bytes,
+        distributed_optimizer=distributed_optimizer,
     )
     if svg is not None:
         _draw(made, svg)

@@ -17,6 +17,8 @@ WHY = {
     "srun --output": "One failed task ends all (--kill-on-bad-exit) instead of leaving them in a collective.",
 } | {f"export {variable.name}": variable.why for variable in VARIABLES}
 _LONG = 110
+_QUOTED = r"\$'(?:[^'\\]|\\.)*'|'[^']*'|\"(?:[^\"\\]|\\.)*\"|\\."
+_BREAKS = re.compile(rf"(?P<quoted>{_QUOTED})| (?=--|python )|(?<!python) (?=-m )")
 
 
 def commented(script: str) -> str:
@@ -30,7 +32,7 @@ def commented(script: str) -> str:
 
 
 def _folded(line: str) -> str:
-    """One option a line."""
+    """One option a line; what is quoted stays as it is."""
     if len(line) <= _LONG:
         return line
-    return re.sub(r" (?=--|python )|(?<!python) (?=-m )", " \\\n    ", line)
+    return _BREAKS.sub(lambda found: found["quoted"] or " \\\n    ", line)

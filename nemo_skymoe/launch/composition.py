@@ -10,12 +10,13 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from nemo_skymoe import credentials
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.names import unknown
+from nemo_skymoe.names import unknown
 
 STAGES = ("conversion", "upcycle", "plan", "training", "export")
 """In their order."""
@@ -29,7 +30,7 @@ def compose_job(overrides: Sequence[str], config_dir: Path | None = None) -> Dic
 
     Raises:
         ConfigurationError: An override that cannot be parsed, an unknown group, option or stage, a sweep, or a folder
-            that does not exist.
+            that does not exist; the value of a secret.
     """
     parsed = _parse(overrides)
     lines = [_forced(override) for override in parsed]
@@ -45,10 +46,15 @@ def compose_job(overrides: Sequence[str], config_dir: Path | None = None) -> Dic
         except (HydraException, OmegaConfBaseException, YAMLError) as refused:
             raise ConfigurationError(_one_sentence(refused)) from None
     _check_top(job)
+    credentials.check_options(OmegaConf.to_container(job))
     return job
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
+    for line in overrides:  # before a message can repeat one
+        option, _, value = line.partition("=")
+        credentials.check_text(option, line)
+        credentials.check_text(option, value)
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as refused:

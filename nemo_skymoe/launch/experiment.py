@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import nemo_run as run
@@ -11,7 +12,9 @@ from torchx.specs import AppState
 
 from nemo_skymoe.launch.comments import commented
 from nemo_skymoe.launch.stages import Stage
+from nemo_skymoe.nemo.failure import first_failure
 from nemo_skymoe.ranks import RankFailed
+from nemo_skymoe.shell import word
 
 TITLE = "skymoe"
 
@@ -33,7 +36,8 @@ def submit(stages: Sequence[Stage]) -> None:
             experiment.run(tail_logs=True)
         (job,) = experiment.jobs
         if job.state is not AppState.SUCCEEDED:
-            raise RankFailed(f"{stage.name} ended as {job.state.name}; its output is above")
+            failure = first_failure(Path(job.executor.job_dir)) or "its output is above"
+            raise RankFailed(f"{stage.name} ended as {job.state.name}: {failure}")
 
 
 def dry_run(stages: Sequence[Stage]) -> str:
@@ -67,5 +71,6 @@ def _script(request: Any, stage: Stage, before: Stage | None) -> str:
 
 def _command(request: Any, stage: Stage, before: Stage | None) -> str:
     (replicas,) = request.role_params.values()
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in stage.executor.env_vars.items()]
-    return commented("\n".join([*exports, shlex.join(replicas[0].args)])) + "\n"
+    variables = {name: value for name, value in stage.executor.env_vars.items() if value is not None}
+    exports = [f"export {name}={word(value)}" for name, value in variables.items()]
+    return commented("\n".join([*exports, " ".join(map(word, replicas[0].args))])) + "\n"

@@ -1,7 +1,7 @@
 """A section of a composed job, put on the configuration that a Python factory makes: the only bridge between both."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_type_hints
 
 import fiddle as fdl
@@ -9,7 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.names import unknown
+from nemo_skymoe.names import unknown
+from nemo_skymoe.nemo.options import options, parameters
 
 MISSING = "???"
 """Hydra's mark of a value that has to be given."""
@@ -32,25 +33,21 @@ def configure(section: str, factory: Callable[..., Any], values: Mapping[str, An
     made = factory(
         **{name: _checked(f"{section}.{name}", hints.get(name), value) for name, value in arguments.items()}
     )
-    set_values(section, made, {k: v for k, v in values.items() if k not in parameters}, also=parameters)
+    also = {f"{section}.{name}" for name in parameters}
+    set_values(section, made, {k: v for k, v in values.items() if k not in parameters}, also)
     return made
 
 
-def set_values(
-    section: str, made: Any, values: Mapping[str, Any], also: Mapping[str, Any] | None = None
-) -> None:
-    """Set `values` on a Fiddle configuration, mappings on its parts; `also` are further names that it could have."""
-    signature = inspect.signature(made.__fn_or_cls__).parameters
-    known = {name for name, parameter in signature.items() if parameter.kind is not parameter.VAR_KEYWORD}
+def set_values(section: str, made: Any, values: Mapping[str, Any], also: Iterable[str] = ()) -> None:
+    """Set `values` on a Fiddle configuration, mappings on its parts; `also` are further options that there are."""
+    known, also = parameters(made), {*options(section, made), *also}
     hints = _hints(made.__fn_or_cls__)
     for name, value in values.items():
         if name not in known:
-            raise unknown(
-                "option", f"{section}.{name}", {f"{section}.{each}" for each in known | set(also or ())}
-            )
-        part = getattr(made, name, None)
+            raise unknown("option", f"{section}.{name}", also)
+        part = fdl.ordered_arguments(made).get(name)
         if isinstance(part, fdl.Buildable) and isinstance(value, Mapping):
-            set_values(f"{section}.{name}", part, value)
+            set_values(f"{section}.{name}", part, value, also)
         else:
             setattr(made, name, _checked(f"{section}.{name}", hints.get(name), value))
 

@@ -12,15 +12,18 @@ import nemo_run as run
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_skymoe import credentials
 from nemo_skymoe.commands.pipeline import planned
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.names import unknown
 from nemo_skymoe.launch.paths import check_paths
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
 from nemo_skymoe.launch.training import check_recipe, make_recipe, planner_options, run_folder
+from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo import commands
 from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
+from nemo_skymoe.recipes.executor_checks import check_executor
 from nemo_skymoe.recipes.executors import EXECUTORS, plugins
+from nemo_skymoe.shell import word
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "conversion": commands.convert,
@@ -55,6 +58,7 @@ def stages(job: DictConfig) -> list[Stage]:
         values: Any = OmegaConf.to_container(job, resolve=True)
     except OmegaConfBaseException as refused:
         raise ConfigurationError(" ".join(str(refused).split())) from None
+    credentials.check_options(values)
     found: dict[str, Stage] = {}
     checkpoint: str | None = None
     for name in values["stages"]:
@@ -92,7 +96,7 @@ def _command(name: str, values: dict[str, Any], derived: dict[str, Any]) -> Stag
     check_paths(name, task, executor)
     if name == "plan":
         _plan_of(task)
-    shown = " ".join(f"{key}={value}" for key, value in arguments.items())
+    shown = " ".join(word(f"{key}={value}") for key, value in arguments.items())
     return Stage(name, f"nemo skymoe {command.__name__} {shown}", task, executor, [])
 
 
@@ -149,4 +153,6 @@ def _executor(cluster: dict[str, Any], nodes: int, gpus_per_node: int | None) ->
         made.launcher, made.env_vars = None, section.get("env_vars", {})
         if made.__fn_or_cls__ is run.SlurmExecutor:
             made.gpus_per_node = None
-    return fdl.build(made), plugins(**chosen)
+    executor = fdl.build(made)
+    check_executor(executor, "cluster.")
+    return executor, plugins(**chosen)

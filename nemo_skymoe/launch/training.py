@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
+import nemo_run as run
 
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.names import unknown
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
+from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo import checks
 from nemo_skymoe.nemo.pipeline import PipelinePlan
 from nemo_skymoe.recipes import _common, _ours
@@ -21,7 +22,6 @@ _RECIPES = {recipe.name: recipe for recipe in RECIPES}
 _SIZES = (
     "num_layers",
     "hidden_size",
-    "ffn_hidden_size",
     "num_attention_heads",
     "num_query_groups",
     "kv_channels",
@@ -71,23 +71,33 @@ def run_folder(recipe: Any) -> str:
 
 
 def planner_options(recipe: Any) -> dict[str, Any]:
-    """What `skymoe plan` has to be told about a recipe: all but the hardware."""
-    config, strategy, data = fdl.build(recipe.model.config), recipe.trainer.strategy, recipe.data
+    """What `skymoe plan` has to be told about a recipe: all but the hardware.
+
+    Raises:
+        ConfigurationError: A model or a layout that the cost model does not count.
+    """
+    config, strategy, data = _built(recipe.model.config), recipe.trainer.strategy, recipe.data
     sizes = {name: getattr(config, name) for name in _SIZES}
-    sizes["vocab_size"] = (
-        config.vocab_size or _ours.VOCABULARY
-    )  # a tokenizer's is not known before it is read
-    experts = {name: getattr(config, name) for name in _EXPERTS} if config.num_moe_experts else {}
-    capacity = {
-        "expert_parallel": strategy.expert_model_parallel_size,
-        "capacity_factor": config.moe_expert_capacity_factor,
-        "pad_to_capacity": config.moe_pad_expert_input_to_capacity,
-    }
+    sizes["ffn_hidden_size"] = config.ffn_hidden_size
+    sizes["vocab_size"] = config.vocab_size or _vocabulary(data)
+    if config.share_embeddings_and_output_weights:
+        sizes["tied_embeddings"] = 1
+    capacity: dict[str, Any] = {}
+    if config.num_moe_experts:
+        sizes |= {name: getattr(config, name) for name in _EXPERTS}
+        sizes["ffn_hidden_size"] = config.moe_ffn_hidden_size or config.ffn_hidden_size
+        capacity = {
+            "expert_parallel": strategy.expert_model_parallel_size,
+            "capacity_factor": config.moe_expert_capacity_factor,
+            "pad_to_capacity": config.moe_pad_expert_input_to_capacity,
+        }
+    _check_planned(config, strategy)
     return {
-        "model": ",".join(f"{name}={size}" for name, size in (sizes | experts).items() if size is not None),
+        "model": ",".join(f"{name}={size}" for name, size in sizes.items() if size is not None),
         "num_gpus": recipe.trainer.num_nodes * recipe.trainer.devices,
         "tensor_parallel": strategy.tensor_model_parallel_size,
         "pipeline_parallel": strategy.pipeline_model_parallel_size,
+        "virtual_pipeline": strategy.virtual_pipeline_model_parallel_size or 1,
         "sequence_parallel": strategy.sequence_parallel,
         "seq_length": config.seq_length,
         "global_batch_size": data.global_batch_size,
@@ -96,8 +106,36 @@ def planner_options(recipe: Any) -> dict[str, Any]:
             callback.__fn_or_cls__ is _common.MegatronCommOverlapCallback
             for callback in recipe.trainer.callbacks
         ),
-        **(capacity if experts else {}),
+        "gradient_bytes": 4 if getattr(recipe.trainer.plugins, "grad_reduce_in_fp32", True) else 2,
+        "distributed_optimizer": strategy.ddp.use_distributed_optimizer,
+        **capacity,
     }
+
+
+def _vocabulary(data: Any) -> int:
+    """Rows of the embedding: those of the recipe's own tokenizer; another's are not known before it is read."""
+    tokenizer = getattr(data, "tokenizer", None)
+    if isinstance(tokenizer, run.Config) and tokenizer.__fn_or_cls__ is _common.NullTokenizer:
+        return tokenizer.vocab_size + 1  # it adds an end of document
+    return _ours.VOCABULARY
+
+
+def _check_planned(config: Any, strategy: Any) -> None:
+    counted: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "context_parallel_size": (strategy.context_parallel_size, (None, 1)),
+        "expert_tensor_parallel_size": (strategy.expert_tensor_parallel_size, (None, 1)),
+    }
+    if config.num_moe_experts:
+        counted["moe_layer_freq"] = (config.moe_layer_freq, (1,))
+        counted["moe_shared_expert_intermediate_size"] = (
+            config.moe_shared_expert_intermediate_size,
+            (None, 0),
+        )
+    for name, (value, known) in counted.items():
+        if value not in known:
+            raise ConfigurationError(
+                f"{name} is {value}, expected {known[-1]} for a plan: no other is counted"
+            )
 
 
 def check_recipe(recipe: Any, plan: PipelinePlan | None) -> str:
@@ -109,14 +147,11 @@ def check_recipe(recipe: Any, plan: PipelinePlan | None) -> str:
     Raises:
         ConfigurationError: As the training would.
     """
-    try:
-        model, trainer = fdl.build(recipe.model.config), fdl.build(recipe.trainer)
-        checks.check_world_size(trainer)
-        if plan is not None:
-            plan.apply(_Holder(model), trainer)
-        checks.check_parallel_sizes(model, trainer.strategy)
-    except ConfigurationError as refused:  # Fiddle adds a paragraph on what it was building
-        raise ConfigurationError(str(refused).split("\n")[0]) from None
+    model, trainer = _built(recipe.model.config), _built(recipe.trainer)
+    checks.check_world_size(trainer)
+    if plan is not None:
+        plan.apply(_Holder(model), trainer)
+    checks.check_parallel_sizes(model, trainer.strategy)
     if recipe.data.seq_length != model.seq_length:
         raise ConfigurationError(
             f"data.seq_length is {recipe.data.seq_length} and model.seq_length {model.seq_length}, expected the same:"
@@ -129,6 +164,13 @@ def check_recipe(recipe: Any, plan: PipelinePlan | None) -> str:
         f"{trainer.num_nodes} x {trainer.num_devices} = {world} ranks, PP {stages} x TP {tensor} x DP {data},"
         f" EP {strategy.expert_model_parallel_size}"
     )
+
+
+def _built(part: Any) -> Any:
+    try:
+        return fdl.build(part)
+    except ConfigurationError as refused:  # Fiddle adds a paragraph on what it was building
+        raise ConfigurationError(str(refused).split("\n")[0]) from None
 
 
 @dataclass

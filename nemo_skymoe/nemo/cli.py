@@ -1,8 +1,12 @@
 """What the `nemo` command finds through the entry-point group `nemo_run.cli`: recipe factories and `nemo skymoe`."""
 
+import functools
 import importlib
+import sys
+from typing import Any
 
 import nemo_run as run
+from nemo_run.cli.api import RunContext
 
 from nemo_skymoe.patches import torchrun_executor, unified_memory
 from nemo_skymoe.recipes.registry import RECIPES
@@ -11,8 +15,9 @@ unified_memory.apply()  # before the recipes import Megatron
 
 from nemo.collections import llm  # noqa: E402
 
-from nemo_skymoe.nemo import commands  # noqa: E402, F401
-from nemo_skymoe.recipes import executors, skywork_13b, skywork_moe_146b  # noqa: E402, F401
+from nemo_skymoe.nemo import commands, failure  # noqa: E402, F401
+from nemo_skymoe.nemo.options import check_overrides, refuse_secrets  # noqa: E402
+from nemo_skymoe.recipes import executors, skywork_13b, skywork_moe_146b  # noqa: E402
 
 for module in {recipe.module for recipe in RECIPES}:
     importlib.import_module(f"nemo_skymoe.recipes.{module}")
@@ -20,3 +25,34 @@ for module in {recipe.module for recipe in RECIPES}:
 for published in (skywork_13b, skywork_moe_146b):
     run.cli.factory(published.model, target=llm.import_ckpt, target_arg="model", name=published.NAME)
 torchrun_executor.apply()
+failure.install()
+
+
+def _guarded(upstream: Any) -> Any:
+    @functools.wraps(upstream)
+    def cli_execute(self: Any, fn: Any, args: list[str], *more: Any, **keywords: Any) -> Any:
+        """No secret is printed or saved, and a failed job ends with its reason and exit code 1, instead of 0."""
+        if any(name in text for text in (self.factory or "", *args) for name in _OURS):
+            refuse_secrets([f"factory={self.factory}", *args])
+        failure.ended.clear()
+        upstream(self, fn, args, *more, **keywords)
+        if failure.ended:
+            sys.exit("\n".join(f"nemo: {sentence}" for sentence in failure.ended))
+
+    return cli_execute
+
+
+def _known(upstream: Any) -> Any:
+    @functools.wraps(upstream)
+    def parse_fn(self: Any, fn: Any, args: list[str], **defaults: Any) -> Any:
+        """An unknown option of a recipe is refused with the nearest one, instead of with the whole recipe."""
+        if str(self.factory or "").partition("(")[0] in {recipe.name for recipe in RECIPES}:
+            check_overrides(upstream(self, fn, [], **defaults), args)
+        return upstream(self, fn, args, **defaults)
+
+    return parse_fn
+
+
+_OURS = {*(recipe.name for recipe in RECIPES), *executors.EXECUTORS}
+RunContext.cli_execute = _guarded(RunContext.cli_execute)
+RunContext.parse_fn = _known(RunContext.parse_fn)

@@ -14,6 +14,8 @@ import nemo_run as run
 import typer
 
 from nemo_skymoe.commands import checkpoint, pipeline
+from nemo_skymoe.nemo.options import check_overrides, refuse_secrets
+from nemo_skymoe.pipeline.training import Training
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -25,7 +27,16 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             sys.exit(end.exit_code)
 
     summary = (function.__doc__ or "").partition("\n")[0]
-    return run.cli.entrypoint(call, namespace="skymoe", enable_executor=False, help=summary)
+    command: Any = run.cli.entrypoint(call, namespace="skymoe", enable_executor=False, help=summary)
+    execute = command.cli_entrypoint._execute_simple
+
+    def execute_known(args: list[str], console: Any) -> Any:
+        refuse_secrets(args)
+        check_overrides(run.Partial(command), args)
+        return execute(args, console)
+
+    command.cli_entrypoint._execute_simple = execute_known
+    return command
 
 
 @_command
@@ -138,15 +149,17 @@ def plan(
     global_batch_size: int,
     num_gpus: Optional[int] = None,
     data_parallel: Optional[int] = None,
-    tensor_parallel: int = 1,
-    pipeline_parallel: int = 1,
-    virtual_pipeline: int = 1,
-    expert_parallel: int = 1,
-    micro_batch_size: int = 1,
+    tensor_parallel: int = Training.tensor_parallel,
+    pipeline_parallel: int = Training.pipeline_parallel,
+    virtual_pipeline: int = Training.virtual_pipeline,
+    expert_parallel: int = Training.expert_parallel,
+    micro_batch_size: int = Training.micro_batch_size,
     sequence_parallel: Optional[bool] = None,
-    capacity_factor: Optional[float] = None,
-    pad_to_capacity: bool = True,
-    overlap_grad_reduce: bool = False,
+    capacity_factor: Optional[float] = Training.capacity_factor,
+    pad_to_capacity: bool = Training.pad_to_capacity,
+    overlap_grad_reduce: bool = Training.overlap_grad_reduce,
+    gradient_bytes: int = Training.gradient_bytes,
+    distributed_optimizer: bool = Training.distributed_optimizer,
     recompute: bool = True,
     memory_limit: Optional[float] = None,
     layers: Optional[str] = None,
@@ -169,6 +182,8 @@ def plan(
         capacity_factor,
         pad_to_capacity,
         overlap_grad_reduce,
+        gradient_bytes,
+        distributed_optimizer,
         recompute,
         memory_limit,
         layers,

@@ -29,7 +29,13 @@ class PublishedRun:
 SKYWORK_13B_RUN = PublishedRun(
     SKYWORK_13B,
     A800_80G,
-    Training(pipeline_parallel=2, data_parallel=256, seq_length=4096, global_batch_size=4096),
+    Training(
+        pipeline_parallel=2,
+        data_parallel=256,
+        seq_length=4096,
+        global_batch_size=4096,
+        overlap_grad_reduce=False,
+    ),
     layers=(26, 26),
     tokens_per_gpu_per_second=1873,
     memory=77.1e9,

@@ -10,6 +10,8 @@ from nemo_skymoe.config import ConfigurationError
 class Training:
     """Parallel sizes, sequence and batch. No context parallelism.
 
+    The defaults are those of Megatron and of the recipes; every command takes them from here.
+
     Experts are not split (`expert_tensor_parallel_size=1`). With `expert_parallel` equal to
     `tensor_parallel` that is the report's EDP (appendix B.1).
     """
@@ -25,13 +27,13 @@ class Training:
     sequence_parallel: bool = False
     capacity_factor: float | None = None
     """Of an expert: it computes this share of its fair part of the tokens. None: dropless, in balance."""
-    pad_to_capacity: bool = True
-    """Experts compute their whole capacity, empty places too."""
+    pad_to_capacity: bool = False
+    """Experts compute their whole capacity, empty places too: `moe_pad_expert_input_to_capacity`."""
     distributed_optimizer: bool = True
     """ZeRO-1: each data-parallel rank keeps its share of the optimizer state."""
     gradient_bytes: int = 4
     """Of one gradient: 4 in fp32, 2 in bf16."""
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: bool = True
     """Reduce gradients behind the last backward, and gather parameters behind the first forward."""
 
     def __post_init__(self) -> None:

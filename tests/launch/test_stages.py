@@ -198,6 +198,12 @@ def test_the_toy_scale_runs_here() -> None:
     ("overrides", "message"),
     [
         (["training.max_lrr=1"], "option training.max_lrr is unknown: did you mean training.max_lr"),
+        (["training.max_step=3"], "option training.max_step is unknown: did you mean training.trainer.max_steps"),
+        (["training.lr=1"], "option training.lr is unknown: did you mean training.optim.config.lr"),
+        (["training.trainer.max_lr=1"], "option training.trainer.max_lr is unknown: did you mean training.max_lr"),
+        (["training.strategy.ckpt_async_save=1"], "option training.strategy is unknown: did you mean training.trainer.strategy"),
+        (["training.log.extra_logger=1"], "training.log.extra_logger is unknown: did you mean training.log.extra_loggers"),
+        (["cluster.env_var={A: b}"], "cluster.env_var is unknown: did you mean cluster.env_vars"),
         (["training.trainer.max_stepz=1"], "training.trainer.max_stepz is unknown: did you mean training.trainer.max_steps"),
         (["model.moe_router_topkk=1"], "model.moe_router_topkk is unknown: did you mean model.moe_router_topk"),
         (["data.corpuss=/data/x"], "option data.corpuss is unknown: "),

@@ -58,6 +58,8 @@ def test_here_a_failed_stage_is_the_last_one(tmp_path: Path, monkeypatch: pytest
         f"conversion.source={tmp_path}/absent",
         f"upcycle.output_path={tmp_path}/up",
     ]
-    with pytest.raises(RankFailed, match="conversion ended as FAILED"):
+    reason = rf"conversion ended as FAILED: ConfigurationError: .*{tmp_path}/absent.*; its log is (/\S+)$"
+    with pytest.raises(RankFailed, match=reason) as failed:
         submit(stages(compose_job([*job, f"conversion.output_path={tmp_path}/dense"])))
+    assert f"{tmp_path}/absent" in Path(str(failed.value).split()[-1]).read_text()
     assert not (tmp_path / "up").exists() and not (tmp_path / "dense").exists()

@@ -24,8 +24,10 @@ REPORT = Training(
     global_batch_size=2048,
     seq_length=8192,
     capacity_factor=1.25,
+    pad_to_capacity=True,
+    overlap_grad_reduce=False,
 )
-DENSE = Training(pipeline_parallel=2, data_parallel=256, global_batch_size=4096)
+DENSE = Training(pipeline_parallel=2, data_parallel=256, global_batch_size=4096, overlap_grad_reduce=False)
 IDEAL = Efficiency(compute=1.0, links=1.0)
 
 

@@ -18,6 +18,7 @@ REPORT = Training(
     data_parallel=32,
     global_batch_size=2048,
     seq_length=S,
+    pad_to_capacity=True,
 )
 DENSE = Training(pipeline_parallel=2, data_parallel=256, global_batch_size=4096)
 

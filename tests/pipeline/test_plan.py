@@ -24,6 +24,8 @@ REPORT: dict[str, Any] = {
     "seq_length": 8192,
     "global_batch_size": 2048,
     "capacity_factor": 1.25,
+    "pad_to_capacity": True,
+    "overlap_grad_reduce": False,
 }
 
 
@@ -54,7 +56,7 @@ def test_the_reports_run_is_planned():
 
 
 def test_the_reports_throughput_is_predicted_within_ten_percent():
-    """690 tokens/GPU/s are published, capacity factor and batch are not: 1.25 and 16M tokens are assumed here."""
+    """690 tokens/GPU/s are published, padding, capacity and batch are not: padded to 1.25 and 16M tokens are assumed."""
     assert report(overlap_grad_reduce=True).tokens_per_gpu_per_second == pytest.approx(690, rel=0.1)
 
 
@@ -151,6 +153,7 @@ def test_virtual_stages():
 def test_the_13b_on_its_published_cluster():
     """Planned freely, the model is no slower than with the even split it was fitted to."""
     options: dict[str, Any] = {"pipeline_parallel": 2, "num_gpus": 512, "global_batch_size": 4096}
+    options["overlap_grad_reduce"] = False  # as it was fitted
     planned = plan(SKYWORK_13B, A800_80G, seq_length=4096, **options)
     even = plan(SKYWORK_13B, A800_80G, seq_length=4096, layers=[26, 26], **options)
     assert even.tokens_per_gpu_per_second == pytest.approx(1873, abs=0.5)

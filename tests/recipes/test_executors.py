@@ -8,6 +8,7 @@ from nemo.lightning.pytorch.callbacks import PreemptionCallback
 from nemo.lightning.run.plugins import ConfigValidationPlugin
 from nemo_run.cli.api import RunContext
 from nemo_run.core.execution.slurm import SlurmBatchRequest
+from nemo_run.run.torchx_backend.schedulers import slurm as schedulers
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.recipes import executors, skywork_moe_146b
@@ -86,25 +87,24 @@ def test_without_a_container() -> None:
     assert executor.container_image is None and executor.srun_args is None
 
 
-def test_without_a_container_a_folder_that_nemo_run_would_mistake_is_refused() -> None:
+def test_without_a_container_no_folder_is_taken_for_nemo_runs_own() -> None:
     site: dict[str, Any] = {**SITE, "container_image": "none", "container_mounts": None}
-    with pytest.raises(
-        ConfigurationError, match="job_dir, or NEMORUN_HOME, is /data/nemo_run: expected no folder"
-    ):
-        a800_slurm(job_dir="/data/nemo_run", **site)
-    a800_slurm(job_dir="/home/me/.nemo_run", **site)
-    # The defect itself, for as long as it is there: the path of the log is not the one that was asked for.
-    executor = fdl.build(a800_slurm(job_dir="/home/me/.nemo_run", **site))
-    executor.tunnel.job_dir, executor.job_dir = "/data/nemo_run", "/data/nemo_run/training"
-    request = SlurmBatchRequest(
-        launch_cmd=[],
-        jobs=["training"],
-        command_groups=[["true"]],
-        executor=executor,
-        max_retries=0,
-        extra_env={},
-    )
-    assert "--output=/data/nemo_run/" not in request.materialize()
+    executor = fdl.build(a800_slurm(job_dir="/data/nemo_run", **site))
+    executor.tunnel.job_dir, executor.job_dir = "/data/nemo_run/x", "/data/nemo_run/x/training"
+    given: dict[str, Any] = {
+        "launch_cmd": [],
+        "jobs": ["training"],
+        "command_groups": [["python /nemo_run/configs/training_fn_or_script"]],
+        "executor": executor,
+        "max_retries": 0,
+        "extra_env": {"A": "/nemo_run"},
+    }
+    script = schedulers.SlurmBatchRequest(**given).materialize()
+    assert "--output=/data/nemo_run/x/training/" in script and "export A=/nemo_run\n" in script
+    assert "python /data/nemo_run/x/training/configs/training_fn_or_script" in script
+    # The defect itself, for as long as it is there.
+    script = SlurmBatchRequest(**given).materialize()
+    assert "--output=/data/nemo_run/" not in script and "export A=/nemo_run\n" not in script
 
 
 def test_the_plugins_of_nemo_fit_the_report_s_run() -> None:

@@ -155,8 +155,6 @@ def test_the_146b_has_the_planners_layout() -> None:
         global_batch_size=recipe.data.global_batch_size,
         micro_batch_size=recipe.data.micro_batch_size,
         capacity_factor=config.moe_expert_capacity_factor,
-        pad_to_capacity=False,
-        overlap_grad_reduce=True,
     )
     assert (recipe.pipeline.layout, recipe.pipeline.recompute) == (found.layout, found.recompute)
 

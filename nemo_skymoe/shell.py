@@ -1,0 +1,61 @@
+"""Values that a user gives, as words of a shell or of SLURM: quoted, or refused by the name of their option."""
+
+import re
+import shlex
+
+from nemo_skymoe.config import ConfigurationError
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def word(value: str) -> str:
+    """`value` as one word of bash, on one line."""
+    if not _CONTROL.search(value):
+        return shlex.quote(value)
+    escaped = re.sub(r"[\\']", r"\\\g<0>", value)
+    return "$'" + _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", escaped) + "'"
+
+
+def sbatch_word(value: str) -> str:
+    """`value` as a part of an #SBATCH line. Unlike bash, sbatch reads backslashes within quotes, and looks for `hetjob`."""
+    escaped = re.sub(r"[^\w@%+=:,./-]", r"\\\g<0>", value)
+    return re.sub("(het|pack)(job)", r"\1\\\2", escaped, flags=re.IGNORECASE)
+
+
+def check_word(option: str, value: str) -> None:
+    """Refuse what cannot be on one line: line breaks and other control characters.
+
+    Raises:
+        ConfigurationError: With the name of the option.
+    """
+    if _CONTROL.search(value):
+        raise ConfigurationError(f"{option} is {value!r}, expected no line break and no control character")
+
+
+def check_plain(option: str, value: str) -> None:
+    """Refuse what a shell, or SLURM's patterns of file names, would read as something else.
+
+    For values that NeMo-Run gives to a shell as they are.
+
+    Raises:
+        ConfigurationError: With the name of the option.
+    """
+    if value and (shlex.quote(value) != value or "%" in value):
+        raise ConfigurationError(
+            f"{option} is {value!r}, expected letters, digits and _ - . / : @ + = , alone"
+        )
+
+
+def check_variable(option: str, name: str, value: str | None = None) -> None:
+    """Refuse an environment variable whose name bash has no way to export, or whose value ends early.
+
+    Raises:
+        ConfigurationError: With the name of the option.
+    """
+    if not _VARIABLE.fullmatch(name):
+        raise ConfigurationError(
+            f"{option} has a variable called {name!r}, expected letters, digits and _, not beginning with a digit"
+        )
+    if value is not None and "\0" in value:
+        raise ConfigurationError(f"{option}.{name} has a null character, expected none")
