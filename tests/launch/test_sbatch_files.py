@@ -147,28 +147,17 @@ def test_the_commands_that_they_run_exist() -> None:
 
 def test_hostile_values_arrive_and_nothing_is_run(slurm: dict[str, str], tmp_path: Path) -> None:
     (place := tmp_path / "empty").mkdir()
-    for value in (
-        "a b",
-        "$(touch marker)",
-        "`touch marker`",
-        ";touch marker",
-        "'",
-        '"',
-        "\\",
-        "*",
-        "two\nlines",
-        "--x",
-    ):
-        for file, first in (("pretrain.sbatch", 5), ("skymoe.sbatch", 1)):
+    for value in ("a b", "$(touch marker)", "`touch marker`", ";touch marker", "'", '"', "\\", "*", "--x"):
+        for file in ("pretrain.sbatch", "skymoe.sbatch"):
             (tmp_path / "calls").unlink(missing_ok=True)
             env = {**slurm, "SKYMOE_SLURM_IMAGE": value, "SKYMOE_SLURM_MOUNTS": f"{value}:/x"}
             done = subprocess.run(
                 ["bash", SLURM / file, value, value], cwd=place, env=env, capture_output=True
             )
             assert done.returncode == 0 and list(place.iterdir()) == []
-            words = shlex.split((tmp_path / "calls").read_text().replace("$'two\\nlines'", "'two\nlines'"))
-            assert f"--container-image={value}".split("\n")[0] in " ".join(words)
-            assert words.count(value) >= (2 if "\n" not in value else 0), (file, first)
+            words = calls(tmp_path)[0]
+            assert f"--container-image={value}" in words and f"--container-mounts={value}:/x" in words
+            assert words.count(value) == 2
 
 
 def test_a_path_that_a_recipe_s_arguments_have_no_quotes_for_is_refused(
