@@ -59,12 +59,18 @@ def test_unsupported_combination_exits_with_1(tmp_path: Path):
 @pytest.mark.parametrize(
     ("engine", "core", "expected"),
     [
-        ("2.9", "0.16.1", ["optimizer_arguments", "tensorstore_import"]),
-        ("2.9", "0.15.3", ["context_parallel_aux_loss", "expert_parallel_warning"]),
+        ("2.9", "0.16.1", ["checked_context", "optimizer_arguments", "tensorstore_import"]),
+        ("2.9", "0.15.3", ["checked_context", "context_parallel_aux_loss", "expert_parallel_warning"]),
         (
             None,
             "0.16.1",
-            ["lora_without_te", "optimizer_arguments", "router_without_te", "tensorstore_import"],
+            [
+                "checked_context",
+                "lora_without_te",
+                "optimizer_arguments",
+                "router_without_te",
+                "tensorstore_import",
+            ],
         ),
     ],
 )

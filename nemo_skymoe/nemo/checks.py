@@ -1,6 +1,7 @@
 """What a training is checked for before anything is built; every refusal names the option."""
 
 import copy
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from nemo.lightning.pytorch.callbacks.deepep import DeepEPCallback
 from nemo.utils import logging
 from torch import nn
 
+from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.nemo.checkpoint import check_architecture
+from nemo_skymoe.nemo.index_check import check_data_module
 
 
 def check_parallel_sizes(config: Any, strategy: Any) -> None:
@@ -79,6 +82,34 @@ def check_warm_start(resume: Any, config: Any) -> None:
             " recipes, `skymoe upcycle` one from any dense checkpoint"
         )
     check_architecture(Path(path), config)
+
+
+def check_what_is_unpickled(resume: Any, trainer: Any, data: Any) -> None:
+    """Walk what torch, Megatron and NeMo are going to unpickle, or build a context of, before they do.
+
+    Which checkpoint a run goes on from is known when `resume.setup` is called: its own last one, that of
+    `resume_from_path` or `resume_from_directory`, the adapters' base model, or the one to start from.
+
+    Raises:
+        ConfigurationError: Here or on `resume.setup`: the file, and the class that it refers to.
+    """
+    check_data_module(data)
+    given = getattr(getattr(trainer.strategy, "restore_config", None), "path", None)
+    if given and "://" not in str(given):
+        check_checkpoint(Path(given))
+    if resume is None:
+        return
+    setup = resume.setup
+
+    @functools.wraps(setup)
+    def checked(trainer: Any, model: Any = None) -> Any:
+        start = getattr(resume.restore_config, "path", None)
+        found = [resume.get_trainer_ckpt_path(model), start and resume._extract_path(str(start))]
+        for path in filter(None, found):
+            check_checkpoint(Path(path))
+        return setup(trainer, model)
+
+    resume.setup = checked
 
 
 def warn_of_own_checkpoint(resume: Any, log: Any) -> None:
