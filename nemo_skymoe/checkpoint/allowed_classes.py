@@ -57,6 +57,8 @@ _PICKLED = {
         *("Format", "_FormatHelper", "_OverrideLinearPrecision", "MMParams", "QParams"),
     ),
 }  # fmt: skip
+# Protocol 2 has Python 2's name of that module.
+_PICKLED["__builtin__"] = _PICKLED["builtins"]
 PICKLED = frozenset(f"{module}.{name}" for module, names in _PICKLED.items() for name in names)
 """In `common.pt` and in the byte objects of `*.distcp`: states of optimizer, random numbers, callbacks, FP8."""
 

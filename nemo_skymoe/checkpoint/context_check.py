@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 from collections.abc import Iterator
@@ -61,18 +62,22 @@ def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_reference(module: Any, name: Any, file: Path) -> None:
-    full = f"{module}.{name}"
     if not isinstance(module, str) or not isinstance(name, str) or not _is_allowed(module, name):
-        raise _refusal(full, file)
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError):
-        return  # NeMo says so itself
-    home = getattr(found, "__module__", module)
-    if callable(found) and home != module and not _is_allowed(home, getattr(found, "__qualname__", name)):
-        raise _refusal(f"{home}.{getattr(found, '__qualname__', name)}", file)
+        raise _refusal(f"{module}.{name}", file)
+    with contextlib.suppress(ImportError, AttributeError):  # NeMo says so itself
+        home = _home(module, name)
+        if not _is_allowed(*home):
+            raise _refusal(".".join(home), file)
+
+
+def _home(module: str, name: str) -> tuple[str, str]:
+    """Where a class or function of an allowed name is defined: modules also have those that they import."""
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    if not callable(found):
+        return module, name
+    return getattr(found, "__module__", None) or module, getattr(found, "__qualname__", name)
 
 
 def _is_allowed(module: str, name: str) -> bool:
@@ -115,7 +120,13 @@ class _Allowed:
     def __contains__(self, name: object) -> bool:
         if not isinstance(name, str):
             return False
-        return allowed_classes.may_be_pickled(name) or name in allowed_classes.CONFIGURED
+        if allowed_classes.may_be_pickled(name):
+            return True
+        module, _, last = name.rpartition(".")
+        try:
+            return _is_allowed(module, last) and _is_allowed(*_home(module, last))
+        except (ImportError, AttributeError):
+            return False
 
 
 def _runs_code_beside_a_tokenizer(value: dict[str, Any]) -> bool:

@@ -201,7 +201,7 @@ def _check_object(pickled: Any, file: Path, depth: int) -> None:
         if record.kind in _HOLDS_TORCH_FILE:
             state = record.state[:1] if isinstance(record.state, tuple) else ()
             for data in filter(None, (_bytes(value, file) for value in (*record.arguments[:1], *state))):
-                check_torch_file(data, file, extra_state=True, depth=depth + 1)
+                check_torch_file(data, file, depth=depth + 1)
         elif record.kind == _ENCODE:
             _bytes(record, file)
 

@@ -96,6 +96,7 @@ def _prepare(
     tensorstore_import.apply()
     checked_context.apply()
     config = getattr(model, "config", None)
+    checks.check_steps(trainer)
     checks.check_world_size(trainer)
     if pipeline is not None:
         pipeline.apply(model, trainer)
@@ -103,7 +104,7 @@ def _prepare(
     checks.check_callbacks(trainer.callbacks, config)
     checks.check_warm_start(resume, config)
     checks.check_what_is_unpickled(resume, trainer, data)
-    checks.shorten_warmup(optim, trainer.max_steps)
+    checks.follow_max_steps(optim, trainer.max_steps)
     if config is not None:
         logging.info(
             f"rotary_base is {config.rotary_base} at seq_length {config.seq_length}: expected the base that the"

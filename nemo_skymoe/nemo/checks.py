@@ -60,15 +60,56 @@ def check_world_size(trainer: Any) -> None:
         )
 
 
-def shorten_warmup(optim: Any, max_steps: int) -> None:
-    """A warm-up as long as the run leaves NeMo's cosine no step to decay in, and its last learning rate is garbage."""
-    scheduler: Any = getattr(optim, "lr_scheduler", None)
-    if 0 < max_steps <= getattr(scheduler, "warmup_steps", 0):
-        shorter = max_steps // 10
-        logging.warning(
-            f"warmup_steps is {scheduler.warmup_steps} of trainer.max_steps={max_steps}: using {shorter}"
+def check_steps(trainer: Any) -> None:
+    """Refuse a number of steps that trains nothing, and gradients accumulated in a way that loses most of them."""
+    steps = trainer.max_steps
+    if type(steps) is not int or steps < 1:
+        raise ConfigurationError(
+            f"trainer.max_steps is {steps!r}, expected a whole number of optimizer steps, at least 1"
         )
-        scheduler.warmup_steps = shorter
+    batches = getattr(trainer, "accumulate_grad_batches", 1)
+    if batches != 1:
+        raise ConfigurationError(
+            f"trainer.accumulate_grad_batches is {batches!r}, expected 1: NeMo zeroes the gradients before every batch,"
+            " so that all but the last would be lost; micro-batches accumulate by data.global_batch_size"
+        )
+
+
+def follow_max_steps(optim: Any, max_steps: int) -> None:
+    """Fit a learning-rate schedule to the steps that are really run, which may be others than it was made for.
+
+    NeMo gives its schedulers `trainer.max_steps`, but not how many of these belong to warm-up and decay: they keep
+    their lengths where these leave a step to the schedule's shape, and else shrink to a tenth of the run each.
+
+    Raises:
+        ConfigurationError: Stages end at another step than the run.
+    """
+    scheduler: Any = getattr(optim, "lr_scheduler", None)
+    stages = getattr(scheduler, "stages", None)
+    if stages is not None:
+        total = sum(stage.max_steps for stage in stages)
+        if total != max_steps:
+            raise ConfigurationError(
+                f"trainer.max_steps is {max_steps}, expected the {total} of all stages: change the tokens in the file"
+                " of stages"
+            )
+        return
+    names = [name for name in _PHASES if _is_count(getattr(scheduler, name, None))]
+    spent = sum(getattr(scheduler, name) for name in names)
+    if spent and spent >= max_steps:
+        for name in names:
+            before, shorter = getattr(scheduler, name), min(getattr(scheduler, name), max_steps // 10)
+            if shorter != before:
+                logging.warning(f"{name} is {before} of trainer.max_steps={max_steps}: using {shorter}")
+                setattr(scheduler, name, shorter)
+
+
+_PHASES = ("warmup_steps", "constant_steps", "decay_steps")
+"""Parts of a schedule in steps, by the names that NeMo's schedulers and ours give them."""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def check_warm_start(resume: Any, config: Any) -> None:
