@@ -13,9 +13,10 @@ from nemo.collections.llm.peft import LoRA
 from nemo.lightning.pytorch.callbacks.deepep import DeepEPCallback
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint.tensors import TensorInfo
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo import checks
-from nemo_skymoe.nemo.checkpoint import check_architecture
+from nemo_skymoe.nemo.checkpoint import check_architecture, check_sizes
 from nemo_skymoe.nemo.learning_rate import LearningRateSchedule
 from nemo_skymoe.nemo.model import SkyworkMoETinyConfig, SkyworkTinyConfig
 from nemo_skymoe.patches import lora_without_te
@@ -132,6 +133,33 @@ def test_checkpoints_of_another_architecture_are_refused(tmp_path: Path) -> None
     ):
         with pytest.raises(ConfigurationError, match=message):
             check_architecture(tmp_path / folder, config)
+
+
+def test_layers_that_differ_are_counted_one_by_one() -> None:
+    """Megatron writes the layers of such a model by their numbers: decoder.layers.N."""
+    sizes: dict[str, Any] = {"num_layers": 4, "hidden_size": 8, "num_attention_heads": 2}
+
+    def tensors(moe_layers: list[int]) -> dict[str, TensorInfo]:
+        layers = {
+            f"module.decoder.layers.{n}.self_attention.linear_qkv.weight": TensorInfo((24, 8), "float32")
+            for n in range(4)
+        }
+        routers = {
+            f"module.decoder.layers.{n}.mlp.router.weight": TensorInfo((4, 8), "float32") for n in moe_layers
+        }
+        return layers | routers
+
+    for frequency, moe_layers in (([0, 1, 1, 1], [1, 2, 3]), (2, [0, 2]), ([1, 0, 1, 0], [0, 2])):
+        config = SkyworkMoETinyConfig(**sizes, num_moe_experts=4, moe_layer_freq=frequency)
+        check_sizes(tensors(moe_layers), config, Path("checkpoint"))
+        with pytest.raises(ConfigurationError, match=r"moe_layer_freq is .*routers in \[0, 1\]"):
+            check_sizes(tensors([0, 1]), config, Path("checkpoint"))
+        with pytest.raises(ConfigurationError, match=r"num_moe_experts is 8, .* has 4"):
+            check_sizes(
+                tensors(moe_layers),
+                SkyworkMoETinyConfig(**sizes, num_moe_experts=8, moe_layer_freq=frequency),
+                Path("checkpoint"),
+            )
 
 
 def test_deepep_under_edp_is_refused_also_as_a_callback() -> None:
