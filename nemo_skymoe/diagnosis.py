@@ -94,6 +94,7 @@ def _applies(module: str, versions: Mapping[str, str | None], devices: Sequence[
         "unified_memory": not devices and core.startswith("0.15."),
         "optimizer_arguments": bool(versions["nemo-toolkit"]) and core.startswith("0.16."),
         "tensorstore_import": bool(versions["nemo-toolkit"]) and core.startswith("0.16."),
+        "checked_context": bool(versions["nemo-toolkit"]),
         "torchrun_executor": not devices and bool(versions["nemo-toolkit"]),
     }
     # All others stand in for CUDA; those named after NeMo do so in NeMo.

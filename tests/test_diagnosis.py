@@ -63,12 +63,17 @@ def test_unsupported_combination_exits_with_1(tmp_path: Path):
 @pytest.mark.parametrize(
     ("engine", "core", "expected"),
     [
-        ("2.9", "0.16.1", ["executor_values", "optimizer_arguments", "tensorstore_import"]),
-        ("2.9", "0.15.3", ["context_parallel_aux_loss", "executor_values", "expert_parallel_warning"]),
+        ("2.9", "0.16.1", ["checked_context", "executor_values", "optimizer_arguments", "tensorstore_import"]),
+        (
+            "2.9",
+            "0.15.3",
+            ["checked_context", "context_parallel_aux_loss", "executor_values", "expert_parallel_warning"],
+        ),
         (
             None,
             "0.16.1",
             [
+                "checked_context",
                 "executor_values",
                 "lora_without_te",
                 "optimizer_arguments",

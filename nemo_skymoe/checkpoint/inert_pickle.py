@@ -25,11 +25,24 @@ class Global:
 
 
 class Record:
-    """An object that was not built: its class, the arguments and the state it would have got."""
+    """An object that was not built: its class, the arguments, the state and the contents it would have got."""
 
     def __init__(self, kind: str, arguments: tuple[Any, ...]):
         self.kind, self.arguments = kind, arguments
         self.state: Any = None
+        self.contents: list[Any] = []
+        """Elements of a list or set; keys and values, in turn, of a dictionary."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.contents += (key, value)
+
+    def append(self, value: Any) -> None:
+        """An element, as the unpickler gives it to a class of lists."""
+        self.contents.append(value)
+
+    def add(self, value: Any) -> None:
+        """An element, as the unpickler gives it to a class of sets."""
+        self.contents.append(value)
 
     def field(self, name: str) -> Any:
         """An attribute of the state; None without one."""
@@ -46,14 +59,18 @@ def load(data: bytes, allowed: Container[str], file: Path, persistent: Any = Non
         persistent: What a persistent identifier becomes: a function of it. Without one there may be none.
 
     Raises:
-        ConfigurationError: It is damaged, or refers to anything else.
+        NotAllowedError: It refers to anything else.
+        ConfigurationError: It is damaged.
     """
+    return load_next(io.BytesIO(data), allowed, file, persistent)
+
+
+def load_next(stream: io.BytesIO, allowed: Container[str], file: Path, persistent: Any = None) -> Any:
+    """As `load`, of the pickle that comes next in a stream of several."""
     try:
-        return _Unpickler(data, allowed, persistent).load()
-    except _NotAllowedError as reason:
-        raise ConfigurationError(
-            f"'{file}' refers to '{reason}', which has no place in a checkpoint: it was not read further"
-        ) from None
+        return _Unpickler(stream, allowed, persistent).load()
+    except _RefusedError as reason:
+        raise NotAllowedError(str(reason), file) from None
     except MemoryError:  # not for a file's size of data: better seen than taken for damage
         raise
     except Exception as reason:
@@ -62,26 +79,29 @@ def load(data: bytes, allowed: Container[str], file: Path, persistent: Any = Non
         ) from None
 
 
-class _NotAllowedError(Exception):
+class NotAllowedError(ConfigurationError):
+    """A file refers to a class or function that no checkpoint needs."""
+
+    def __init__(self, name: str, file: Path):
+        self.name, self.file = name, file
+        super().__init__(
+            f"'{file}' refers to '{name}', which has no place in a checkpoint: it was not read further"
+        )
+
+
+class _RefusedError(Exception):
     pass
 
 
 _OPCODES = (
-    *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "BINPUT"),
-    *(
-        "LONG_BINPUT",
-        "GLOBAL",
-        "STACK_GLOBAL",
-        "BINPERSID",
-        "NONE",
-        "NEWTRUE",
-        "NEWFALSE",
-        "BININT",
-        "BININT1",
-    ),
-    *("BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES"),
-    *("SHORT_BINBYTES", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND"),
-    *("APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS"),
+    *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP"),
+    *("MEMOIZE", "GET", "BINGET", "LONG_BINGET", "PUT", "BINPUT", "LONG_BINPUT"),
+    *("GLOBAL", "STACK_GLOBAL", "PERSID", "BINPERSID", "NONE", "NEWTRUE", "NEWFALSE"),
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
+    *("EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "FROZENSET"),
 )
 """Those that make numbers, strings and containers; calls are ours, below; everything else is refused."""
 
@@ -92,14 +112,14 @@ class _Unpickler(pickle._Unpickler):
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES
     }
 
-    def __init__(self, data: bytes, allowed: Container[str], persistent: Any):
-        super().__init__(io.BytesIO(data))
+    def __init__(self, stream: io.BytesIO, allowed: Container[str], persistent: Any):
+        super().__init__(stream)
         self._allowed, self._persistent = allowed, persistent
 
     def find_class(self, module: str, name: str) -> Global:
         full = f"{module}.{name}"
         if full not in self._allowed:
-            raise _NotAllowedError(full)
+            raise _RefusedError(full)
         return Global(full)
 
     def persistent_load(self, pid: Any) -> Any:
@@ -109,6 +129,22 @@ class _Unpickler(pickle._Unpickler):
 
     def _call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
+        self._append_record(function, arguments)
+
+    def _call_with_keywords(self) -> None:
+        keywords, arguments, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        self._append_record(function, (*arguments, keywords))
+
+    def _call_by_name(self) -> None:
+        module, name = (self.readline()[:-1].decode("ascii") for _ in range(2))
+        arguments = tuple(self.pop_mark())
+        self._append_record(self.find_class(module, name), arguments)
+
+    def _call_first_of_mark(self) -> None:
+        function, *arguments = self.pop_mark()
+        self._append_record(function, tuple(arguments))
+
+    def _append_record(self, function: Any, arguments: Any) -> None:
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise ValueError("a call of something that is no function")
         self.stack.append(Record(function.name, arguments))
@@ -117,6 +153,17 @@ class _Unpickler(pickle._Unpickler):
         state = self.stack.pop()
         if not isinstance(self.stack[-1], Record):
             raise ValueError("a state for something that is no object")
+        # As a real object does it: a copy, beside what an earlier state has set.
+        earlier = self.stack[-1].state
+        if isinstance(state, dict):
+            state = (earlier if isinstance(earlier, dict) else {}) | state
         self.stack[-1].state = state
 
-    dispatch |= {pickle.REDUCE[0]: _call, pickle.NEWOBJ[0]: _call, pickle.BUILD[0]: _build}
+    dispatch |= {
+        pickle.REDUCE[0]: _call,
+        pickle.NEWOBJ[0]: _call,
+        pickle.NEWOBJ_EX[0]: _call_with_keywords,
+        pickle.INST[0]: _call_by_name,
+        pickle.OBJ[0]: _call_first_of_mark,
+        pickle.BUILD[0]: _build,
+    }

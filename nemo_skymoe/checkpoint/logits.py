@@ -10,6 +10,7 @@ from torch import Tensor
 from nemo_skymoe.checkpoint import megatron
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.megatron_model import gpt_model, one_rank
+from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
 from nemo_skymoe.checkpoint.torch_dist_storage import weights_folder
 from nemo_skymoe.ranks import run_ranks
 
@@ -36,9 +37,10 @@ def megatron_logits(folder: Path, token_ids: Tensor, config: Path | None = None)
         [batch, tokens, vocab_size], without the padding of the vocabulary.
 
     Raises:
-        ConfigurationError: As `megatron.open`.
+        ConfigurationError: As `megatron.open`, or the checkpoint names a class that no checkpoint needs.
     """
     weights, description = megatron.open(folder, config)
+    check_checkpoint(folder)
     model = (folder, megatron.layout(weights.storage), description)
     if torch.distributed.is_initialized():
         return _logits(token_ids, *model)

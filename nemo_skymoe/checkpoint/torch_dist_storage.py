@@ -82,7 +82,7 @@ class TorchDistStorage:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self._weights = weights_folder(self.folder)
-        metadata = _read_metadata(self._weights / METADATA)
+        metadata = read_metadata(self._weights / METADATA)
         entries = _model_tensors(metadata, self._weights / METADATA)
         self.tensors: Mapping[str, TensorInfo] = {name: info for name, (info, _) in entries.items()}
         self._pieces = {name: pieces for name, (_, pieces) in entries.items()}
@@ -164,14 +164,15 @@ def weights_folder(checkpoint: Path) -> Path:
     """The folder with the tensors of a NeMo checkpoint, or of Megatron-LM's, which has no `weights/`."""
     for folder in (checkpoint / WEIGHTS, checkpoint):
         if (folder / METADATA).is_file() and (folder / CONFIG).is_file():
-            _check_backend(folder / CONFIG)
+            check_backend(folder / CONFIG)
             return folder
     raise ConfigurationError(
         f"'{checkpoint}' is no torch_dist checkpoint: expected weights/{METADATA} and weights/{CONFIG}"
     )
 
 
-def _check_backend(config: Path) -> None:
+def check_backend(config: Path) -> None:
+    """Refuse the `metadata.json` of any other form: Megatron reads each with a strategy of its own."""
     try:
         backend = json.loads(config.read_text())["sharded_backend"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -180,7 +181,12 @@ def _check_backend(config: Path) -> None:
         raise ConfigurationError(f"'{config}' has the sharded_backend {backend!r}, expected 'torch_dist'")
 
 
-def _read_metadata(file: Path) -> Record:
+def read_metadata(file: Path) -> Record:
+    """What the pickle of torch.distributed.checkpoint describes.
+
+    Raises:
+        ConfigurationError: It is damaged, or refers to anything but a checkpoint's classes.
+    """
     member(file.parent, file.name, file.parent)
     size = file.stat().st_size
     if not 0 < size <= _LONGEST_METADATA:

@@ -106,9 +106,9 @@ def open_bytes(path: Path) -> BinaryIO:
 
 def read_errors() -> tuple[type[Exception], ...]:
     """What reading a damaged file raises, whatever its format and compression."""
-    import pyarrow
+    from pyarrow.lib import ArrowException
 
-    return (OSError, EOFError, zlib.error, pyarrow.lib.ArrowException)
+    return (OSError, EOFError, zlib.error, ArrowException)
 
 
 def parse_record(line: str) -> Any:

@@ -17,7 +17,13 @@ from nemo_skymoe.doctor import require_supported
 from nemo_skymoe.nemo import checks
 from nemo_skymoe.nemo.callbacks import SkyworkMoECallback
 from nemo_skymoe.nemo.pipeline import PipelinePlan
-from nemo_skymoe.patches import lora_without_te, nemo_cpu, optimizer_arguments, tensorstore_import
+from nemo_skymoe.patches import (
+    checked_context,
+    lora_without_te,
+    nemo_cpu,
+    optimizer_arguments,
+    tensorstore_import,
+)
 
 
 def pretrain(
@@ -39,7 +45,7 @@ def pretrain(
             divide, a plan that does not fit them, or a checkpoint to start from that is missing or of another
             architecture.
     """
-    _prepare(model, trainer, resume, optim, pipeline)
+    _prepare(model, data, trainer, resume, optim, pipeline)
     _add_controller(model, trainer)
     checks.warn_of_own_checkpoint(resume, log)
     return llm.pretrain(model=model, data=data, trainer=trainer, log=log, resume=resume, optim=optim)
@@ -63,7 +69,7 @@ def finetune(
     Raises:
         ConfigurationError: As `pretrain`; or `peft` targets the router, or experts that are spread over ranks.
     """
-    _prepare(model, trainer, resume, optim, pipeline)
+    _prepare(model, data, trainer, resume, optim, pipeline)
     lora_without_te.apply()
     checks.check_adapters(peft, getattr(model, "config", None), trainer.strategy)
     if peft is None:
@@ -80,20 +86,25 @@ def finetune(
     )
 
 
-def _prepare(model: Any, trainer: Any, resume: Any, optim: Any, pipeline: Optional[PipelinePlan]) -> None:
+def _prepare(
+    model: Any, data: Any, trainer: Any, resume: Any, optim: Any, pipeline: Optional[PipelinePlan]
+) -> None:
     require_supported(nemo=True)
     log_through_nemo()
     nemo_cpu.apply()
     optimizer_arguments.apply()
     tensorstore_import.apply()
+    checked_context.apply()
     config = getattr(model, "config", None)
+    checks.check_steps(trainer)
     checks.check_world_size(trainer)
     if pipeline is not None:
         pipeline.apply(model, trainer)
     checks.check_parallel_sizes(config, trainer.strategy)
     checks.check_callbacks(trainer.callbacks, config)
     checks.check_warm_start(resume, config)
-    checks.shorten_warmup(optim, trainer.max_steps)
+    checks.check_what_is_unpickled(resume, trainer, data)
+    checks.follow_max_steps(optim, trainer.max_steps)
     if config is not None:
         logging.info(
             f"rotary_base is {config.rotary_base} at seq_length {config.seq_length}: expected the base that the"

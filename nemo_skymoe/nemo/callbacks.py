@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
 
+from nemo_skymoe.checkpoint.pickle_check import read_torch_file
 from nemo_skymoe.checkpoint.torch_dist_storage import weights_folder
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.controller import AuxLossController
@@ -96,8 +97,10 @@ class SkyworkMoECallback(pl.Callback):
         self._restored = state_dict
 
     def _saved_state(self, checkpoint: Path) -> dict[str, Any]:
-        common = torch.load(weights_folder(checkpoint) / "common.pt", weights_only=False)
-        return common.get("callbacks", {}).get(self.state_key, {})
+        state = read_torch_file(weights_folder(checkpoint) / "common.pt")
+        for key in ("callbacks", self.state_key):
+            state = state.get(key, {}) if isinstance(state, dict) else {}
+        return state if isinstance(state, dict) else {}
 
     def _log_metrics(self, trainer: pl.Trainer) -> None:
         controller = self._controller

@@ -1,6 +1,7 @@
 """What a training is checked for before anything is built; every refusal names the option."""
 
 import copy
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from nemo.lightning.pytorch.callbacks.deepep import DeepEPCallback
 from nemo.utils import logging
 from torch import nn
 
+from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.nemo.checkpoint import check_architecture
+from nemo_skymoe.nemo.index_check import check_data_module
 
 
 def check_parallel_sizes(config: Any, strategy: Any) -> None:
@@ -57,15 +60,56 @@ def check_world_size(trainer: Any) -> None:
         )
 
 
-def shorten_warmup(optim: Any, max_steps: int) -> None:
-    """A warm-up as long as the run leaves NeMo's cosine no step to decay in, and its last learning rate is garbage."""
-    scheduler: Any = getattr(optim, "lr_scheduler", None)
-    if 0 < max_steps <= getattr(scheduler, "warmup_steps", 0):
-        shorter = max_steps // 10
-        logging.warning(
-            f"warmup_steps is {scheduler.warmup_steps} of trainer.max_steps={max_steps}: using {shorter}"
+def check_steps(trainer: Any) -> None:
+    """Refuse a number of steps that trains nothing, and gradients accumulated in a way that loses most of them."""
+    steps = trainer.max_steps
+    if type(steps) is not int or steps < 1:
+        raise ConfigurationError(
+            f"trainer.max_steps is {steps!r}, expected a whole number of optimizer steps, at least 1"
         )
-        scheduler.warmup_steps = shorter
+    batches = getattr(trainer, "accumulate_grad_batches", 1)
+    if batches != 1:
+        raise ConfigurationError(
+            f"trainer.accumulate_grad_batches is {batches!r}, expected 1: NeMo zeroes the gradients before every batch,"
+            " so that all but the last would be lost; micro-batches accumulate by data.global_batch_size"
+        )
+
+
+def follow_max_steps(optim: Any, max_steps: int) -> None:
+    """Fit a learning-rate schedule to the steps that are really run, which may be others than it was made for.
+
+    NeMo gives its schedulers `trainer.max_steps`, but not how many of these belong to warm-up and decay: they keep
+    their lengths where these leave a step to the schedule's shape, and else shrink to a tenth of the run each.
+
+    Raises:
+        ConfigurationError: Stages end at another step than the run.
+    """
+    scheduler: Any = getattr(optim, "lr_scheduler", None)
+    stages = getattr(scheduler, "stages", None)
+    if stages is not None:
+        total = sum(stage.max_steps for stage in stages)
+        if total != max_steps:
+            raise ConfigurationError(
+                f"trainer.max_steps is {max_steps}, expected the {total} of all stages: change the tokens in the file"
+                " of stages"
+            )
+        return
+    names = [name for name in _PHASES if _is_count(getattr(scheduler, name, None))]
+    spent = sum(getattr(scheduler, name) for name in names)
+    if spent and spent >= max_steps:
+        for name in names:
+            before, shorter = getattr(scheduler, name), min(getattr(scheduler, name), max_steps // 10)
+            if shorter != before:
+                logging.warning(f"{name} is {before} of trainer.max_steps={max_steps}: using {shorter}")
+                setattr(scheduler, name, shorter)
+
+
+_PHASES = ("warmup_steps", "constant_steps", "decay_steps")
+"""Parts of a schedule in steps, by the names that NeMo's schedulers and ours give them."""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def check_warm_start(resume: Any, config: Any) -> None:
@@ -79,6 +123,34 @@ def check_warm_start(resume: Any, config: Any) -> None:
             " recipes, `skymoe upcycle` one from any dense checkpoint"
         )
     check_architecture(Path(path), config)
+
+
+def check_what_is_unpickled(resume: Any, trainer: Any, data: Any) -> None:
+    """Walk what torch, Megatron and NeMo are going to unpickle, or build a context of, before they do.
+
+    Which checkpoint a run goes on from is known when `resume.setup` is called: its own last one, that of
+    `resume_from_path` or `resume_from_directory`, the adapters' base model, or the one to start from.
+
+    Raises:
+        ConfigurationError: Here or on `resume.setup`: the file, and the class that it refers to.
+    """
+    check_data_module(data)
+    given = getattr(getattr(trainer.strategy, "restore_config", None), "path", None)
+    if given and "://" not in str(given):
+        check_checkpoint(Path(given))
+    if resume is None:
+        return
+    setup = resume.setup
+
+    @functools.wraps(setup)
+    def checked(trainer: Any, model: Any = None) -> Any:
+        start = getattr(resume.restore_config, "path", None)
+        found = [resume.get_trainer_ckpt_path(model), start and resume._extract_path(str(start))]
+        for path in filter(None, found):
+            check_checkpoint(Path(path))
+        return setup(trainer, model)
+
+    resume.setup = checked
 
 
 def warn_of_own_checkpoint(resume: Any, log: Any) -> None:

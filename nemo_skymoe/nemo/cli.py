@@ -8,7 +8,7 @@ from typing import Any
 import nemo_run as run
 from nemo_run.cli.api import RunContext
 
-from nemo_skymoe.patches import torchrun_executor, unified_memory
+from nemo_skymoe.patches import checked_context, torchrun_executor, unified_memory
 from nemo_skymoe.recipes.registry import RECIPES
 
 unified_memory.apply()  # before the recipes import Megatron
@@ -24,6 +24,7 @@ for module in {recipe.module for recipe in RECIPES}:
 # The name of a recipe is its model's in `nemo llm import model=...`, where no recipe is looked for.
 for published in (skywork_13b, skywork_moe_146b):
     run.cli.factory(published.model, target=llm.import_ckpt, target_arg="model", name=published.NAME)
+checked_context.apply()
 torchrun_executor.apply()
 failure.install()
 

@@ -9,6 +9,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
+from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
 from nemo_skymoe.checkpoint.torch_dist_storage import PREFIX, weights_folder
 from nemo_skymoe.patches import nemo_cpu
 
@@ -22,7 +23,12 @@ def start_single_rank() -> None:
 
 
 def load_model(config: Any, checkpoint: Path, vocab_size: int) -> torch.nn.Module:
-    """The Megatron model of a NeMo configuration with a checkpoint's weights, every tensor accounted for."""
+    """The Megatron model of a NeMo configuration with a checkpoint's weights, every tensor accounted for.
+
+    Raises:
+        ConfigurationError: The checkpoint names a class that no checkpoint needs.
+    """
+    check_checkpoint(checkpoint)
     config.vocab_size = vocab_size
     model = config.configure_model(tokenizer=None, pre_process=True, post_process=True)
     # Extra states hold FP8 scales, of which there are none here.

@@ -13,9 +13,11 @@ from nemo.collections.llm.peft import LoRA
 from nemo.lightning.pytorch.callbacks.deepep import DeepEPCallback
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint.tensors import TensorInfo
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo import checks
-from nemo_skymoe.nemo.checkpoint import check_architecture
+from nemo_skymoe.nemo.checkpoint import check_architecture, check_sizes
+from nemo_skymoe.nemo.learning_rate import LearningRateSchedule
 from nemo_skymoe.nemo.model import SkyworkMoETinyConfig, SkyworkTinyConfig
 from nemo_skymoe.patches import lora_without_te
 from nemo_skymoe.ranks import RankFailed, run_ranks
@@ -76,12 +78,41 @@ def test_a_missing_checkpoint_is_answered_with_the_command(tmp_path: Path) -> No
         checks.check_warm_start(resume, SkyworkTinyConfig())
 
 
-def test_a_warm_up_as_long_as_the_run_is_shortened() -> None:
-    optim = SimpleNamespace(lr_scheduler=SimpleNamespace(warmup_steps=20))
-    checks.shorten_warmup(optim, 21)
-    assert optim.lr_scheduler.warmup_steps == 20
-    checks.shorten_warmup(optim, 20)
-    assert optim.lr_scheduler.warmup_steps == 2
+def test_schedules_follow_the_steps_that_are_really_run() -> None:
+    """Warm-up and decay keep their length, or are a tenth each of a run that they would not fit into."""
+    for steps, warmup, decay in ((6000, 2000, 2384), (4000, 400, 400), (100, 10, 10), (10, 1, 1)):
+        schedule = LearningRateSchedule("linear", 2000, steps, 0.1, decay_steps=2384)
+        checks.follow_max_steps(SimpleNamespace(lr_scheduler=schedule), steps)
+        end = steps - decay
+        for step in range(0, steps + 1, max(1, steps // 100)):
+            by_hand = (
+                (step + 1) / (warmup + 1)
+                if step <= warmup
+                else 0.1 * (steps - step) / decay
+                if step > end
+                else 0.1 + 0.9 * (1 - (step - warmup) / (end - warmup))
+            )
+            assert schedule.factor(step) == pytest.approx(by_hand), (steps, step)
+    nemos: Any = SimpleNamespace(warmup_steps=20, constant_steps=30, max_steps=60)
+    checks.follow_max_steps(SimpleNamespace(lr_scheduler=nemos), 60)
+    assert (nemos.warmup_steps, nemos.constant_steps) == (20, 30)
+    checks.follow_max_steps(SimpleNamespace(lr_scheduler=nemos), 50)
+    assert (nemos.warmup_steps, nemos.constant_steps) == (5, 5)
+    stages = SimpleNamespace(stages=[SimpleNamespace(max_steps=4), SimpleNamespace(max_steps=6)])
+    checks.follow_max_steps(SimpleNamespace(lr_scheduler=stages), 10)
+    with pytest.raises(ConfigurationError, match=r"trainer\.max_steps is 9, expected the 10 of all stages"):
+        checks.follow_max_steps(SimpleNamespace(lr_scheduler=stages), 9)
+
+
+def test_steps_that_train_nothing_are_refused() -> None:
+    checks.check_steps(SimpleNamespace(max_steps=1, accumulate_grad_batches=1))
+    for steps in (-5, -1, 0, 2.5, None):
+        with pytest.raises(
+            ConfigurationError, match=f"trainer.max_steps is {steps}, expected a whole number"
+        ):
+            checks.check_steps(SimpleNamespace(max_steps=steps))
+    with pytest.raises(ConfigurationError, match=r"trainer\.accumulate_grad_batches is 2, expected 1"):
+        checks.check_steps(SimpleNamespace(max_steps=3, accumulate_grad_batches=2))
 
 
 def test_checkpoints_of_another_architecture_are_refused(tmp_path: Path) -> None:
@@ -102,6 +133,33 @@ def test_checkpoints_of_another_architecture_are_refused(tmp_path: Path) -> None
     ):
         with pytest.raises(ConfigurationError, match=message):
             check_architecture(tmp_path / folder, config)
+
+
+def test_layers_that_differ_are_counted_one_by_one() -> None:
+    """Megatron writes the layers of such a model by their numbers: decoder.layers.N."""
+    sizes: dict[str, Any] = {"num_layers": 4, "hidden_size": 8, "num_attention_heads": 2}
+
+    def tensors(moe_layers: list[int]) -> dict[str, TensorInfo]:
+        layers = {
+            f"module.decoder.layers.{n}.self_attention.linear_qkv.weight": TensorInfo((24, 8), "float32")
+            for n in range(4)
+        }
+        routers = {
+            f"module.decoder.layers.{n}.mlp.router.weight": TensorInfo((4, 8), "float32") for n in moe_layers
+        }
+        return layers | routers
+
+    for frequency, moe_layers in (([0, 1, 1, 1], [1, 2, 3]), (2, [0, 2]), ([1, 0, 1, 0], [0, 2])):
+        config = SkyworkMoETinyConfig(**sizes, num_moe_experts=4, moe_layer_freq=frequency)
+        check_sizes(tensors(moe_layers), config, Path("checkpoint"))
+        with pytest.raises(ConfigurationError, match=r"moe_layer_freq is .*routers in \[0, 1\]"):
+            check_sizes(tensors([0, 1]), config, Path("checkpoint"))
+        with pytest.raises(ConfigurationError, match=r"num_moe_experts is 8, .* has 4"):
+            check_sizes(
+                tensors(moe_layers),
+                SkyworkMoETinyConfig(**sizes, num_moe_experts=8, moe_layer_freq=frequency),
+                Path("checkpoint"),
+            )
 
 
 def test_deepep_under_edp_is_refused_also_as_a_callback() -> None:
