@@ -91,8 +91,9 @@ class Plan:
         workers: int = 1,
         progress: Callable[[int, int, str], None] | None = None,
         allow_nonfinite: bool = False,
+        on_damage: job.OnDamage | None = None,
     ) -> dict[str, Any]:
-        """Write `output`, or go on where an interrupted run of the same plan ended; see `job.run`.
+        """Write `output`, go on where an interrupted run of the same plan ended, or repair it; see `job.run`.
 
         Returns:
             The receipt.
@@ -114,6 +115,7 @@ class Plan:
             workers=workers,
             progress=progress,
             allow_nonfinite=allow_nonfinite,
+            on_damage=on_damage,
         )
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -117,13 +117,19 @@ def show_inspection(found: "Inspection") -> None:
         typer.echo(f"problem: {problem}", err=True)
 
 
-def show_receipt(receipt: Mapping[str, Any], output: Path, seconds: float | None, as_json: bool) -> None:
-    """What was written, and how fast; without `seconds` it was there."""
+def show_receipt(
+    receipt: Mapping[str, Any], output: Path, seconds: float | None, repaired: Sequence[str], as_json: bool
+) -> None:
+    """What was written, and how fast; without `seconds` it was there, except for the `repaired` files."""
     files: Mapping[str, Any] = receipt["files"]
     total = sum(file["bytes"] for file in files.values())
     if as_json:
         done = {"output": str(output), "bytes": total, "files": len(files), "seconds": seconds}
-        typer.echo(json.dumps({**done, "job": receipt["job"]}))
+        typer.echo(json.dumps({**done, "repaired": list(repaired), "job": receipt["job"]}))
+        return
+    if repaired:
+        count = f"{len(repaired)} of {len(files)} files"
+        typer.echo(f"{output} is whole again: {count} written anew, the rest unchanged")
         return
     if seconds is None:
         typer.echo(f"{output} is there already, unchanged: {len(files)} files, {size(total)}")
