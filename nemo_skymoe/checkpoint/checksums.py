@@ -120,9 +120,7 @@ def blocks(
             position += len(block)
 
 
-def checksum_like(
-    file: Path, expected: FileChecksum, advance: Callable[[int], None]
-) -> FileChecksum | None:
+def checksum_like(file: Path, expected: FileChecksum, advance: Callable[[int], None]) -> FileChecksum | None:
     """A file's own checksum, in the parts that `expected` has; None where it cannot be read or has another size."""
     if not file.is_file() or file.stat().st_size != expected.bytes:
         return None

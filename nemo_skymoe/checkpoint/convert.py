@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe import __version__
-from nemo_skymoe.checkpoint import hf_files, hugging_face, job, megatron, tokenizer
+from nemo_skymoe.checkpoint import hf_files, hugging_face, job, megatron
+from nemo_skymoe.checkpoint.companions import find_companions
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.mapping import StoredWeights
 from nemo_skymoe.checkpoint.nemo_context import context_files
@@ -39,8 +40,8 @@ class Source:
 
     @property
     def tokenizer(self) -> Path | None:
-        """The folder with the tokenizer's files, if they are there."""
-        return self.folder if self.form == "hf" else tokenizer.find(self.folder / "context")
+        """The folder with the files of the tokenizer, and of whatever else travels along, if they are there."""
+        return self.folder if self.form == "hf" else find_companions(self.folder / "context")
 
 
 @dataclass(frozen=True)

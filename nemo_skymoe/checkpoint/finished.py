@@ -103,4 +103,6 @@ def damaged_files(
 
 
 def _refused(output: Path, reason: str) -> ConfigurationError:
-    return ConfigurationError(f"'{output}' exists: expected a new folder, or this command's own, but {reason}")
+    return ConfigurationError(
+        f"'{output}' exists: expected a new folder, or this command's own, but {reason}"
+    )

@@ -148,7 +148,8 @@ def show_verification(result: "Comparison", logits: "LogitDifference | None", as
     if len(result.problems) > _PROBLEMS_SHOWN:
         typer.echo(f"problem: and {len(result.problems) - _PROBLEMS_SHOWN} more", err=True)
     verdict = f"{len(result.problems)} problems" if result.problems else "every bit as expected"
-    typer.echo(f"{result.tensors} tensors, {size(result.bytes)} compared: {verdict}")
+    beside = f", and {result.files} files beside them" if result.files else ""
+    typer.echo(f"{result.tensors} tensors, {size(result.bytes)} compared{beside}: {verdict}")
     if logits is not None:
         typer.echo(f"logits of {logits.tokens} tokens: max|difference| / max|logit| = {logits.relative:.1e}")
 

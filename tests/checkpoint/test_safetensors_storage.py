@@ -210,7 +210,6 @@ def test_follows_the_links_that_a_user_has_in_the_folder(tmp_path: Path):
         assert same_bytes(SafetensorsStorage(folder).read("int8"), tensors()["int8"]), folder
 
 
-
 def change_index(folder: Path, change: Callable[[dict], object]) -> None:
     index = json.loads((folder / INDEX).read_text())
     change(index["weight_map"])
