@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe import __version__
-from nemo_skymoe.checkpoint import hf_files, hugging_face, job, megatron
+from nemo_skymoe.checkpoint import foreign, hf_files, hugging_face, job, megatron
 from nemo_skymoe.checkpoint.companions import find_companions
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.mapping import StoredWeights
@@ -126,14 +126,12 @@ def form_of(folder: Path) -> str:
     Raises:
         ConfigurationError: None that is known.
     """
-    if (folder / "config.json").is_file():
-        return "hf"
-    if (folder / "weights").is_dir():
-        return "nemo"
-    if (folder / ".metadata").is_file():
-        return "megatron"
-    if not folder.is_dir():
-        raise ConfigurationError(f"'{folder}' is not a folder")
+    foreign.refuse_path(folder)
+    known = {"hf": "config.json", "nemo": "weights", "megatron": ".metadata"}
+    form = next((form for form, name in known.items() if (folder / name).exists()), None)
+    foreign.refuse_folder(folder, is_model=form is not None)
+    if form is not None:
+        return form
     raise ConfigurationError(
         f"'{folder}' is no checkpoint: expected config.json (Hugging Face), weights/ (NeMo 2) or .metadata"
         " (Megatron-LM's torch_dist, the folder of one iteration)"

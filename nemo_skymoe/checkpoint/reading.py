@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
+from nemo_skymoe.checkpoint.foreign import LFS_POINTER, refuse_pointer
 from nemo_skymoe.checkpoint.tensors import ITEM_SIZES, Storage
 from nemo_skymoe.config import ConfigurationError
 
@@ -64,15 +65,16 @@ def member(folder: Path, name: object, named_by: Path) -> Path:
         raise ConfigurationError(f"'{named_by}' names the file {name!r}, expected a file in the same folder")
     path = folder / name
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
     except (OSError, RuntimeError) as reason:
         link = f", a link to '{os.readlink(path)}'," if path.is_symlink() else ""
         what = reason.strerror if isinstance(reason, OSError) else reason
         raise ConfigurationError(
             f"'{path}'{link} named by '{named_by.name}' cannot be opened: {what}"
         ) from None
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise ConfigurationError(f"'{path}' is not a regular file")
+    refuse_pointer(path, read_bytes(path, 0, min(status.st_size, len(LFS_POINTER))))
     return path
 
 

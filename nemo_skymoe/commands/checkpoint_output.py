@@ -32,15 +32,15 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def show_plan(plan: "Plan", output: Path, as_json: bool) -> None:
-    """The tensors that would be written, and the room that they need."""
+def show_plan(plan: "Plan", output: Path, as_json: bool) -> bool:
+    """The tensors that would be written, and the room that they need; whether there is that much."""
     infos = plan.infos()
-    needed, free = plan.target.bytes, free_bytes(output)
+    needed, free = plan.target.bytes - _bytes_there(plan, output), free_bytes(output)
     if as_json:
         tensors = [{"name": name, **asdict(info), "bytes": info.bytes} for name, info in infos.items()]
         total = {"output": str(output), "bytes_needed": needed, "bytes_free": free, "job": dict(plan.job)}
         typer.echo(json.dumps({**total, "tensors": tensors}))
-        return
+        return needed <= free
     width = max(map(len, infos))
     lines = [
         f"{name:{width}}  {info.dtype}  {list(info.shape)!s:24}  {size(info.bytes)}"
@@ -49,6 +49,14 @@ def show_plan(plan: "Plan", output: Path, as_json: bool) -> None:
     verdict = "" if needed <= free else ": NOT ENOUGH"
     lines.append(f"{len(infos)} tensors; {size(needed)} needed, {size(free)} free{verdict}")
     typer.echo("\n".join(lines))
+    return needed <= free
+
+
+def _bytes_there(plan: "Plan", output: Path) -> int:
+    """What an earlier attempt has written already."""
+    folders = (output, output.absolute().parent / f"{output.name}.unfinished")
+    files = (folder / file.name for folder in folders for file in plan.target.files())
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def free_bytes(output: Path) -> int:
