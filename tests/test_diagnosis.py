@@ -63,7 +63,11 @@ def test_unsupported_combination_exits_with_1(tmp_path: Path):
 @pytest.mark.parametrize(
     ("engine", "core", "expected"),
     [
-        ("2.9", "0.16.1", ["checked_context", "executor_values", "optimizer_arguments", "tensorstore_import"]),
+        (
+            "2.9",
+            "0.16.1",
+            ["checked_context", "executor_values", "optimizer_arguments", "tensorstore_import"],
+        ),
         (
             "2.9",
             "0.15.3",

@@ -120,18 +120,23 @@ def blocks(
             position += len(block)
 
 
-def check_file(file: Path, expected: FileChecksum, advance: Callable[[int], None]) -> bool:
-    """Whether a file is there and has this checksum, every byte of it."""
+def checksum_like(file: Path, expected: FileChecksum, advance: Callable[[int], None]) -> FileChecksum | None:
+    """A file's own checksum, in the parts that `expected` has; None where it cannot be read or has another size."""
     if not file.is_file() or file.stat().st_size != expected.bytes:
-        return False
+        return None
     summer = Checksummer([(name, part.start, part.bytes) for name, part in expected.tensors.items()])
     try:
         for _, block in blocks(file):
             summer.update(block)
             advance(len(block))
     except ConfigurationError:  # it cannot be read to its end
-        return False
-    return summer.result() == expected
+        return None
+    return summer.result()
+
+
+def check_file(file: Path, expected: FileChecksum, advance: Callable[[int], None]) -> bool:
+    """Whether a file is there and has this checksum, every byte of it."""
+    return checksum_like(file, expected, advance) == expected
 
 
 def available_processors() -> int:

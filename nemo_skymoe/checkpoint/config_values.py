@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from nemo_skymoe.checkpoint.foreign import refuse_pointer
 from nemo_skymoe.config import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,10 @@ class ConfigValues:
             raise self.wrong(name, "true or false")
         return value
 
+    def asked(self, name: str) -> bool:
+        """Whether it was read."""
+        return name in self._asked
+
     def known(self, *names: str) -> None:
         """Count these as read: they say nothing about the function that the model computes."""
         self._asked.update(names)
@@ -67,7 +72,7 @@ class ConfigValues:
     def log_unknown(self) -> None:
         """A line for every value that nobody asked for."""
         for name in sorted(self.raw.keys() - self._asked):
-            if (value := self.raw[name]) is not None:
+            if (value := self.raw[name]) not in (None, False) and value not in ("", [], {}):
                 logger.warning("%s: %s is %r, which is unknown here and not used", self.place, name, value)
 
     def wrong(self, name: str, expected: str) -> ConfigurationError:
@@ -94,9 +99,11 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_bytes(file: Path) -> bytes:
     """The content of a file; ConfigurationError if it cannot be read."""
     try:
-        return file.read_bytes()
+        content = file.read_bytes()
     except OSError as reason:
         raise ConfigurationError(f"'{file}' cannot be read: {reason.strerror}") from reason
+    refuse_pointer(file, content)
+    return content
 
 
 def _refuse(constant: str) -> None:

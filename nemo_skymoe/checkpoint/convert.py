@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe import __version__
-from nemo_skymoe.checkpoint import hf_files, hugging_face, job, megatron, tokenizer
+from nemo_skymoe.checkpoint import foreign, hf_files, hugging_face, job, megatron
+from nemo_skymoe.checkpoint.companions import find_companions
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.mapping import StoredWeights
 from nemo_skymoe.checkpoint.nemo_context import context_files
@@ -39,8 +40,8 @@ class Source:
 
     @property
     def tokenizer(self) -> Path | None:
-        """The folder with the tokenizer's files, if they are there."""
-        return self.folder if self.form == "hf" else tokenizer.find(self.folder / "context")
+        """The folder with the files of the tokenizer, and of whatever else travels along, if they are there."""
+        return self.folder if self.form == "hf" else find_companions(self.folder / "context")
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ class Plan:
         workers: int = 1,
         progress: Callable[[int, int, str], None] | None = None,
         allow_nonfinite: bool = False,
+        on_damage: job.OnDamage | None = None,
     ) -> dict[str, Any]:
-        """Write `output`, or go on where an interrupted run of the same plan ended; see `job.run`.
+        """Write `output`, go on where an interrupted run of the same plan ended, or repair it; see `job.run`.
 
         Returns:
             The receipt.
@@ -114,6 +116,7 @@ class Plan:
             workers=workers,
             progress=progress,
             allow_nonfinite=allow_nonfinite,
+            on_damage=on_damage,
         )
 
 
@@ -123,14 +126,12 @@ def form_of(folder: Path) -> str:
     Raises:
         ConfigurationError: None that is known.
     """
-    if (folder / "config.json").is_file():
-        return "hf"
-    if (folder / "weights").is_dir():
-        return "nemo"
-    if (folder / ".metadata").is_file():
-        return "megatron"
-    if not folder.is_dir():
-        raise ConfigurationError(f"'{folder}' is not a folder")
+    foreign.refuse_path(folder)
+    known = {"hf": "config.json", "nemo": "weights", "megatron": ".metadata"}
+    form = next((form for form, name in known.items() if (folder / name).exists()), None)
+    foreign.refuse_folder(folder, is_model=form is not None)
+    if form is not None:
+        return form
     raise ConfigurationError(
         f"'{folder}' is no checkpoint: expected config.json (Hugging Face), weights/ (NeMo 2) or .metadata"
         " (Megatron-LM's torch_dist, the folder of one iteration)"

@@ -1,51 +1,108 @@
-"""A job that is run again after it was done: its output is there already, if nothing of what made it has changed."""
+"""A job that is run again after it was done: which of its output is there already, and which is missing or damaged."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.checksums import FileChecksum, available_processors, check_file
+from nemo_skymoe.checkpoint.checksums import FileChecksum, available_processors, check_file, checksum_like
 from nemo_skymoe.checkpoint.reading import FileStorage
-from nemo_skymoe.checkpoint.receipt import read_receipt
+from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt
+from nemo_skymoe.config import ConfigurationError
+
+Advance = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with a file, and its own checksum if it has the size that it was written with."""
+
+    reason: str
+    found: FileChecksum | None = None
 
 
 def finished(
-    output: Path,
-    identity: Mapping[str, Any],
-    sources: Sequence[FileStorage],
-    advance: Callable[[int, str], None],
-) -> dict[str, Any] | None:
-    """The receipt in `output`, if this job wrote it, and from sources that are still the same to the byte.
+    output: Path, identity: Mapping[str, Any], sources: Sequence[FileStorage], advance: Advance
+) -> dict[str, Any]:
+    """The receipt in `output`, which this job wrote, and from sources that are still the same to the byte.
 
-    The sources are read once more, the output is not: it got its name when it was complete.
+    The sources are read once more. By which path they are named, and where they lie, does not matter.
 
     Args:
         identity: What makes two jobs the same, as a `Journal` has it.
         advance: Called with bytes read and a file's name.
+
+    Raises:
+        ConfigurationError: The folder is not this job's, with the reason.
     """
     receipt = read_receipt(output)
     expected = json.loads(json.dumps(identity))
-    if receipt is None or any(receipt.get(key) != value for key, value in expected.items()):
-        return None
-    files = {
-        (str(storage.folder), file.relative_to(storage.folder).as_posix()): file
-        for storage in sources
-        for file in storage.files
-    }
-    claimed = {
-        (source["folder"], name): FileChecksum.from_json(value)
-        for source in receipt["sources"]
-        for name, value in source["files"].items()
-    }
-    if files.keys() != claimed.keys():
-        return None
+    if receipt is None:
+        raise _refused(output, f"it has no {RECEIPT}")
+    if receipt.get("job") != expected["job"]:
+        raise _refused(output, "another command or version wrote it")
+    if any(receipt.get(key) != value for key, value in expected.items()):
+        raise _refused(output, "it was written from another configuration or tokenizer")
+    if len(receipt["sources"]) != len(sources):
+        raise _refused(output, f"it was written from {len(receipt['sources'])} sources")
+    for storage, written in zip(sources, receipt["sources"], strict=True):
+        if (changed := _changed(storage, written["files"], advance)) is not None:
+            raise _refused(output, f"'{changed}' is not what it was written from")
+    return receipt
 
-    def unchanged(place: tuple[str, str]) -> bool:
-        return check_file(files[place], claimed[place], lambda count: advance(count, files[place].name))
+
+def _changed(storage: FileStorage, written: Mapping[str, Any], advance: Advance) -> Path | None:
+    """A file of a source that is not the one in the receipt."""
+    files = {file.relative_to(storage.folder).as_posix(): file for file in storage.files}
+    if files.keys() != written.keys():
+        return storage.folder / min(files.keys() ^ written.keys())
+
+    def unchanged(name: str) -> bool:
+        claimed = FileChecksum.from_json(written[name])
+        return check_file(files[name], claimed, lambda count: advance(count, files[name].name))
 
     with ThreadPoolExecutor(available_processors()) as pool:
-        return receipt if all(pool.map(unchanged, files)) else None
+        same = dict(zip(files, pool.map(unchanged, files), strict=True))
+    return next((files[name] for name in files if not same[name]), None)
+
+
+def damaged_files(
+    output: Path, receipt: Mapping[str, Any], names: Iterable[str], advance: Advance
+) -> dict[str, Damage]:
+    """The files of a finished output that are missing or not the bytes that were written, all of which are read.
+
+    Args:
+        receipt: The output's.
+        names: Every file that the job writes, its receipt apart.
+
+    Raises:
+        ConfigurationError: The receipt lists other files.
+    """
+    written = {name: FileChecksum.from_json(value) for name, value in receipt["files"].items()}
+    if written.keys() != set(names):
+        raise _refused(output, f"its {RECEIPT} lists other files than this command writes")
+
+    def damage(name: str) -> Damage | None:
+        path, claimed = output / name, written[name]
+        found = checksum_like(path, claimed, lambda count: advance(count, name))
+        if found == claimed:
+            return None
+        if not path.is_file():
+            return Damage("is missing")
+        if (size := path.stat().st_size) != claimed.bytes:
+            return Damage(f"is {size:,} bytes, expected {claimed.bytes:,}")
+        return Damage(f"is not the bytes that {RECEIPT} lists", found)
+
+    with ThreadPoolExecutor(available_processors()) as pool:
+        found = zip(written, pool.map(damage, written), strict=True)
+        return {name: wrong for name, wrong in found if wrong is not None}
+
+
+def _refused(output: Path, reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"'{output}' exists: expected a new folder, or this command's own, but {reason}"
+    )

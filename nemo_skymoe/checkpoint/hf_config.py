@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint import unfamiliar
 from nemo_skymoe.checkpoint.config_values import ConfigValues, read_json
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.foreign import check_quantization
 from nemo_skymoe.checkpoint.tensors import ITEM_SIZES
 from nemo_skymoe.config import ConfigurationError
 
@@ -22,18 +24,6 @@ FAMILIES = {
 # What transformers' classes, for Skywork the authors', assume where config.json is silent.
 _CONTEXTS = {"skywork": 4096, "llama": 2048, "mistral": 131072}
 _MISTRAL_GROUPS, _MISTRAL_WINDOW = 8, 4096
-
-
-_WITHOUT_EFFECT = (
-    "_name_or_path",
-    "_attn_implementation_autoset",
-    "attention_dropout",
-    "auto_map",
-    "initializer_range",
-    "pretraining_tp",
-    "transformers_version",
-    "use_cache",
-)
 
 
 def read(folder: Path) -> Description:
@@ -196,12 +186,9 @@ def _refuse_what_has_no_place(values: ConfigValues, family: str) -> None:
         raise values.wrong("hidden_act", "'silu'")
     if values.value("partial_rotary_factor", None) not in (None, 1.0):
         raise values.wrong("partial_rotary_factor", "1: rotary embedding of the whole head")
-    quantization = values.value("quantization_config", None)
-    if quantization is not None and (
-        not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8"
-    ):
-        raise values.wrong("quantization_config", "none, or quant_method 'fp8'")
-    values.known(*_WITHOUT_EFFECT)
+    for name in ("quantization_config", "quantization", "compression_config"):
+        check_quantization(values.value(name, None), values.wrong)
+    unfamiliar.check(values)
 
 
 def _check_window(values: ConfigValues, family: str, context: int) -> None:

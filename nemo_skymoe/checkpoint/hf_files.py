@@ -1,16 +1,14 @@
-"""The files beside the weights in Hugging Face's form: configuration, our modeling files, and the tokenizer's."""
+"""The files beside the weights in Hugging Face's form: configuration, our modeling files, and what travels with them."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.config_values import read_bytes
+from nemo_skymoe.checkpoint.companions import companion_files
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.config import ConfigurationError
 
 EXPORT = Path(__file__).parent / "hf_export"
 MODELING_FILES = ("configuration_skywork.py", "modeling_skywork.py")
@@ -23,24 +21,6 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "skywork": "SkyworkForCausalLM",
 }
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "additional_chat_templates/*.jinja",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "*.model",
-    "special_tokens_map.json",
-    "tekken.json",
-    "*.tiktoken",
-    "tokenization_*.py",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-"""What of a source folder travels with the model, byte for byte; with it the defaults of generation."""
 
 
 def to_hf_config(description: Description) -> dict[str, Any]:
@@ -80,9 +60,9 @@ def to_hf_config(description: Description) -> dict[str, Any]:
     }
     if architecture.kv_channels is not None or config.get("head_dim") is not None:
         config["head_dim"] = architecture.head_size
-    if family == "skywork":
-        tokenizers = {k: v for k, v in _auto_map(description).items() if k == "AutoTokenizer"}
-        config["auto_map"] = AUTO_MAP | tokenizers
+    tokenizers = {k: v for k, v in _auto_map(description).items() if k == "AutoTokenizer"}
+    if classes := (AUTO_MAP if family == "skywork" else {}) | tokenizers:
+        config["auto_map"] = classes
     if family == "mistral":  # whose default is a window
         config.setdefault("sliding_window", None)
     return config | _moe_fields(description)
@@ -119,31 +99,15 @@ def extras(description: Description, folder: Path | None) -> dict[str, bytes]:
 
     Args:
         description: Of the model that is written.
-        folder: Where its tokenizer is, if anywhere.
+        folder: Where the files are that travel with it, if anywhere.
 
     Raises:
-        ConfigurationError: As `tokenizer_files`.
+        ConfigurationError: As `companion_files`.
     """
     config = to_hf_config(description)
     files = {"config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
     if folder is not None:
-        files |= tokenizer_files(folder)
+        files |= companion_files(folder)
     if config["model_type"] == "skywork":
         files |= {name: (EXPORT / name).read_bytes() for name in MODELING_FILES}
     return files
-
-
-def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The tokenizer's files in a folder, by relative path.
-
-    Raises:
-        ConfigurationError: One cannot be read, is no file, or is a link to a file elsewhere.
-    """
-    found = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)})
-    home = folder.resolve()
-    homes = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
-    for file in found:
-        real = Path(os.path.realpath(file))
-        if not real.is_file() or not any(real.is_relative_to(place) for place in homes):
-            raise ConfigurationError(f"'{file}' is '{real}', expected a regular file inside its folder")
-    return {file.relative_to(folder).as_posix(): read_bytes(file) for file in found}

@@ -10,6 +10,7 @@ from pathlib import Path
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import hf_config
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.foreign import refuse_quantised_files, refuse_quantised_tensors
 from nemo_skymoe.checkpoint.fp8 import EIGHT_BITS, SCALE, Dequantized
 from nemo_skymoe.checkpoint.mapping import Chunk, Part, StoredWeights, listed
 from nemo_skymoe.checkpoint.reading import FileStorage
@@ -91,7 +92,10 @@ def open(folder: Path) -> tuple[StoredWeights, Description]:
         ConfigurationError: The configuration is refused, or the tensors are not those of its model.
     """
     description = hf_config.read(folder)
-    storage = _without_ignored(SafetensorsStorage(folder))
+    refuse_quantised_files(folder)
+    storage = SafetensorsStorage(folder)
+    refuse_quantised_tensors(folder, storage.tensors)
+    storage = _without_ignored(storage)
     if any(name.endswith(SCALE) or info.dtype in EIGHT_BITS for name, info in storage.tensors.items()):
         storage = Dequantized(storage)
     _check_types(storage)

@@ -107,7 +107,10 @@ _OPCODES = (
 
 
 class _Unpickler(pickle._Unpickler):
+    # Set by `load`, and not in typeshed.
     stack: list[Any]
+    readline: Callable[[], bytes]
+    pop_mark: Callable[[], list[Any]]
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES
     }

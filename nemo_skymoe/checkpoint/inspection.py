@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint import convert, hf_files
+from nemo_skymoe.checkpoint import convert
+from nemo_skymoe.checkpoint.companions import GENERATION_FILES, companion_names
 from nemo_skymoe.checkpoint.convert import Source
 from nemo_skymoe.checkpoint.reading import DTYPE_SIZES
-from nemo_skymoe.checkpoint.receipt import read_receipt
+from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.safetensors_storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.tensors import Key, Storage, TensorInfo
@@ -43,8 +45,11 @@ class Inspection:
     vocabulary_rows: int | None = None
     """Rows of the embedding as stored: the vocabulary and its padding."""
     tokenizer: list[str] = field(default_factory=list)
+    other_files: list[str] = field(default_factory=list)
+    """What else travels with the model: its defaults of generation."""
     receipt: dict[str, Any] | None = None
     """The job that wrote it, if it was written here."""
+    not_checked: str = "the values of the weights: headers, names, shapes and sizes alone were read"
     problems: list[str] = field(default_factory=list)
 
 
@@ -90,6 +95,8 @@ def _describe_model(found: Inspection, source: Source) -> None:
     description = source.description
     sizes = description.architecture
     found.architecture = asdict(sizes)
+    if sizes.num_moe_experts is None:
+        found.architecture = {k: v for k, v in found.architecture.items() if not k.startswith("moe_")}
     found.parameters, found.activated_parameters = sizes.parameters, sizes.activated_parameters
     options = {name: getattr(description, name) for name in description.__dataclass_fields__}
     for name in ("architecture", "raw"):
@@ -99,7 +106,9 @@ def _describe_model(found: Inspection, source: Source) -> None:
     found.options = options
     found.vocabulary_rows = _embedding_rows(source)
     if source.tokenizer is not None:
-        found.tokenizer = sorted(hf_files.tokenizer_files(source.tokenizer))
+        names = companion_names(source.tokenizer)
+        found.other_files = [name for name in names if name in GENERATION_FILES]
+        found.tokenizer = [name for name in names if name not in found.other_files]
 
 
 def _embedding_rows(source: Source) -> int:
@@ -115,4 +124,22 @@ def _describe_receipt(found: Inspection, folder: Path) -> None:
     except ConfigurationError as problem:
         found.problems.append(str(problem))
     else:
-        found.receipt = None if written is None else written["job"]
+        if written is None:
+            return
+        found.receipt = written["job"]
+        found.problems += _missing_or_cut(folder, written["files"])
+        found.not_checked = (
+            f"the bytes of the {len(written['files'])} files: their sizes alone were compared with {RECEIPT};"
+            " skymoe verify, or the command that wrote them once more, reads them"
+        )
+
+
+def _missing_or_cut(folder: Path, files: Mapping[str, Any]) -> list[str]:
+    """Files of a receipt that are not there, or of another size."""
+    sizes = {name: path.stat().st_size for name in files if (path := folder / name).is_file()}
+    problems = [f"'{folder / name}' is missing" for name in files if name not in sizes]
+    return problems + [
+        f"'{folder / name}' is {size:,} bytes, expected {files[name]['bytes']:,}"
+        for name, size in sizes.items()
+        if size != files[name]["bytes"]
+    ]

@@ -15,11 +15,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_skymoe.checkpoint.checksums import FileChecksum, available_processors, check_file
-from nemo_skymoe.checkpoint.finished import finished
+from nemo_skymoe.checkpoint.finished import damaged_files, finished
 from nemo_skymoe.checkpoint.journal import JOURNAL, Journal
 from nemo_skymoe.checkpoint.output_file import sync_folder, write_small
 from nemo_skymoe.checkpoint.reading import FileStorage
 from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt, receipt_bytes
+from nemo_skymoe.checkpoint.repair import repair
 from nemo_skymoe.checkpoint.source_check import check_same_sources, check_sources, check_unchanged
 from nemo_skymoe.checkpoint.target import Target, check_complete
 from nemo_skymoe.checkpoint.tensors import Weights
@@ -28,6 +29,7 @@ from nemo_skymoe.config import ConfigurationError
 
 UNFINISHED = ".unfinished"
 Progress = Callable[[int, int, str], None]
+OnDamage = Callable[[Mapping[str, str]], None]
 
 
 def run(
@@ -40,11 +42,13 @@ def run(
     workers: int = 1,
     progress: Progress | None = None,
     allow_nonfinite: bool = False,
+    on_damage: OnDamage | None = None,
 ) -> dict[str, Any]:
     """Write `weights` in the format `target` as the new folder `output`, or finish what an earlier attempt began.
 
     Everything happens in `<output>.unfinished`, which is renamed at the very end. Where this job has been done before,
-    from sources that have not changed, nothing is written.
+    from sources that have not changed, the output is read and compared with its receipt: a file that is missing or
+    damaged is written again, and nothing else.
 
     Args:
         job: What makes this job the same as an earlier one: command, options, seed, versions. Kept in the receipt.
@@ -52,6 +56,7 @@ def run(
         workers: Processes that write.
         progress: Called with bytes done, bytes in all, and a file's name; bytes are those read at first and written.
         allow_nonfinite: Count NaN and Inf in the receipt instead of refusing them.
+        on_damage: Told which files of a finished output are written again, each with the reason.
 
     Returns:
         The receipt, as in `<output>/skymoe_receipt.json`.
@@ -60,16 +65,14 @@ def run(
         ConfigurationError: The output exists and is not this job's, or is being written; a source is damaged or has changed;
             the disk is too small, full or read-only. What was complete stays, and the same command continues.
     """
-    output = Path(os.path.abspath(output))
+    output = absolute(output)
     unfinished = output.with_name(output.name + UNFINISHED)
     if workers < 1:
         raise ConfigurationError(f"workers is {workers}, expected at least 1")
     counter = _Counter(sources, target, progress)
     if os.path.lexists(output):
-        done = finished(output, _identity(job, target), sources, counter.advance)
-        if done is None:
-            raise ConfigurationError(f"'{output}' exists: expected a new folder")
-        return done
+        receipt = finished(output, _identity(job, target), sources, counter.advance)
+        return _made_whole(output, receipt, weights, target, workers, counter.advance, on_damage)
     check_complete(target.chunks, weights)
     _check_extras(target)
     with _plain_errors(unfinished), _journal(unfinished, job, target) as journal:
@@ -88,6 +91,35 @@ def run(
     receipt = read_receipt(output)
     assert receipt is not None
     return receipt
+
+
+def absolute(output: Path) -> Path:
+    """The same place by whichever path it is named. The last name is not followed if it is a link."""
+    whole = Path(os.path.realpath(output))
+    return whole if output.name in ("", "..") else Path(os.path.realpath(output.parent)) / output.name
+
+
+def _made_whole(
+    output: Path,
+    receipt: dict[str, Any],
+    weights: Weights,
+    target: Target,
+    workers: int,
+    advance: Callable[[int, str], None],
+    on_damage: OnDamage | None,
+) -> dict[str, Any]:
+    """The receipt of a finished output, after what is missing or damaged in it has been written again."""
+    written = receipt["files"]
+    sizes = {file.name: written[file.name]["bytes"] for file in target.files() if file.name in written}
+    complete = len(sizes) == len(target.files())
+    small = {**target.extras, **(target.last_files(sizes) if complete else {})}
+    damages = damaged_files(output, receipt, [*(file.name for file in target.files()), *small], advance)
+    if not damages:
+        return receipt
+    if on_damage is not None:
+        on_damage({name: damage.reason for name, damage in damages.items()})
+    with _plain_errors(output):
+        return repair(output, damages, receipt, weights, target, small, workers, advance)
 
 
 def _check_extras(target: Target) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import hf_config, saved_arguments, tokenizer
+from nemo_skymoe.checkpoint.companions import find_companions
 from nemo_skymoe.checkpoint.config_values import read_json
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.tensors import Storage
@@ -157,7 +158,7 @@ def _nemo_options(context: Path) -> dict[str, Any]:
     options = {
         name: value.get("_target_") if isinstance(value, dict) else value for name, value in config.items()
     }
-    folder = tokenizer.find(context)
+    folder = find_companions(context)
     if folder is not None:
         options |= tokenizer.special_ids(folder)
     if folder is not None and (tokens := tokenizer.size(folder)) is not None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ def context_files(
     Raises:
         ConfigurationError: The model scales its rotary embedding in a way that Megatron lacks.
     """
-    tokenizer = {} if tokenizer_folder is None else hf_files.tokenizer_files(tokenizer_folder)
+    tokenizer = {} if tokenizer_folder is None else hf_files.companion_files(tokenizer_folder)
     model = _model(description, padded_vocab_size, _tokenizer(tokenizer))
     trainer = _Call(
         "nemo.lightning.pytorch.trainer.Trainer",
@@ -96,7 +97,7 @@ def _model(description: Description, padded_vocab_size: int, tokenizer: _Call | 
 
 def _tokenizer(files: Mapping[str, bytes]) -> _Call | None:
     """NeMo's class for these files. Code that a tokenizer brings along is not run: SentencePiece's model is enough."""
-    if not any(name.startswith(("tokenizer", "vocab")) for name in files):
+    if not any(re.fullmatch(r"tokenizer(_config)?\.(json|model)|vocab\.(json|txt)", name) for name in files):
         return None
     brings_code = b'"auto_map"' in files.get("tokenizer_config.json", b"")
     if brings_code and "tokenizer.json" not in files and "tokenizer.model" in files:

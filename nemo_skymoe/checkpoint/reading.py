@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
+from nemo_skymoe.checkpoint.foreign import LFS_POINTER, refuse_pointer
 from nemo_skymoe.checkpoint.tensors import ITEM_SIZES, Storage
 from nemo_skymoe.config import ConfigurationError
 
@@ -57,23 +58,23 @@ class FileStorage(Storage, Protocol):
 def member(folder: Path, name: object, named_by: Path) -> Path:
     """The regular file `name` of `folder`, as `named_by` calls it; a name that leads elsewhere is refused.
 
-    Links are followed within the folder, and from a snapshot of the Hugging Face cache to its blobs.
+    What is read decides on names, so a name never leaves the folder. Whoever made the folder decides on its links,
+    which may lead anywhere: to the blobs of the Hugging Face cache, or to another disk.
     """
     if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name or name == "..":
         raise ConfigurationError(f"'{named_by}' names the file {name!r}, expected a file in the same folder")
     path = folder / name
     try:
-        real, mode = path.resolve(strict=True), path.stat().st_mode
+        status = path.stat()
     except (OSError, RuntimeError) as reason:
+        link = f", a link to '{os.readlink(path)}'," if path.is_symlink() else ""
+        what = reason.strerror if isinstance(reason, OSError) else reason
         raise ConfigurationError(
-            f"'{path}', named by '{named_by.name}', cannot be opened: {reason}"
+            f"'{path}'{link} named by '{named_by.name}' cannot be opened: {what}"
         ) from None
-    home = folder.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if real.parent not in (home, blobs):
-        raise ConfigurationError(f"'{path}' is a link out of its folder, to '{real}', expected a file")
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise ConfigurationError(f"'{path}' is not a regular file")
+    refuse_pointer(path, read_bytes(path, 0, min(status.st_size, len(LFS_POINTER))))
     return path
 
 

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_skymoe.checkpoint import foreign
 from nemo_skymoe.checkpoint.buffers import empty
 from nemo_skymoe.checkpoint.mapping import listed
 from nemo_skymoe.checkpoint.reading import (
@@ -216,6 +217,7 @@ def _what_is_missing(folder: Path, names: list[str]) -> str:
             f"'{folder / pickles[0]}' is a pickle, which runs code when read: save the model as safetensors first"
             " (transformers: model.save_pretrained(FOLDER, safe_serialization=True))"
         )
+    foreign.refuse_folder(folder, is_model=False)
     found = f"'{shards[0]}' but no '{INDEX}'" if shards else f"neither '{SINGLE}' nor '{INDEX}'"
     return f"'{folder}' has {found}: expected a complete Hugging Face model"
 

@@ -68,7 +68,7 @@ def check_sources(
     _check_finite(found, allow_nonfinite)
     return [
         {
-            "folder": str(storage.folder),
+            "folder": os.path.realpath(storage.folder),
             "files": {_name(file, storage): found[file].to_json() for file in storage.files},
         }
         for storage in sources
@@ -150,8 +150,8 @@ def _difference(found: FileChecksum, known: FileChecksum, place: Path) -> str:
 
 
 def _place(file: Path) -> str:
-    """The same from whichever folder the command is run."""
-    return os.path.abspath(file)
+    """The same from whichever folder the command is run, and by whichever path or link the file is named."""
+    return os.path.realpath(file)
 
 
 def _name(file: Path, storage: FileStorage) -> str:

@@ -1,4 +1,4 @@
-"""The tokenizer that travels with a checkpoint: where it is, how many ids it has and which ones are special."""
+"""The tokenizer that travels with a checkpoint: how many ids it has and which ones are special."""
 
 from __future__ import annotations
 
@@ -8,15 +8,8 @@ from typing import Any
 from nemo_skymoe.checkpoint.config_values import read_json
 from nemo_skymoe.config import ConfigurationError
 
-TOKENIZER_JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+TOKENIZER_JSON, SENTENCEPIECE, VOCABULARY = "tokenizer.json", "tokenizer.model", "vocab.json"
 SPECIAL = ("bos_token", "eos_token", "pad_token")
-
-
-def find(context: Path) -> Path | None:
-    """The folder in a NeMo checkpoint's context that has the tokenizer's files, if any."""
-    names = (TOKENIZER_JSON, SENTENCEPIECE, "tokenizer_config.json")
-    files = [file for name in names for file in context.glob(f"**/{name}")]
-    return min((file.parent for file in files), default=None)
 
 
 def size(folder: Path) -> int | None:
@@ -48,6 +41,10 @@ def special_ids(folder: Path) -> dict[str, int]:
 def _ids(folder: Path) -> dict[str, int]:
     if (file := folder / TOKENIZER_JSON).is_file():
         return _ids_of_json(file)
+    added = folder / "added_tokens.json"
+    more = read_json(added) if added.is_file() else {}
+    if (file := folder / VOCABULARY).is_file():
+        return _integers(read_json(file), file) | _integers(more, added)
     if not (file := folder / SENTENCEPIECE).is_file():
         return {}
     from sentencepiece import SentencePieceProcessor
@@ -57,8 +54,7 @@ def _ids(folder: Path) -> dict[str, int]:
     except (RuntimeError, OSError) as reason:
         raise ConfigurationError(f"'{file}' is no SentencePiece model: {reason}") from reason
     ids = {model.id_to_piece(number): number for number in range(model.vocab_size())}
-    added = folder / "added_tokens.json"
-    return ids | (read_json(added) if added.is_file() else {})
+    return ids | _integers(more, added)
 
 
 def _ids_of_json(file: Path) -> dict[str, int]:
@@ -70,6 +66,10 @@ def _ids_of_json(file: Path) -> dict[str, int]:
         ids = vocabulary | {token["content"]: token["id"] for token in values["added_tokens"]}
     except (KeyError, TypeError, ValueError) as reason:
         raise ConfigurationError(f"'{file}' is no tokenizer of Hugging Face's: {reason!r}") from reason
+    return _integers(ids, file)
+
+
+def _integers(ids: dict[str, Any], file: Path) -> dict[str, int]:
     if not all(isinstance(number, int) for number in ids.values()):
         raise ConfigurationError(f"'{file}' is no tokenizer of Hugging Face's: an id is no integer")
     return ids

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -180,16 +180,23 @@ def _run(
     from nemo_skymoe.commands import checkpoint_output
 
     if dry_run:
-        checkpoint_output.show_plan(plan, output, as_json)
-        return
+        raise typer.Exit(0 if checkpoint_output.show_plan(plan, output, as_json) else 1)
     done = output.is_dir()
-    unfinished = output.with_name(f"{output.name}.unfinished")
+    unfinished = output.absolute().parent / f"{output.name}.unfinished"
     if unfinished.is_dir():
         typer.echo(f"{plan.job['command']}: going on with {unfinished}", err=True)
+    repaired: dict[str, str] = {}
+
+    def on_damage(damages: Mapping[str, str]) -> None:
+        repaired.update(damages)
+        for name, reason in damages.items():
+            typer.echo(f"{plan.job['command']}: '{output / name}' {reason}: it is written again", err=True)
+
     with checkpoint_output.progress(plan.job["command"], quiet=as_json) as progress:
         start = time.monotonic()
-        receipt = plan.run(output, workers, progress, allow_nonfinite)
-    checkpoint_output.show_receipt(receipt, output, None if done else time.monotonic() - start, as_json)
+        receipt = plan.run(output, workers, progress, allow_nonfinite, on_damage)
+    seconds = None if done else time.monotonic() - start
+    checkpoint_output.show_receipt(receipt, output, seconds, list(repaired), as_json)
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (inspect, convert, upcycle, verify)

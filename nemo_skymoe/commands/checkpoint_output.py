@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,15 +32,15 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def show_plan(plan: "Plan", output: Path, as_json: bool) -> None:
-    """The tensors that would be written, and the room that they need."""
+def show_plan(plan: "Plan", output: Path, as_json: bool) -> bool:
+    """The tensors that would be written, and the room that they need; whether there is that much."""
     infos = plan.infos()
-    needed, free = plan.target.bytes, free_bytes(output)
+    needed, free = plan.target.bytes - _bytes_there(plan, output), free_bytes(output)
     if as_json:
         tensors = [{"name": name, **asdict(info), "bytes": info.bytes} for name, info in infos.items()]
         total = {"output": str(output), "bytes_needed": needed, "bytes_free": free, "job": dict(plan.job)}
         typer.echo(json.dumps({**total, "tensors": tensors}))
-        return
+        return needed <= free
     width = max(map(len, infos))
     lines = [
         f"{name:{width}}  {info.dtype}  {list(info.shape)!s:24}  {size(info.bytes)}"
@@ -49,6 +49,14 @@ def show_plan(plan: "Plan", output: Path, as_json: bool) -> None:
     verdict = "" if needed <= free else ": NOT ENOUGH"
     lines.append(f"{len(infos)} tensors; {size(needed)} needed, {size(free)} free{verdict}")
     typer.echo("\n".join(lines))
+    return needed <= free
+
+
+def _bytes_there(plan: "Plan", output: Path) -> int:
+    """What an earlier attempt has written already."""
+    folders = (output, output.absolute().parent / f"{output.name}.unfinished")
+    files = (folder / file.name for folder in folders for file in plan.target.files())
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def free_bytes(output: Path) -> int:
@@ -117,13 +125,19 @@ def show_inspection(found: "Inspection") -> None:
         typer.echo(f"problem: {problem}", err=True)
 
 
-def show_receipt(receipt: Mapping[str, Any], output: Path, seconds: float | None, as_json: bool) -> None:
-    """What was written, and how fast; without `seconds` it was there."""
+def show_receipt(
+    receipt: Mapping[str, Any], output: Path, seconds: float | None, repaired: Sequence[str], as_json: bool
+) -> None:
+    """What was written, and how fast; without `seconds` it was there, except for the `repaired` files."""
     files: Mapping[str, Any] = receipt["files"]
     total = sum(file["bytes"] for file in files.values())
     if as_json:
         done = {"output": str(output), "bytes": total, "files": len(files), "seconds": seconds}
-        typer.echo(json.dumps({**done, "job": receipt["job"]}))
+        typer.echo(json.dumps({**done, "repaired": list(repaired), "job": receipt["job"]}))
+        return
+    if repaired:
+        count = f"{len(repaired)} of {len(files)} files"
+        typer.echo(f"{output} is whole again: {count} written anew, the rest unchanged")
         return
     if seconds is None:
         typer.echo(f"{output} is there already, unchanged: {len(files)} files, {size(total)}")
@@ -142,7 +156,8 @@ def show_verification(result: "Comparison", logits: "LogitDifference | None", as
     if len(result.problems) > _PROBLEMS_SHOWN:
         typer.echo(f"problem: and {len(result.problems) - _PROBLEMS_SHOWN} more", err=True)
     verdict = f"{len(result.problems)} problems" if result.problems else "every bit as expected"
-    typer.echo(f"{result.tensors} tensors, {size(result.bytes)} compared: {verdict}")
+    beside = f", and {result.files} files beside them" if result.files else ""
+    typer.echo(f"{result.tensors} tensors, {size(result.bytes)} compared{beside}: {verdict}")
     if logits is not None:
         typer.echo(f"logits of {logits.tokens} tokens: max|difference| / max|logit| = {logits.relative:.1e}")
 

@@ -1,13 +1,16 @@
 """A job that is run again: it finds what it has written, and takes nothing else for it."""
 
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import crash
 import pytest
 from fakes import random_weights
-from simple_formats import JOB, TINY, flip, open_folder, target, write
+from simple_formats import JOB, TINY, Interrupting, flip, open_folder, target, write
 
 from nemo_skymoe.checkpoint.job import run
 from nemo_skymoe.checkpoint.receipt import RECEIPT
@@ -33,8 +36,9 @@ def test_the_same_job_finds_its_output(kind: str, tmp_path: Path) -> None:
     receipt, before, done = convert(kind, tmp_path), times(tmp_path), []
     assert convert(kind, tmp_path, progress=lambda *progress: done.append(progress)) == receipt
     assert times(tmp_path) == before
-    read = sum(file["bytes"] for file in receipt["sources"][0]["files"].values())
-    assert done[-1][0] == read > 0
+    lists = (receipt["sources"][0]["files"], receipt["files"])
+    everything = sum(file["bytes"] for files in lists for file in files.values())
+    assert done[-1][0] == done[-1][1] == pytest.approx(everything, rel=0.03)
 
 
 def of_another_seed(kind: str, folder: Path) -> None:
@@ -76,3 +80,109 @@ def test_a_bit_of_the_source_is_noticed(tmp_path: Path) -> None:
     flip(file, file.stat().st_size - 1)
     with pytest.raises(ConfigurationError, match="out' exists: expected a new folder"):
         convert("hf", tmp_path)
+
+
+def shorten(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip_last(file: Path) -> None:
+    flip(file, file.stat().st_size - 1)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "is missing": Path.unlink,
+    "bytes, expected": shorten,
+    "not the bytes": flip_last,
+}
+
+
+@pytest.mark.parametrize("to", ["hf", "hf in one file", "torch_dist"])
+def test_a_damaged_file_is_named_and_written_again(to: str, tmp_path: Path) -> None:
+    weights, output = random_weights(TINY), tmp_path / "out"
+    made = target(to.split()[0], weights, 10**9 if "one" in to else 4000)
+    write("hf", weights, tmp_path / "source")
+    read, storage = open_folder("hf", tmp_path / "source")
+
+    def convert() -> dict[str, str]:
+        found: dict[str, str] = {}
+        run(read, made, output, job=JOB, sources=[storage], on_damage=found.update, workers=2)
+        return found
+
+    assert convert() == {}
+    expected = crash.tree(output)
+    names = sorted(expected.keys() - {RECEIPT})
+    assert len(names) == {"hf": 10, "hf in one file": 3, "torch_dist": 19}[to], names
+    for name in names:
+        for reason, damage in DAMAGES.items():
+            before = times(output)
+            damage(output / name)
+            found = convert()
+            assert found.keys() == {name} and reason in found[name], (name, found)
+            assert crash.tree(output) == expected, name
+            files = {path for path in before if path.is_file()}
+            touched = {path for path in files if path.stat().st_mtime_ns != before[path]}
+            assert touched == {output / name}
+    shutil.rmtree(output / Path(names[-1]).parts[0], ignore_errors=True)  # a folder, or several files at once
+    (output / names[0]).unlink(missing_ok=True)
+    assert names[0] in convert()
+    assert crash.tree(output) == expected and convert() == {}
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".unfinished"] == []
+
+
+def test_a_receipt_that_is_wrong_about_an_intact_file_is_corrected(tmp_path: Path) -> None:
+    write("hf", random_weights(TINY), tmp_path / "source")
+    convert("hf", tmp_path)
+    expected = crash.tree(tmp_path / "out")
+    for name in json.loads(expected[RECEIPT])["files"]:
+        receipt = json.loads(expected[RECEIPT])
+        digest = receipt["files"][name]["sha256"]
+        receipt["files"][name]["sha256"] = ("0" if digest[0] != "0" else "1") + digest[1:]
+        (tmp_path / "out" / RECEIPT).write_text(json.dumps(receipt))
+        convert("hf", tmp_path)
+        assert crash.tree(tmp_path / "out") == expected, name
+
+
+def test_a_repair_that_is_killed_is_repeated(tmp_path: Path) -> None:
+    write("hf", random_weights(TINY), tmp_path / "source")
+    convert("hf", tmp_path)
+    expected = crash.tree(tmp_path / "out")
+    damaged = sorted((tmp_path / "out").glob("model-*"))[:2]
+    for file in damaged:
+        flip_last(file)
+    for byte in (1, 700, 5000):
+        crash.attempt(lambda: convert("hf", tmp_path), byte=byte)
+    convert("hf", tmp_path)
+    assert crash.tree(tmp_path / "out") == expected
+
+
+def test_the_same_source_by_another_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("hf", random_weights(TINY), tmp_path / "source")
+    (tmp_path / "link").symlink_to("source")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "files").mkdir()
+    for file in (tmp_path / "source").iterdir():
+        (tmp_path / "files" / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    spellings = ["source", "./source/", "link", "beside/../source", str(tmp_path / "source"), "files"]
+
+    def convert(spelling: str, output: Path, **interruption: Any) -> dict[str, str]:
+        weights, storage = open_folder("hf", Path(spelling))
+        if interruption:
+            weights = Interrupting(random_weights(TINY), **interruption)
+        made = target("torch_dist", weights)
+        found: dict[str, str] = {}
+        run(weights, made, output, job=JOB, sources=[storage], on_damage=found.update)
+        return found
+
+    convert("source", tmp_path / "out")
+    expected = crash.tree(tmp_path / "out")
+    for number, spelling in enumerate(spellings):
+        assert convert(spelling, tmp_path / "out") == {}
+        output = tmp_path / str(number)
+        with pytest.raises(KeyboardInterrupt):
+            convert(spelling, output, reads=8, what=KeyboardInterrupt())
+        convert(spellings[number - 1], output)
+        found = crash.tree(output)
+        beside = set() if "files" not in (spelling, spellings[number - 1]) else {RECEIPT}
+        assert [name for name in expected if found[name] != expected[name] and name not in beside] == []

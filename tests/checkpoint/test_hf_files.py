@@ -13,9 +13,10 @@ import torch
 from transformers import LlamaConfig, MistralConfig
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint.companions import companion_files
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hf_config import from_hf_config
-from nemo_skymoe.checkpoint.hf_files import AUTO_MAP, extras, to_hf_config, tokenizer_files
+from nemo_skymoe.checkpoint.hf_files import AUTO_MAP, extras, to_hf_config
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.gating import normalize_gating_logits
 
@@ -141,7 +142,7 @@ def test_llama_needs_no_modeling_files():
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda file: file.symlink_to(file)])
 def test_tokenizer_that_is_no_file(make: Callable[[Path], None], tmp_path: Path):
     make(tmp_path / "tokenizer.model")
-    with pytest.raises(ConfigurationError, match=r"tokenizer\.model' is '.*expected a regular file inside"):
+    with pytest.raises(ConfigurationError, match=r"tokenizer\.model' is '.*expected a regular file"):
         extras(from_hf_config(DENSE), tmp_path)
 
 
@@ -151,7 +152,7 @@ def test_a_snapshot_of_the_cache_is_links_to_blobs(tmp_path: Path):
         file.parent.mkdir(parents=True)
     blob.write_bytes(b"vocabulary")
     (snapshot / "tokenizer.json").symlink_to("../../blobs/c3d4")
-    assert tokenizer_files(snapshot) == {"tokenizer.json": b"vocabulary"}
+    assert companion_files(snapshot) == {"tokenizer.json": b"vocabulary"}
 
 
 def test_a_link_does_not_fetch_what_lies_elsewhere(tmp_path: Path):
@@ -159,6 +160,17 @@ def test_a_link_does_not_fetch_what_lies_elsewhere(tmp_path: Path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/tokenizer.json").symlink_to(tmp_path / "secret")
     with pytest.raises(
-        ConfigurationError, match=r"tokenizer\.json' is '.*secret', expected a regular file inside"
+        ConfigurationError, match=r"tokenizer\.json' is a link to '.*secret', expected a regular file inside"
     ):
-        tokenizer_files(tmp_path / "model")
+        companion_files(tmp_path / "model")
+
+
+def test_a_link_to_the_same_file_elsewhere_is_followed(tmp_path: Path):
+    blobs = tmp_path / "models--org--name" / "blobs"
+    for folder in (blobs, tmp_path / "disk", tmp_path / "model"):
+        folder.mkdir(parents=True)
+    (blobs / "a1b2").write_bytes(b"blob")
+    (tmp_path / "disk/vocab.json").write_bytes(b"{}")
+    (tmp_path / "model/tokenizer.json").symlink_to(blobs / "a1b2")
+    (tmp_path / "model/vocab.json").symlink_to(tmp_path / "disk/vocab.json")
+    assert companion_files(tmp_path / "model") == {"tokenizer.json": b"blob", "vocab.json": b"{}"}

@@ -174,7 +174,7 @@ def test_refuses_a_shard_truncated_after_it_was_opened(folder: Path):
         ".",
         "",
         "sub/model.safetensors",
-        "link",
+        "dangling",
         "pipe",
         "a\0b",
     ],
@@ -183,20 +183,31 @@ def test_refuses_a_shard_that_is_not_in_the_folder(shard: str, tmp_path: Path):
     folder = tmp_path / "model"
     folder.mkdir()
     save_file(tensors(), tmp_path / "outside.safetensors")
-    (folder / "link").symlink_to(tmp_path / "outside.safetensors")
+    (folder / "dangling").symlink_to(tmp_path / "unmounted.safetensors")
     os.mkfifo(folder / "pipe")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"bfloat16": shard}}))
-    with pytest.raises(ConfigurationError, match=r"same folder|link out of|regular file|cannot be opened"):
+    with pytest.raises(ConfigurationError, match=r"same folder|regular file|cannot be opened"):
         SafetensorsStorage(folder)
 
 
-def test_follows_the_links_of_the_hugging_face_cache(tmp_path: Path):
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
-    blobs.mkdir()
-    snapshot.mkdir(parents=True)
+def test_follows_the_links_that_a_user_has_in_the_folder(tmp_path: Path):
+    """The hub's cache, a download whose large files stay in the cache, shards on another disk, links to those."""
+    blobs = tmp_path / "models--org--name" / "blobs"
+    snapshot = blobs.parent / "snapshots" / "0123"
+    disk, local, chain = tmp_path / "disk", tmp_path / "local", tmp_path / "chain"
+    for folder in (blobs, snapshot, disk, local, chain):
+        folder.mkdir(parents=True)
     save_file(tensors(), blobs / "abc")
+    save_file(tensors(), disk / "shard-one.safetensors")
     (snapshot / SINGLE).symlink_to("../../blobs/abc")
-    assert same_bytes(SafetensorsStorage(snapshot).read("int8"), tensors()["int8"])
+    (local / SINGLE).symlink_to(snapshot / SINGLE)
+    (chain / "model-00001-of-00001.safetensors").symlink_to(disk / "shard-one.safetensors")
+    weight_map = dict.fromkeys(tensors(), "model-00001-of-00001.safetensors")
+    (disk / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (chain / INDEX).symlink_to(disk / INDEX)
+    (tmp_path / "linked").symlink_to(chain)
+    for folder in (snapshot, local, chain, tmp_path / "linked"):
+        assert same_bytes(SafetensorsStorage(folder).read("int8"), tensors()["int8"]), folder
 
 
 def change_index(folder: Path, change: Callable[[dict], object]) -> None:

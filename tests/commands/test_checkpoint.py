@@ -163,6 +163,33 @@ def test_what_is_there_already_is_not_said_to_be_written(source: Path, tmp_path:
     )
 
 
+def test_the_same_command_after_damage(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked").symlink_to("dense")
+    tokenizer = {"model": {"vocab": {"a": 0}}, "added_tokens": []}
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for command in ("convert", "upcycle"):
+        for to, names in (
+            ("hf", ["model-00002-of-*", "model.safetensors.index.json", "tokenizer.json", "config.json"]),
+            ("nemo", ["weights/__1_0.distcp", "weights/.metadata", "weights/common.pt", "context/io.json"]),
+        ):
+            output = Path(f"{command}-{to}")
+            options = ["--to", to, *(["--shard-size", "30KB"] if to == "hf" else [])]
+            assert skymoe(command, "dense", output, *options).exit_code == 0
+            expected = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+            for name in names:
+                (file,) = output.glob(name)
+                file.write_bytes(expected[file][:-1] + bytes([expected[file][-1] ^ 1]))
+                (file := next(output.glob(names[0]))).unlink()
+                again = skymoe(command, f"linked/../{'linked'}/", output, *options)
+                assert again.exit_code == 0, again.output
+                assert f"'{file}' is missing" in again.stderr and "files written anew" in again.stdout
+                assert name == names[0] or f"{next(output.glob(name))}' is not the bytes" in again.stderr
+                assert expected == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+            assert "is there already, unchanged" in skymoe(command, source, output / ".", *options).stdout
+            assert list(tmp_path.glob("*.unfinished")) == []
+
+
 @pytest.mark.parametrize("message", REFUSED)
 def test_refusals_are_one_sentence_and_leave_nothing(message: str, source: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
@@ -205,8 +232,9 @@ def skywork_13b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_dry_run_of_146b(to: str, tensors: int, skywork_13b: Path, tmp_path: Path):
     options = ["--to", to, "--dry-run", "--json", *(["--layer-spec", "te"] if to == "nemo" else [])]
     command = [*LIGHT, "upcycle", str(skywork_13b), str(tmp_path / "moe"), *options]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    answer = subprocess.run(command, capture_output=True, text=True)
     found = json.loads(answer.stdout)
+    assert answer.returncode == (found["bytes_needed"] > found["bytes_free"])
     assert len(found["tensors"]) == tensors
     rows = 65536 if to == "nemo" else 65519
     vocabulary = 2 * 4608 * (rows - 65536)

@@ -96,7 +96,11 @@ def check(world_size: int, asked: list[Case]) -> tuple[int, int]:
     """How many layouts are right and how many refused."""
     one = run_ranks(in_world, 1, gradients, Case(Layout(), False, "alltoall"))[0]
     assert len(one) > 2 * 8
-    results = run_ranks(in_world, world_size, errors_of, asked, one, timeout=1800)[0]
+    # Few layouts a world: the threads of gloo's groups stay until a process ends.
+    worlds = [asked[first : first + 8] for first in range(0, len(asked), 8)]
+    results = [
+        result for some in worlds for result in run_ranks(in_world, world_size, errors_of, some, one)[0]
+    ]
     wrong = [result for result in results if not isinstance(result[1], str) and not result[1] <= 1e-10]
     assert not wrong, "\n".join(map(str, wrong))
     refused = sum(isinstance(error, str) for _, error in results)

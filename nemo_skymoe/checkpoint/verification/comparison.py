@@ -16,6 +16,8 @@ class Comparison:
 
     tensors: int = 0
     bytes: int = 0
+    files: int = 0
+    """Those that travel beside the tensors: the tokenizer's and the like."""
     problems: list[str] = field(default_factory=list)
 
 

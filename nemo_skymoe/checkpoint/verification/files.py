@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_skymoe.checkpoint.companions import companion_names, find_companions
 from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt
 from nemo_skymoe.config import ConfigurationError
 
@@ -34,6 +35,33 @@ def file_problems(folder: Path) -> list[str]:
     for name in sorted(listed.keys() & present):
         problems += _file_problems(folder / name, name, listed[name])
     return problems
+
+
+def companion_problems(source: Path, target: Path) -> tuple[int, list[str]]:
+    """The files that travel beside the tensors: how many there are, and those that are not the source's.
+
+    Both folders are read here and now: what the receipt says of them does not matter.
+    """
+    ours, theirs = _companions(source), _companions(target)
+    problems = [
+        f"'{name}' is beside the source's weights, but not beside these" for name in sorted(ours - theirs)
+    ]
+    problems += [f"'{name}' is not beside the source's weights" for name in sorted(theirs - ours)]
+    homes = _home(source), _home(target)
+    for name in sorted(ours & theirs):
+        expected, found = ((home / name).read_bytes() for home in homes if home is not None)
+        if expected != found:
+            problems.append(f"'{name}' is not the source's, byte for byte")
+    return len(ours), problems
+
+
+def _companions(folder: Path) -> set[str]:
+    home = _home(folder)
+    return set() if home is None else set(companion_names(home))
+
+
+def _home(folder: Path) -> Path | None:
+    return folder if (folder / "config.json").is_file() else find_companions(folder / "context")
 
 
 def _file_problems(path: Path, name: str, written: Mapping[str, Any]) -> list[str]:

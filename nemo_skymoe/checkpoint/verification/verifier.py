@@ -12,7 +12,7 @@ from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
 from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare
-from nemo_skymoe.checkpoint.verification.files import file_problems, written_receipt
+from nemo_skymoe.checkpoint.verification.files import companion_problems, file_problems, written_receipt
 from nemo_skymoe.checkpoint.verification.hugging_face_model import HuggingFaceModel
 from nemo_skymoe.checkpoint.verification.megatron_model import MegatronModel
 from nemo_skymoe.checkpoint.verification.recomputed import Recomputed
@@ -63,7 +63,8 @@ def verify(
     recomputed = models["base"] if upcycling is None else Recomputed(models, upcycling)
     compared = compare(recomputed, found, expected.architecture, _counted(expected, progress))
     result.tensors, result.bytes = compared.tensors, compared.bytes
-    result.problems += [*compared.problems, *found.problems(), *file_problems(target)]
+    result.files, beside = companion_problems(checkpoint_of(sources["base"]), target)
+    result.problems += [*compared.problems, *found.problems(), *beside, *file_problems(target)]
     return result
 
 
