@@ -177,14 +177,26 @@ def _of_folder(folder: Path, format: str | None, leave_out: LeaveOut) -> list[Pa
 def _of_pattern(pattern: str, format: str | None, leave_out: LeaveOut) -> list[Path]:
     """Files, and those in folders, that it matches, each once; `**` is any number of folders."""
     found: dict[object, Path] = {}
-    for name in sorted(Path(name) for name in glob.glob(pattern, recursive=True)):
-        for file in _of_folder(name, format, leave_out) if name.is_dir() else [name]:
+    for path in _matches(pattern, leave_out):
+        for file in _of_folder(path, format, leave_out) if path.is_dir() else [path]:
             if not file.is_file():
                 raise ConfigurationError(f"'{file}' is no file that can be read")
             first = found.setdefault(file_identity(file), file)
             if first != file:
                 leave_out(file, again(first))
     return list(found.values())
+
+
+def _matches(pattern: str, leave_out: LeaveOut) -> list[Path]:
+    before, anywhere, after = pattern.partition("**")
+    if not anywhere:
+        return sorted(Path(name) for name in glob.glob(pattern))
+    folders = sorted(Path(name) for name in glob.glob(before or ".") if Path(name).is_dir())
+    if not after.strip("/"):
+        return folders
+    # The standard library would follow a link that leads back for ever.
+    below = [file for folder in folders for file in files_below(folder, leave_out, hidden=False)]
+    return [file for file in below if file.match(after.strip("/"))]
 
 
 def _input(file: Path, domain: str, format: str) -> Input:
