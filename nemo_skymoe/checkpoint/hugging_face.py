@@ -14,6 +14,7 @@ from nemo_skymoe.checkpoint.foreign import refuse_quantised_files, refuse_quanti
 from nemo_skymoe.checkpoint.fp8 import EIGHT_BITS, SCALE, Dequantized
 from nemo_skymoe.checkpoint.mapping import Chunk, Part, StoredWeights, listed
 from nemo_skymoe.checkpoint.reading import FileStorage
+from nemo_skymoe.checkpoint.redundant import without_buffers, without_copies
 from nemo_skymoe.checkpoint.safetensors_storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.storage_view import StorageView
 from nemo_skymoe.checkpoint.tensors import ITEM_SIZES, Key, TensorInfo, key_shape, model_keys
@@ -51,7 +52,15 @@ NAMINGS = {
 }
 """Of an MoE's own tensors: the release's, and that of the authors' trainer and their later MoE++, where `up_proj`
 holds the gate's rows before its own."""
-IGNORED = (".rotary_emb.inv_freq", ".act_scale", ".input_scale", ".kv_scale", ".k_scale", ".v_scale")
+IGNORED = (
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+    ".act_scale",
+    ".input_scale",
+    ".kv_scale",
+    ".k_scale",
+    ".v_scale",
+)
 """Tensors that say nothing about the weights: buffers computed anew, and scales of activations."""
 
 
@@ -95,13 +104,15 @@ def open(folder: Path) -> tuple[StoredWeights, Description]:
     refuse_quantised_files(folder)
     storage = SafetensorsStorage(folder)
     refuse_quantised_tensors(folder, storage.tensors)
-    storage = _without_ignored(storage)
+    storage = without_buffers(_without_ignored(storage), description)
     if any(name.endswith(SCALE) or info.dtype in EIGHT_BITS for name, info in storage.tensors.items()):
         storage = Dequantized(storage)
     _check_types(storage)
     embedding = storage.tensors.get("model.embed_tokens.weight")
     if embedding is not None:
         description = _with_stored(description, embedding, folder)
+    if description.architecture.tied_embeddings:
+        storage = without_copies(storage, {"lm_head.weight": "model.embed_tokens.weight"})
     naming = "authors" if any(".mlp.moe." in name for name in storage.tensors) else "skywork"
     architecture = description.architecture
     return StoredWeights(storage, architecture, chunks(architecture, naming)), description

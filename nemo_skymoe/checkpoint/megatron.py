@@ -11,12 +11,14 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import megatron_options, tables
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.mapping import Chunk, Part, StoredWeights, whole
+from nemo_skymoe.checkpoint.reading import FileStorage
+from nemo_skymoe.checkpoint.redundant import without_buffers, without_copies
 from nemo_skymoe.checkpoint.tables import PREFIX, Place
 from nemo_skymoe.checkpoint.tensors import Key, Storage
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
 
-EMBEDDING = "embedding.word_embeddings.weight"
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def padded_vocab_size(vocab_size: int, multiple: int = 128) -> int:
@@ -99,9 +101,12 @@ def open(folder: Path, config: Path | None = None) -> tuple[StoredWeights, Descr
         ConfigurationError: No checkpoint, none that says how its heads are cut, one of another kind of model, or
             tensors that are not those of the model described.
     """
-    storage = TorchDistStorage(folder)
+    storage: FileStorage = TorchDistStorage(folder)
     saved = layout(storage)
     description = megatron_options.describe(folder, storage, config)
+    storage = without_buffers(storage, description)
+    if description.architecture.tied_embeddings:
+        storage = without_copies(storage, {saved.prefix + HEAD: saved.prefix + EMBEDDING})
     return StoredWeights(
         storage, description.architecture, chunks(description.architecture, **asdict(saved))
     ), description
@@ -158,5 +163,5 @@ _PARTS: dict[str, Callable[[Place, Architecture], Iterator[Part]]] = {
     "mlp.experts.experts.linear_fc1.weight": _gate_up,
     "mlp.experts.experts.linear_fc2.weight": _whole("down"),
     "decoder.final_layernorm.weight": _whole("final_norm"),
-    "output_layer.weight": _padded("output"),
+    HEAD: _padded("output"),
 }
