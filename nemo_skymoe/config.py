@@ -4,10 +4,10 @@ An option exists once, here, under a Megatron-style name; every bad value is ref
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from numbers import Integral, Real
-from typing import Any, Optional, get_args
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from nemo_skymoe import option_values
 
 AUX_LOSS_FORMS = ("switch", "square")
 CAPACITY_SCOPES = ("rank", "edp")
@@ -69,7 +69,7 @@ class SkyworkOptions:
     """Compare the routing of the "replicated" dispatcher's ranks every so many forward passes of a layer; 0: never."""
 
     def __post_init__(self) -> None:
-        self._check_types()
+        _refuse(option_values.wrong_type(self, SkyworkOptions) or option_values.wrong_size(self))
         self._check_choices()
         self._check_ranges()
         self._check_moe()
@@ -77,23 +77,12 @@ class SkyworkOptions:
         if hasattr(parent, "__post_init__"):
             try:
                 parent.__post_init__()
-            except (AssertionError, ValueError) as reason:
+            except (AssertionError, ImportError, ValueError) as reason:
                 raise ConfigurationError(str(reason)) from reason
         # Again, for Megatron turns options into others: `moe_router_topk_limited_devices` into groups of experts.
         self._check_moe()
         if getattr(self, "num_moe_experts", None):
             self._check_parallelism()
-
-    def _check_types(self) -> None:
-        for field in fields(SkyworkOptions):
-            kinds: Any = get_args(field.type) or (field.type,)
-            value = getattr(self, field.name)
-            wanted = next(kind for kind in kinds if kind is not type(None))
-            if not (_is_a(value, wanted) or (value is None and len(kinds) > 1)):
-                name = {bool: "True or False", int: "a whole number", float: "a number", str: "a name"}[
-                    wanted
-                ]
-                raise ConfigurationError(f"{field.name} is {value!r}, expected {name}")
 
     def _check_choices(self) -> None:
         for option, choices in (
@@ -146,29 +135,8 @@ class SkyworkOptions:
     def _check_moe(self) -> None:
         if getattr(self, "num_moe_experts", None) is None:
             return
-        for option, expected, fits in _MEGATRONS:
-            value = getattr(self, option, None)
-            values = value if isinstance(value, list | tuple) else [value]
-            if value is not None and not all(fits(one) for one in values):
-                raise ConfigurationError(f"{option} is {value!r}, expected {expected}")
-        self._check_layers()
+        _refuse(option_values.wrong_moe_value(self))
         self._check_router()
-
-    def _check_layers(self) -> None:
-        config: Any = self
-        pattern, layers = config.moe_layer_freq, config.num_layers
-        if _is_a(pattern, int) and pattern >= 1:
-            return
-        if not isinstance(pattern, list) or any(not _is_a(one, int) or one not in (0, 1) for one in pattern):
-            raise ConfigurationError(
-                f"moe_layer_freq is {pattern!r}, expected n for an MoE in every n-th layer, or a list with 1 for every"
-                " MoE layer and 0 for every dense one"
-            )
-        if len(pattern) != layers or not any(pattern):
-            raise ConfigurationError(
-                f"moe_layer_freq has {len(pattern)} entries, {sum(pattern)} of them 1; expected num_layers = {layers}"
-                " entries and an MoE layer among them"
-            )
 
     def _check_router(self) -> None:
         config: Any = self
@@ -176,6 +144,11 @@ class SkyworkOptions:
         if topk > experts:
             raise ConfigurationError(
                 f"moe_router_topk is {topk}, expected at most num_moe_experts = {experts}"
+            )
+        if experts == 1:
+            raise ConfigurationError(
+                "num_moe_experts is 1, expected 2 or more: a router of one expert has nothing to choose and gets no"
+                " gradient"
             )
         if experts == 2 and self.moe_router_logit_norm_scale is not None:
             raise ConfigurationError(
@@ -191,6 +164,15 @@ class SkyworkOptions:
             raise ConfigurationError(
                 "moe_router_topk=1 with renormalised weights (eq. 2) gives every token weight 1 and the router no"
                 " gradient; set moe_router_topk=2 or moe_router_pre_softmax=True"
+            )
+        if config.moe_apply_probs_on_input and topk > 1:
+            raise ConfigurationError(
+                f"moe_apply_probs_on_input=True needs moe_router_topk=1, got {topk}: expected False"
+            )
+        if self.moe_router_two_layer_gate and config.init_method_std == 0:
+            raise ConfigurationError(
+                "init_method_std is 0 with moe_router_two_layer_gate: where both of its matrices are zero neither gets a"
+                " gradient; expected a number above 0"
             )
         groups = {
             option: getattr(config, option)
@@ -231,6 +213,11 @@ class SkyworkOptions:
             raise ConfigurationError(
                 f"moe_adaptive_aux_loss needs moe_router_load_balancing_type='aux_loss', got {kind!r}"
             )
+        if config.moe_router_force_load_balancing:
+            raise ConfigurationError(
+                "moe_adaptive_aux_loss follows the drop rate of a router that moe_router_force_load_balancing=True"
+                " replaces by random numbers, as benchmarks do: expected one of them to be False"
+            )
         if not self.moe_router_telemetry:
             raise ConfigurationError(
                 "moe_adaptive_aux_loss follows the drop rate that moe_router_telemetry=False does not measure"
@@ -245,11 +232,12 @@ class SkyworkOptions:
                 f" {config.expert_model_parallel_size}"
             )
         self._check_cuda_graphs()
-        self._check_whole_experts()
         if self.moe_edp:
             self._check_edp()
             self._check_edp_dispatcher()
-        elif self.edp_dispatcher != "auto" or self.moe_capacity_scope != "rank":
+            return
+        self._check_whole_experts()
+        if self.edp_dispatcher != "auto" or self.moe_capacity_scope != "rank":
             raise ConfigurationError(
                 f"edp_dispatcher={self.edp_dispatcher!r} and moe_capacity_scope={self.moe_capacity_scope!r} take"
                 " effect under EDP only: set moe_edp=True, or leave them at 'auto' and 'rank'"
@@ -279,6 +267,25 @@ class SkyworkOptions:
                 " expert_model_parallel_size=1: Megatron reduces the gradients of experts over the ranks of attention"
                 f" unless experts are spread over ranks; expected expert_tensor_parallel_size={tensor}, or"
                 " expert_model_parallel_size above 1"
+            )
+
+    def check_training(self) -> None:
+        """Refuse a layout that can serve but not train, which only the caller can tell apart.
+
+        Raises:
+            ConfigurationError: Tensor parallelism with neither sequence parallelism nor EDP.
+        """
+        config: Any = self
+        if (
+            getattr(config, "num_moe_experts", None)
+            and config.tensor_model_parallel_size > 1
+            and not config.sequence_parallel
+            and not self.moe_edp
+        ):
+            raise ConfigurationError(
+                f"sequence_parallel is False with tensor_model_parallel_size={config.tensor_model_parallel_size}:"
+                " Megatron's experts do not train on tokens that every tensor-parallel rank holds; expected"
+                " sequence_parallel=True, or moe_edp=True"
             )
 
     def _check_edp(self) -> None:
@@ -343,40 +350,6 @@ class SkyworkOptions:
             )
 
 
-def _is_a(value: Any, kind: type) -> bool:
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
-
-
-def _finite(value: Any) -> bool:
-    return _is_a(value, float) and math.isfinite(value)
-
-
-def _positive_integer(value: Any) -> bool:
-    return _is_a(value, int) and value >= 1
-
-
-def _not_negative(value: Any) -> bool:
-    return _finite(value) and value >= 0
-
-
-# Megatron's options whose bad values it takes without a word, or answers with a traceback once it trains.
-_MEGATRONS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("num_moe_experts", "a whole number above 0", _positive_integer),
-    ("moe_router_topk", "a whole number above 0", _positive_integer),
-    ("moe_aux_loss_coeff", "a finite number of at least 0", _not_negative),
-    ("moe_z_loss_coeff", "None or a finite number of at least 0", _not_negative),
-    (
-        "moe_input_jitter_eps",
-        "None or a number from 0 to 1",
-        lambda value: _not_negative(value) and value < 1,
-    ),
-    (
-        "moe_router_topk_scaling_factor",
-        "None or a number above 0",
-        lambda value: _finite(value) and value > 0,
-    ),
-    # A negative factor is Megatron's other way to say None.
-    ("moe_expert_capacity_factor", "None or a number above 0", lambda value: _finite(value) and value != 0),
-)
+def _refuse(reason: str | None) -> None:
+    if reason:
+        raise ConfigurationError(reason)

@@ -27,6 +27,9 @@ def configuration(**options: Any) -> SkyworkTransformerConfig:
     return SkyworkTransformerConfig(**{**values, **options})
 
 
+SHARED = {"moe_shared_expert_intermediate_size": 8, "moe_token_dispatcher_type": "allgather"}
+
+
 def test_defaults_are_the_reports() -> None:
     config = configuration()
     assert config.moe_router_logit_norm_scale == 1.0 and config.moe_router_logit_norm_correction == 1
@@ -125,7 +128,7 @@ def test_refused(options: dict[str, Any], message: str) -> None:
         ({"moe_pad_expert_input_to_capacity": True}, "moe_expert_capacity_factor must be set to use"),
         ({"moe_router_enable_expert_bias": True}, "score function"),
         ({"num_moe_experts": 0}, None),
-        ({"moe_shared_expert_intermediate_size": -1}, "moe_shared_expert_intermediate_size must be"),
+        ({"moe_shared_expert_overlap": True, **SHARED}, "only works with alltoall token dispatcher"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -146,14 +149,25 @@ def test_allowed() -> None:
 
 
 NUMBERS: dict[str, list[Any]] = {
-    "num_moe_experts": [0, -1, 2.5, "8", True],
-    "moe_router_topk": [0, -1, 2.0, "2", True, math.nan],
-    "moe_aux_loss_coeff": [-0.01, math.nan, math.inf, "0.01"],
-    "moe_z_loss_coeff": [-1e-3, math.nan, math.inf, "1e-3"],
-    "moe_input_jitter_eps": [-0.1, math.nan, 1.0],
+    "num_moe_experts": [0, -1, 2.5, "8", True, [8]],
+    "moe_router_topk": [0, -1, 2.0, "2", True, math.nan, [2], None],
+    "moe_aux_loss_coeff": [-0.01, math.nan, math.inf, "0.01", None, [0.01], (0.01,)],
+    "moe_z_loss_coeff": [-1e-3, math.nan, math.inf, "1e-3", [1e-3]],
+    "moe_input_jitter_eps": [-0.1, math.nan, 1.0, 0, "0.1"],
+    "moe_ffn_hidden_size": [0, -4, 24.5, "24"],
+    "moe_shared_expert_intermediate_size": [0, -1, 8.5, "8", True],
+    "moe_token_drop_policy": ["random", None],
+    "moe_token_dispatcher_type": ["alltoall_seq", None],
+    "moe_router_dtype": ["bf16", torch.float32],
+    "moe_router_load_balancing_type": ["aux", None, 1, [], ("aux_loss",)],
+    "num_layers": [0, -2, "2", 2.0],
+    **{
+        f"{group}_parallel_size": [0, -1, 2.0, "2", True]
+        for group in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor")
+    },
     "moe_router_topk_scaling_factor": [0.0, -2.0, math.nan],
     "moe_expert_capacity_factor": [0, 0.0, math.nan, math.inf, "1.25"],
-    "moe_layer_freq": [0, -1, 1.5, "1", [0, 0], [1], [1, 2], [1, 1, 1], []],
+    "moe_layer_freq": [0, -1, 1.5, "1", [0, 0], [1], [1, 2], [1, 1, 1], [], (1, 1), None, "[0, 1]"],
 }
 
 
@@ -164,9 +178,34 @@ def test_values_that_are_none_are_refused_by_their_name() -> None:
                 configuration(**{option: value})
     kinds = {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"], "moe_adaptive_aux_loss": False}
     configuration(**kinds, moe_aux_loss_coeff=[0.1, 0.2])
-    for value in ([0.1, math.nan], [-1.0, 0.1]):
+    for value in ([0.1, math.nan], [-1.0, 0.1], [0.1], 0.1):
         with pytest.raises(ConfigurationError, match=r"^moe_aux_loss_coeff is "):
             configuration(**kinds, moe_aux_loss_coeff=value)
+    for value in (["aux_loss", "aux"], ["aux_loss", "aux_loss"]):  # Megatron would leave the second out
+        with pytest.raises(ConfigurationError, match=r"^moe_router_load_balancing_type is "):
+            configuration(
+                moe_router_load_balancing_type=value,
+                moe_aux_loss_coeff=[0.1, 0.2],
+                moe_adaptive_aux_loss=False,
+            )
+
+
+def test_text_in_place_of_any_truth_value_or_number_is_refused() -> None:
+    """Megatron would take `"false"` for true."""
+    for option in (
+        "moe_router_pre_softmax",
+        "moe_grouped_gemm",
+        "moe_pad_expert_input_to_capacity",
+        "moe_router_force_load_balancing",
+        "sequence_parallel",
+        "calculate_per_token_loss",
+        "add_bias_linear",
+    ):
+        with pytest.raises(ConfigurationError, match=f"^{option} is 'false', expected True or False"):
+            configuration(**{option: "false"})
+    for option in ("hidden_size", "layernorm_epsilon", "init_method_std", "hidden_dropout"):
+        with pytest.raises(ConfigurationError, match=f"^{option} is '1', expected a (whole )?number"):
+            configuration(**{option: "1"})
 
 
 def test_an_option_of_ours_of_another_type_is_refused_by_its_name() -> None:
@@ -210,6 +249,16 @@ def test_a_router_that_cannot_learn_is_refused() -> None:
         ({"moe_router_logit_norm_scale": 1e-9}, "moe_router_logit_norm_scale is 1e-09"),
         ({"moe_router_logit_norm_scale": 1e4}, "moe_router_logit_norm_scale is 10000"),
         ({"moe_router_logit_norm_eps": 10.0}, "moe_router_logit_norm_eps is 10"),
+        (
+            {"num_moe_experts": 1, "moe_router_topk": 1, "moe_router_pre_softmax": True},
+            "num_moe_experts is 1",
+        ),
+        (
+            {"moe_router_two_layer_gate": True, "init_method_std": 0.0},
+            "init_method_std is 0 with moe_router_two",
+        ),
+        ({"moe_router_force_load_balancing": True}, "moe_router_force_load_balancing=True replaces"),
+        ({"moe_apply_probs_on_input": True}, "moe_apply_probs_on_input=True needs moe_router_topk=1"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             configuration(**refused)
@@ -219,7 +268,12 @@ def test_a_router_that_cannot_learn_is_refused() -> None:
 
 def test_random_logits_under_replicated_edp_are_refused() -> None:
     edp = {"moe_edp": True, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}
-    options = {**edp, "expert_tensor_parallel_size": 1, "moe_router_force_load_balancing": True}
+    options = {
+        **edp,
+        "expert_tensor_parallel_size": 1,
+        "moe_router_force_load_balancing": True,
+        "moe_adaptive_aux_loss": False,
+    }
     configuration(**options, sequence_parallel=True)
     with pytest.raises(
         ConfigurationError, match="moe_router_force_load_balancing=True draws other random logits"
@@ -233,3 +287,15 @@ def test_experts_that_megatron_reduces_over_the_wrong_ranks_are_refused() -> Non
     ):
         configuration(tensor_model_parallel_size=2, expert_tensor_parallel_size=1, sequence_parallel=True)
     configuration(tensor_model_parallel_size=2, sequence_parallel=True)
+
+
+def test_a_layout_that_serves_but_does_not_train_is_told_apart() -> None:
+    """Megatron evaluates with tensor parallelism alone; its MoE layer refuses to train so."""
+    serving = configuration(tensor_model_parallel_size=2)
+    with pytest.raises(
+        ConfigurationError, match="sequence_parallel is False with tensor_model_parallel_size=2"
+    ):
+        serving.check_training()
+    edp = {"moe_edp": True, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    for options in ({"sequence_parallel": True}, edp, {"num_moe_experts": None, "moe_aux_loss_coeff": 0.0}):
+        configuration(tensor_model_parallel_size=2, **options).check_training()

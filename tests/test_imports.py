@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "nemo_skymoe": 0,
     "nemo_skymoe.config": 0,
+    "nemo_skymoe.option_values": 0,
     "nemo_skymoe.shell": 0,
     "nemo_skymoe.names": 0,
     "nemo_skymoe.credentials": 0,
@@ -48,6 +49,7 @@ NEMO = {"nemo", "nemo_run", "lightning", "pytorch_lightning", "fiddle"}
 LIGHT = (
     "",
     ".config",
+    ".option_values",
     ".architecture",
     ".ranks",
     ".pipeline.training",
