@@ -21,6 +21,7 @@ from torch import Tensor
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.moe import edp
 from nemo_skymoe.moe.capacity import with_capacity_in_reach
+from nemo_skymoe.moe.mesh import check_group_sizes
 from nemo_skymoe.moe.norm import RMSNorm
 from nemo_skymoe.moe.router import SkyworkRouter
 from nemo_skymoe.patches import context_parallel_aux_loss, expert_parallel_warning, router_without_te
@@ -44,10 +45,23 @@ class SkyworkMoELayer(MoELayer):
         super().__init__(with_capacity_in_reach(config), *args, **kwargs)
         if not isinstance(self.router, SkyworkRouter):
             self.router = SkyworkRouter.adopt(self.router)
+        check_group_sizes(
+            config,
+            tensor_model_parallel_size=self.attn_tp_group,
+            context_parallel_size=self.router.cp_group,
+            expert_model_parallel_size=self.ep_group,
+            expert_tensor_parallel_size=self.token_dispatcher.tp_group,
+        )
         if cast(SkyworkOptions, config).moe_edp:
             edp.install(self)
         elif type(self.token_dispatcher) is MoEAllGatherTokenDispatcher:
             self.token_dispatcher.__class__ = StockAllGatherTokenDispatcher
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's, which refuses to train without sequence parallelism as if it were slow."""
+        if self.training:
+            cast(SkyworkOptions, self.config).check_training()
+        return super().forward(*args, **kwargs)
 
 
 class StockAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):

@@ -19,6 +19,22 @@ ATTENTION = ("pp", "dp", "tp")
 EXPERTS = ("pp", "dp", "ep")
 
 
+def check_group_sizes(config: Any, **groups: ProcessGroup | None) -> None:
+    """Refuse process groups of other sizes than the configuration says, by which layers cut their weights.
+
+    Args:
+        config: The layer's configuration.
+        groups: Each option of the configuration that is a size, and the group that has it; None where there is none.
+    """
+    for option, group in groups.items():
+        if group is not None and group.size() != getattr(config, option):
+            unset = " (unset, it is tensor_model_parallel_size)" if option.startswith("expert_tensor") else ""
+            raise ConfigurationError(
+                f"{option} is {getattr(config, option)}, but Megatron's process groups were made for {group.size()}:"
+                f" give the configuration and initialize_model_parallel the same {option}{unset}"
+            )
+
+
 def check_edp_groups(
     tensor: ProcessGroup | None = None,
     expert: ProcessGroup | None = None,

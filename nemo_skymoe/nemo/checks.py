@@ -33,6 +33,7 @@ def check_parallel_sizes(config: Any, strategy: Any) -> None:
         setattr(probe, option, getattr(strategy, option))
     probe.pipeline_dtype = probe.pipeline_dtype or probe.params_dtype
     probe.__post_init__()
+    probe.check_training()
 
 
 def check_world_size(trainer: Any) -> None:
