@@ -50,7 +50,7 @@ class SkyworkMoELayer(MoELayer):
             tensor_model_parallel_size=self.attn_tp_group,
             context_parallel_size=self.router.cp_group,
             expert_model_parallel_size=self.ep_group,
-            expert_tensor_parallel_size=self.token_dispatcher.tp_group,
+            expert_tensor_parallel_size=cast(Any, self.token_dispatcher).tp_group,
         )
         if cast(SkyworkOptions, config).moe_edp:
             edp.install(self)
