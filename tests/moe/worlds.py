@@ -95,6 +95,10 @@ def groups(layout: Layout = Layout()) -> Iterator[None]:
         yield
     finally:
         parallel_state.destroy_model_parallel()
+        # Megatron forgets its groups without ending them, and each has threads.
+        for group in list(torch.distributed.distributed_c10d._world.pg_map):
+            if group is not torch.distributed.group.WORLD:
+                torch.distributed.destroy_process_group(group)
 
 
 def configuration(layout: Layout = Layout(), **options: Any) -> SkyworkTransformerConfig:
