@@ -86,6 +86,10 @@ class Plan:
         dtypes = self.target.dtypes
         return {chunk.tensor: TensorInfo(chunk.shape, dtypes[chunk.tensor]) for chunk in self.target.chunks}
 
+    def check_output(self, output: Path) -> None:
+        """Refuse an output that exists and that another job wrote, as `run` will; from its receipt alone."""
+        job.check_output(output, self.job, self.target)
+
     def run(
         self,
         output: Path,
@@ -106,7 +110,8 @@ class Plan:
             )
         if len(self.sources) > 1:
             check_same_base({name: source.weights for name, source in self.sources.items()})
-        storages: list[Any] = [source.weights.storage for source in self.sources.values()]
+        # In an order that is not the command's: repeated with its sources turned round it is the same job.
+        storages: list[Any] = [self.sources[name].weights.storage for name in sorted(self.sources)]
         return job.run(
             self.weights,
             self.target,
@@ -132,6 +137,7 @@ def form_of(folder: Path) -> str:
     foreign.refuse_folder(folder, is_model=form is not None)
     if form is not None:
         return form
+    foreign.refuse_folder_of_models(folder, known.values())
     raise ConfigurationError(
         f"'{folder}' is no checkpoint: expected config.json (Hugging Face), weights/ (NeMo 2) or .metadata"
         " (Megatron-LM's torch_dist, the folder of one iteration)"

@@ -39,6 +39,17 @@ def finished(
     Raises:
         ConfigurationError: The folder is not this job's, with the reason.
     """
+    receipt = own_receipt(output, identity)
+    if len(receipt["sources"]) != len(sources):
+        raise _refused(output, f"it was written from {len(receipt['sources'])} sources")
+    for storage, written in zip(sources, receipt["sources"], strict=True):
+        if (changed := _changed(storage, written["files"], advance)) is not None:
+            raise _refused(output, f"'{changed}' is not what it was written from")
+    return receipt
+
+
+def own_receipt(output: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The receipt in `output`, which this job wrote, from whichever sources. Errors as `finished`."""
     receipt = read_receipt(output)
     expected = json.loads(json.dumps(identity))
     if receipt is None:
@@ -47,11 +58,6 @@ def finished(
         raise _refused(output, "another command or version wrote it")
     if any(receipt.get(key) != value for key, value in expected.items()):
         raise _refused(output, "it was written from another configuration or tokenizer")
-    if len(receipt["sources"]) != len(sources):
-        raise _refused(output, f"it was written from {len(receipt['sources'])} sources")
-    for storage, written in zip(sources, receipt["sources"], strict=True):
-        if (changed := _changed(storage, written["files"], advance)) is not None:
-            raise _refused(output, f"'{changed}' is not what it was written from")
     return receipt
 
 

@@ -10,7 +10,9 @@ from typing import Any
 from nemo_skymoe.config import ConfigurationError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
 _HUB_ID = re.compile(r"(?:hf:/+|https?:/+huggingface\.co/)?([\w.-]+/[\w.-]+)")
+_MOST_NAMED = 5
 _SAVE_SAFE = (
     "which runs code when read: load the model with transformers and save it by"
     " model.save_pretrained(FOLDER, safe_serialization=True)"
@@ -64,6 +66,11 @@ _FOLDERS: tuple[tuple[str, str], ...] = (
         "belongs to a checkpoint of NeMo 1: convert it with NeMo's own scripts to NeMo 2 or to Hugging Face first",
     ),
     (
+        r"pytorch_model_fsdp.*",
+        "belongs to a sharded checkpoint of FSDP: gather it first (accelerate merge-weights FOLDER OUTPUT), and put"
+        " config.json and the tokenizer beside the result",
+    ),
+    (
         r"model_index\.json",
         "belongs to a diffusers pipeline: give the folder of a language model",
     ),
@@ -93,8 +100,16 @@ def refuse_path(path: Path) -> None:
         return
     if path.is_file():
         _refuse_pointer(path)
-        advice = _advice(path.name, _FILES) or "is a file: give the folder of a checkpoint"
+        advice = (
+            _advice(path.name, _FILES)
+            or _advice_by_content(path)
+            or "is a file: give the folder of a checkpoint"
+        )
         raise ConfigurationError(f"'{path}' {advice}")
+    if _ADDRESS.match(str(path)) and not _HUB_ID.fullmatch(str(path)):
+        raise ConfigurationError(
+            f"'{path}' is an address, not a folder: download the checkpoint first, and give its folder"
+        )
     hub = _HUB_ID.fullmatch(str(path))
     if hub and not path.parent.is_dir():
         name = hub[1]
@@ -120,6 +135,25 @@ def refuse_folder(folder: Path, *, is_model: bool) -> None:
         for name in names:
             if re.fullmatch(table[0], name):
                 raise ConfigurationError(f"'{folder / name}' {table[1]}")
+
+
+def refuse_folder_of_models(folder: Path, telling: Iterable[str]) -> None:
+    """Refuse a folder that only contains models, such as the hub's cache of one or a trainer's output, and name them.
+
+    Args:
+        telling: Names in a folder by which a model is known.
+
+    Raises:
+        ConfigurationError: With the first few of them.
+    """
+    inner = [*folder.iterdir(), *folder.glob("snapshots/*")]
+    found = sorted(str(path) for path in inner if any((path / name).exists() for name in telling))
+    if found:
+        more = ", ..." if len(found) > _MOST_NAMED else ""
+        raise ConfigurationError(
+            f"'{folder}' is no checkpoint itself: give the one in it that you mean,"
+            f" {', '.join(map(repr, found[:_MOST_NAMED]))}{more}"
+        )
 
 
 def refuse_quantised_files(folder: Path) -> None:
@@ -163,6 +197,15 @@ def refuse_pointer(file: Path, begin: bytes) -> None:
 def _refuse_pointer(file: Path) -> None:
     with file.open("rb") as opened:
         refuse_pointer(file, opened.read(len(LFS_POINTER)))
+
+
+def _advice_by_content(path: Path) -> str | None:
+    """For a file whose name says nothing, as a blob of a cache has it."""
+    with path.open("rb") as opened:
+        start = opened.read(512)
+    beginnings = {b"GGUF": "m.gguf", b"PK\x03\x04": "m.zip", b"\x1f\x8b": "m.tgz"}
+    name = next((name for begin, name in beginnings.items() if start.startswith(begin)), "")
+    return _advice("m.tar" if start[257:262] == b"ustar" else name, _FILES)
 
 
 def _advice(name: str, table: tuple[tuple[str, str], ...]) -> str | None:

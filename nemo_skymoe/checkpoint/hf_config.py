@@ -145,6 +145,8 @@ def _rope(values: ConfigValues) -> tuple[float, dict[str, Any] | None]:
         inner = ConfigValues(parameters, f"{values.place}: rope_parameters")
         theta, scaling = inner.number("rope_theta", 10000.0), parameters
         values.known("rope_theta", "rope_scaling")
+        if inner.raw.get("partial_rotary_factor") not in (None, 1.0):
+            raise inner.wrong("partial_rotary_factor", "1: rotary embedding of the whole head")
     else:
         raise values.wrong("rope_parameters", "an object")
     if scaling is None:

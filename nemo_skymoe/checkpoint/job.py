@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_skymoe.checkpoint.checksums import FileChecksum, available_processors, check_file
-from nemo_skymoe.checkpoint.finished import damaged_files, finished
+from nemo_skymoe.checkpoint.finished import damaged_files, finished, own_receipt
 from nemo_skymoe.checkpoint.journal import JOURNAL, Journal
 from nemo_skymoe.checkpoint.output_file import sync_folder, write_small
 from nemo_skymoe.checkpoint.reading import FileStorage
@@ -91,6 +91,13 @@ def run(
     receipt = read_receipt(output)
     assert receipt is not None
     return receipt
+
+
+def check_output(output: Path, job: Mapping[str, Any], target: Target) -> None:
+    """Refuse an output that exists and that another job wrote, without reading more than its receipt."""
+    output = absolute(output)
+    if os.path.lexists(output):
+        own_receipt(output, _identity(job, target))
 
 
 def absolute(output: Path) -> Path:

@@ -5,10 +5,14 @@ from pathlib import Path
 from nemo_skymoe.config import ConfigurationError
 
 _CHECKPOINTS, _LAST, _UNFINISHED = "checkpoints", "*-last", "-unfinished"
+_WEIGHTS, _CONTEXT = "weights", "context"
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """`folder`, or where it is that of a run its last checkpoint."""
+    """`folder`; where it is that of a run its last checkpoint, and where it is NeMo's `weights/` the whole checkpoint."""
+    whole = folder.resolve()
+    if whole.name == _WEIGHTS and (whole.parent / _CONTEXT).is_dir():
+        return whole.parent
     return last_checkpoint(folder) if (folder / _CHECKPOINTS).is_dir() else folder
 
 

@@ -163,9 +163,15 @@ class TorchDistStorage:
 def weights_folder(checkpoint: Path) -> Path:
     """The folder with the tensors of a NeMo checkpoint, or of Megatron-LM's, which has no `weights/`."""
     for folder in (checkpoint / WEIGHTS, checkpoint):
-        if (folder / METADATA).is_file() and (folder / CONFIG).is_file():
+        if (folder / CONFIG).is_file():
             check_backend(folder / CONFIG)
+        if (folder / METADATA).is_file() and (folder / CONFIG).is_file():
             return folder
+        if (folder / METADATA).is_file():
+            raise ConfigurationError(
+                f"'{folder}' has {METADATA} but no {CONFIG}, as a sharded checkpoint of FSDP: gather that first (accelerate"
+                " merge-weights FOLDER OUTPUT), and put config.json and the tokenizer beside the result"
+            )
     raise ConfigurationError(
         f"'{checkpoint}' is no torch_dist checkpoint: expected weights/{METADATA} and weights/{CONFIG}"
     )

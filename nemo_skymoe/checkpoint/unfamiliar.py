@@ -78,13 +78,23 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
                 "rms_norm_add_unit_offset",
                 "layernorm_zero_centered_gamma",
             ),
+            *("use_dynamic_ntk", "use_logn_attn", "nope_layer_interval", "n_routed_experts"),
+            *("vision_config", "audio_config", "attn_temperature_tuning"),
         ),
         (None, False, 0, 0.0),
     ),
     **dict.fromkeys(
         (
             *("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_emb"),
-            *("routed_scaling_factor", "rotary_pct", "rope_pct", "rotary_percent", "decoder_sparse_step"),
+            *(
+                "rope_ratio",
+                "residual_scale",
+                "routed_scaling_factor",
+                "rotary_pct",
+                "rope_pct",
+                "rotary_percent",
+                "decoder_sparse_step",
+            ),
         ),
         (None, 1, 1.0),
     ),
@@ -99,7 +109,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Fields of relatives of these models, and the values with which they change nothing."""
 _TELLING = re.compile(
-    r"softcap|multiplier|alibi|shared_expert|qk_?(layer)?norm|logits?_scal|lora_rank|cross_attention"
+    r"soft_?cap|multiplier|alibi|(shared|routed)_expert|qk_?(layer)?norm|logits?_scal|lora_rank|cross_attention"
+    r"|residual_scal|dynamic_ntk|logn_attn|attention_sink|(^|_)nope(_|$)|no_rope|(vision|audio|speech)_config"
 )
 
 

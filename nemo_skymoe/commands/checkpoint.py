@@ -180,6 +180,7 @@ def _run(
     from nemo_skymoe.commands import checkpoint_output
 
     if dry_run:
+        plan.check_output(output)
         raise typer.Exit(0 if checkpoint_output.show_plan(plan, output, as_json) else 1)
     done = output.is_dir()
     unfinished = output.absolute().parent / f"{output.name}.unfinished"

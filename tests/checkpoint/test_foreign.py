@@ -76,6 +76,12 @@ def nemo_tar(folder: Path) -> Path:
         return folder / "model.nemo"
 
 
+def zarr(folder: Path) -> Path:
+    (folder / "weights").mkdir()
+    (folder / "weights/metadata.json").write_text('{"sharded_backend": "zarr"}')
+    return folder
+
+
 def zipped(folder: Path) -> Path:
     with zipfile.ZipFile(folder / "model.zip", "w"):
         return folder / "model.zip"
@@ -122,6 +128,17 @@ FOREIGN: list[tuple[Callable[[Path], Path], str]] = [
     (folder_of("zero_to_fp32.py", "latest"), "DeepSpeed"),
     (folder_of("model_config.yaml", "model_weights/x"), "NeMo 1"),
     (folder_of("tf_model.h5"), "another framework's"),
+    (folder_of("pytorch_model_fsdp_0/.metadata"), "sharded checkpoint of FSDP.*merge-weights"),
+    (folder_of(".metadata", "__0_0.distcp"), r"no metadata\.json, as a sharded checkpoint of FSDP"),
+    (zarr, "sharded_backend 'zarr', expected 'torch_dist'"),
+    (
+        folder_of("blobs/0", "refs/main", "snapshots/1a2b/config.json"),
+        "no checkpoint itself: .*snapshots/1a2b'",
+    ),
+    (folder_of("checkpoint-5/config.json", "runs/x"), "no checkpoint itself: .*checkpoint-5'$"),
+    (file("blob", b"GGUF" + bytes(600)), "GGUF file"),
+    (file("blob", bytes(257) + b"ustar" + bytes(300)), "is an archive"),
+    (lambda _: Path("s3://bucket/model"), "is an address, not a folder"),
 ]
 
 
@@ -159,7 +176,28 @@ def test_harmless_fields_are_no_warning_and_others_are_refused(caplog: pytest.Lo
         "some_new_multiplier": 2.0,
         "is_encoder_decoder": True,
         "rope_pct": 0.25,
+        "rope_ratio": 2,
+        "n_routed_experts": 8,
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+        "logits_soft_cap": 30.0,
+        "residual_scale": 2.0,
+        "attention_sink_size": 4,
+        "nope_layer_interval": 4,
+        "vision_config": "x",
     }
     for name, value in changing.items():
-        with pytest.raises(ConfigurationError, match=f"{name} is {value}"):
+        with pytest.raises(ConfigurationError, match=f"{name} is {value!r}"):
             from_hf_config(CONFIG | {name: value})
+
+
+def test_part_of_a_head_is_refused_wherever_transformers_keeps_it():
+    """transformers 5 has `partial_rotary_factor` among the `rope_parameters`."""
+    whole = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    assert from_hf_config(CONFIG | {"rope_parameters": whole}).rope_theta == 1e4
+    for kind in ({"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}):
+        half = {**kind, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+        with pytest.raises(
+            ConfigurationError, match=r"rope_parameters: partial_rotary_factor is 0\.5, expected 1"
+        ):
+            from_hf_config(CONFIG | {"rope_parameters": half})

@@ -88,6 +88,8 @@ def test_specialists(source: Path, tmp_path: Path):
     options = ["--to", "nemo", "--num-experts", 4, "--init", "specialized", "--expert-source", "zh:3,base:1"]
     assert skymoe("upcycle", *given, tmp_path / "moe", *options).exit_code == 0
     assert skymoe("verify", *given, tmp_path / "moe").exit_code == 0
+    again = skymoe("upcycle", *reversed(given), tmp_path / "moe", *options)
+    assert again.exit_code == 0 and "is there already, unchanged" in again.output
     foreign = dense(tmp_path / "foreign", seed=1, base_seed=1)
     refused = skymoe("upcycle", f"base={source}", f"zh={foreign}", tmp_path / "no", *options)
     assert refused.exit_code == 2 and "differs from 'base' in embedding" in refused.output
@@ -201,6 +203,23 @@ def test_refusals_are_one_sentence_and_leave_nothing(message: str, source: Path,
     assert refused.exit_code == 2
     assert refused.output.startswith("skymoe: ") and message in refused.output
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_weights_is_another_path_of_its_checkpoint(source: Path, tmp_path: Path):
+    (source / "generation_config.json").write_text("{}")
+    assert skymoe("convert", source, tmp_path / "nemo", "--to", "nemo").exit_code == 0
+    for path in (tmp_path / "nemo/weights", tmp_path / "nemo/context/../weights/", tmp_path / "nemo"):
+        assert skymoe("convert", path, tmp_path / "back", "--to", "hf").exit_code == 0, path
+    assert (tmp_path / "back/generation_config.json").read_text() == "{}"
+
+
+def test_a_dry_run_refuses_the_output_that_the_run_would(source: Path, tmp_path: Path):
+    command = ("convert", source, tmp_path / "out", "--to", "nemo")
+    assert skymoe(*command).exit_code == 0
+    assert skymoe(*command, "--dry-run").exit_code == 0
+    for other in ((*command, "--vocab-size", 512), ("convert", source, source, "--to", "hf")):
+        refused = skymoe(*other, "--dry-run")
+        assert refused.exit_code == 2 and "exists: expected a new folder" in refused.output
 
 
 def test_an_moe_is_not_upcycled_again(source: Path, tmp_path: Path):
