@@ -137,31 +137,44 @@ def _gate(values: ConfigValues) -> float | None:
 
 
 def _rope(values: ConfigValues) -> tuple[float, dict[str, Any] | None]:
-    """theta, and the scaling under `rope_type`; transformers 5 keeps both in `rope_parameters`."""
-    parameters = values.value("rope_parameters", None)
-    if parameters is None:
-        theta, scaling = values.number("rope_theta", 10000.0), values.value("rope_scaling", None)
-    elif isinstance(parameters, dict):
-        inner = ConfigValues(parameters, f"{values.place}: rope_parameters")
-        theta, scaling = inner.number("rope_theta", 10000.0), parameters
-        values.known("rope_theta", "rope_scaling")
-        if inner.raw.get("partial_rotary_factor") not in (None, 1.0):
-            raise inner.wrong("partial_rotary_factor", "1: rotary embedding of the whole head")
-    else:
-        raise values.wrong("rope_parameters", "an object")
+    """theta, and the scaling under `rope_type`."""
+    theta, scaling = _theta_and_scaling(values)
     if scaling is None:
         return theta, None
-    kind = isinstance(scaling, dict) and (scaling.get("rope_type") or scaling.get("type", "default"))
+    if not isinstance(scaling, dict):
+        raise values.wrong("rope_scaling", "null or an object with a type")
+    inner = ConfigValues(scaling, f"{values.place}: rope_scaling")
+    if scaling.get("partial_rotary_factor") not in (None, 1.0):
+        raise inner.wrong("partial_rotary_factor", "1: rotary embedding of the whole head")
+    kind = scaling.get("rope_type") or scaling.get("type", "default")
+    if not isinstance(kind, str) or scaling.get("type", kind) != kind:
+        raise inner.wrong("type", f"a string, the same as rope_type ({kind!r})")
     if kind == "default":
         return theta, None
-    if not isinstance(scaling, dict) or not isinstance(kind, str):
-        raise values.wrong("rope_scaling", "null or an object with a type")
     if kind in ("linear", "ntk"):
-        factor = ConfigValues(scaling, f"{values.place}: rope_scaling").number("factor")
+        factor = inner.number("factor")
         if kind == "ntk":
             return theta * factor, None
     rest = {name: value for name, value in scaling.items() if name not in ("type", "rope_theta")}
     return theta, {**rest, "rope_type": kind}
+
+
+def _theta_and_scaling(values: ConfigValues) -> tuple[float, Any]:
+    """From transformers 5's `rope_parameters`, which may leave theta outside, or from the fields of 4. Both must agree."""
+    parameters, scaling = values.value("rope_parameters", None), values.value("rope_scaling", None)
+    if parameters is None:
+        return values.number("rope_theta", 10000.0), scaling
+    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+        raise values.wrong("rope_parameters", "one object for all layers")
+    if scaling is not None and scaling != parameters:
+        raise values.wrong("rope_scaling", f"null or the same as rope_parameters ({parameters!r})")
+    if parameters.get("rope_theta") is None:
+        return values.number("rope_theta", 10000.0), parameters
+    theta = ConfigValues(parameters, f"{values.place}: rope_parameters").number("rope_theta")
+    outside = values.value("rope_theta", None)
+    if outside not in (None, theta):
+        raise values.wrong("rope_theta", f"null or that of rope_parameters ({theta!r})")
+    return theta, parameters
 
 
 def _dtype(values: ConfigValues) -> str:

@@ -197,7 +197,5 @@ def test_part_of_a_head_is_refused_wherever_transformers_keeps_it():
     assert from_hf_config(CONFIG | {"rope_parameters": whole}).rope_theta == 1e4
     for kind in ({"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}):
         half = {**kind, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-        with pytest.raises(
-            ConfigurationError, match=r"rope_parameters: partial_rotary_factor is 0\.5, expected 1"
-        ):
+        with pytest.raises(ConfigurationError, match=r"partial_rotary_factor is 0\.5, expected 1"):
             from_hf_config(CONFIG | {"rope_parameters": half})

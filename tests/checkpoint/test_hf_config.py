@@ -142,6 +142,37 @@ def test_rope_parameters_of_transformers_5():
     assert from_hf_config(new | {"rope_parameters": linear}).rope_interpolation_factor == 4.0
 
 
+def test_theta_is_that_of_the_file_wherever_it_is():
+    """transformers 5 takes a theta beside `rope_parameters` where these have none; two different ones are an error."""
+    new = {name: value for name, value in DENSE.items() if not name.startswith("rope_")}
+    beside = {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}}
+    assert from_hf_config(new | beside).rope_theta == 5e5
+    linear = {
+        "rope_theta": 5e5,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": None},
+    }
+    assert from_hf_config(new | linear).rope_theta == 5e5
+    inside = {"rope_type": "default", "rope_theta": 5e4}
+    assert from_hf_config(new | {"rope_theta": 5e4, "rope_parameters": inside}).rope_theta == 5e4
+    for wrong, message in (
+        (
+            {"rope_theta": 5e5, "rope_parameters": inside},
+            r"rope_theta is 500000\.0, expected null or that of rope_par",
+        ),
+        ({"rope_parameters": {"full_attention": inside}}, "rope_parameters is .*one object for all layers"),
+        (
+            {"rope_parameters": inside, "rope_scaling": {"type": "linear", "factor": 4.0}},
+            "rope_scaling is .*the same",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 4.0}},
+            "type is 'linear', expected",
+        ),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            from_hf_config(new | wrong)
+
+
 def test_window_as_long_as_the_context_is_none():
     assert from_hf_config(MISTRAL | {"num_key_value_heads": 2, "sliding_window": 256}).family == "mistral"
 
