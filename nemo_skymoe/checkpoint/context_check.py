@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,11 @@ def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_reference(module: Any, name: Any, file: Path) -> None:
-    if not isinstance(module, str) or not isinstance(name, str) or not _is_allowed(module, name):
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise _refusal(f"{module}.{name}", file)
+    if _is_a_callback_here(module, name):
+        return
+    if not _is_allowed(module, name):
         raise _refusal(f"{module}.{name}", file)
     with contextlib.suppress(ImportError, AttributeError):  # NeMo says so itself
         home = _home(module, name)
@@ -78,6 +83,18 @@ def _home(module: str, name: str) -> tuple[str, str]:
     if not callable(found):
         return module, name
     return getattr(found, "__module__", None) or module, getattr(found, "__qualname__", name)
+
+
+def _is_a_callback_here(module: str, name: str) -> bool:
+    """A callback of the user's own, in a module that this process has imported already: nothing is imported for it."""
+    callbacks, home = sys.modules.get("lightning.pytorch.callbacks"), sys.modules.get(module)
+    found = getattr(home, name, None)
+    return (
+        callbacks is not None
+        and isinstance(found, type)
+        and issubclass(found, callbacks.Callback)
+        and found.__module__ == module
+    )
 
 
 def _is_allowed(module: str, name: str) -> bool:
@@ -123,6 +140,8 @@ class _Allowed:
         if allowed_classes.may_be_pickled(name):
             return True
         module, _, last = name.rpartition(".")
+        if _is_a_callback_here(module, last):
+            return True
         try:
             return _is_allowed(module, last) and _is_allowed(*_home(module, last))
         except (ImportError, AttributeError):

@@ -260,7 +260,7 @@ def test_refuses_stale_shards_and_ambiguity(folder: Path):
     [
         ("pytorch_model.bin", "is a pickle, which runs code.*safetensors first"),
         ("consolidated.00.pth", "is a pickle"),
-        ("model-00001-of-00002.safetensors", "but no 'model.safetensors.index.json'"),
+        ("model-00001-of-00002.safetensors", "is one file of a model: give its folder"),
         ("readme.md", "neither"),
     ],
 )

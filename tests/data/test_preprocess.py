@@ -1,82 +1,22 @@
 """Text into indexed datasets: what is read, what is refused, and the same bytes whatever happens on the way."""
 
-import bz2
 import gzip
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data import indexed, preprocess, workers
-from nemo_skymoe.data.inputs import find_inputs
 from nemo_skymoe.data.tokenizer import load
 from tests.checkpoint import crash
-
-TEXTS = ["Ein Satz.", "天工是大模型。", "def f():\n\treturn '</s>'", "x" * 300, "line\r\nbreak\u2028"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer with an end of document."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
-    made: Any = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    folder = tmp_path_factory.mktemp("tokenizer")
-    made.enable_truncation(5)  # must not apply
-    made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
-    )
-    return folder
-
-
-def jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
-    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts))
-    return path
-
-
-def read(output: Path, domain: str = "text") -> list[str]:
-    """Texts of a dataset, checked document by document."""
-    made = AutoTokenizer.from_pretrained(output / "tokenizer")
-    dataset = IndexedDataset(str(output / domain))
-    assert np.array_equal(dataset.document_indices, np.arange(len(dataset) + 1))
-    documents = [dataset[number] for number in range(len(dataset))]
-    assert all(document[-1] == 2 and (document[:-1] > 2).all() for document in documents)
-    return [made.decode(document[:-1]) for document in documents]
-
-
-def run(tmp_path: Path, tokenizer: Path, *inputs: str, **options: Any) -> dict[str, preprocess.Domain]:
-    return preprocess.preprocess(inputs, tmp_path / "out", tokenizer, **options)
-
-
-def zstd(data: bytes) -> bytes:
-    """Two frames, as `cat a.zst b.zst` makes them."""
-    codec = pyarrow.Codec("zstd")
-    half = len(data) // 2
-    return b"".join(codec.compress(part, asbytes=True) for part in (data[:half], data[half:]))
-
-
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".zst": zstd,
-}
+from tests.data.texts import COMPRESS, TEXTS, jsonl, read, run, zstd
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -267,7 +207,8 @@ def test_what_turns_out_in_the_middle_keeps_all_that_is_finished(
     with pytest.raises(ConfigurationError, match=r"zh.jsonl.gz' cannot be read to its end"):
         run(tmp_path, tokenizer, *inputs, shard_bytes=500)
     finished = crash.tree(tmp_path / "out.unfinished")
-    assert sum(name.endswith(".json") for name in finished) == 7
+    shards = -(-(tmp_path / "en.jsonl").stat().st_size // 500)
+    assert sum(name.endswith(".json") for name in finished) == shards
 
     # Refusals of every kind leave it alone: another tokenizer's job, a domain without documents, a missing file.
     (tmp_path / "blank.jsonl").write_text("\n")
@@ -398,167 +339,3 @@ def test_bad_input_is_refused_and_leaves_nothing(
     with pytest.raises(ConfigurationError, match=message):
         run(tmp_path, tokenizer, *inputs, **options)
     assert set(tmp_path.iterdir()) == before
-
-
-def test_a_damaged_file_is_named_whatever_its_compression(tmp_path: Path, tokenizer: Path) -> None:
-    lines = [json.dumps({"text": os.urandom(99).hex()}).encode() + b"\n" for _ in range(3000)]
-    half = b"".join(lines[:1500]), b"".join(lines[1500:])
-    cases = []
-    for suffix in (".gz", ".bz2", ".zst"):
-        first, second = (COMPRESS[suffix](part) for part in half)
-        middle = bytearray(first)
-        middle[len(first) // 2 : len(first) // 2 + 200] = bytes(range(200))
-        cases += [
-            (suffix, first[:-1], "cut off"),
-            (suffix, first[: len(first) // 2], "cut in half"),
-            (suffix, first + second[:5], "a second stream that only begins"),
-            (suffix, first + b"xx" + second, "a second stream with a damaged head"),
-            (suffix, bytes(middle), "a bad block"),
-        ]
-    table = pyarrow.table({"text": [os.urandom(99).hex() for _ in range(999)]})
-    parquet.write_table(table, tmp_path / "whole.parquet", row_group_size=300, write_page_checksum=True)
-    whole = (tmp_path / "whole.parquet").read_bytes()
-    page = bytearray(whole)
-    page[len(whole) // 2 : len(whole) // 2 + 400] = bytes(400)
-    (tmp_path / "whole.parquet").unlink()
-    cases += [(".parquet", whole[:-1], "cut off"), (".parquet", whole[: len(whole) // 2], "cut in half")]
-    for number, (suffix, data, what) in enumerate(cases):
-        name = f"{number}{'' if suffix == '.parquet' else '.jsonl'}{suffix}"
-        (tmp_path / name).write_bytes(data)
-        for count in (1, 2):
-            inputs = [f"zh={tmp_path / name}", f"en={jsonl(tmp_path / 'en.jsonl', TEXTS)}"]
-            message = f"{name}' (cannot be read|is no parquet file)"
-            with pytest.raises(ConfigurationError, match=message):
-                run(tmp_path, tokenizer, *inputs, workers=count)
-                pytest.fail(f"{suffix}, {what}, was read")
-
-
-def test_marks_and_numbers_beside_the_text_do_not_matter(tmp_path: Path, tokenizer: Path) -> None:
-    first = b'\xef\xbb\xbf{"text": "one"}\n'
-    long = b'{"id": %s, "text": "two"}\n' % (b"7" * 5000)
-    (tmp_path / "a.jsonl").write_bytes(
-        long + first + b'{"id": 1e999, "text": "three"}\n{"text": ' + b"[" * 10**5
-    )
-    found = run(tmp_path, tokenizer, str(tmp_path / "a.jsonl"))
-    assert read(tmp_path / "out") == ["two", "one", "three"] and found["text"].undecodable == 1
-    assert "a.jsonl:4: undecodable: the JSON is nested" in (tmp_path / "out" / "rejected.txt").read_text()
-
-
-@pytest.mark.parametrize("content", [None, "{}", "[", ""])
-def test_a_damaged_or_missing_tokenizer_is_refused(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ConfigurationError, match=r"the tokenizer '.*' (is not there|cannot be loaded)"):
-        load(tmp_path)
-
-
-def test_a_tokenizers_file_alone_is_enough(tmp_path: Path, tokenizer: Path) -> None:
-    (tmp_path / "mine.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
-    jsonl(tmp_path / "a.jsonl", TEXTS)
-    run(tmp_path, tmp_path / "mine.json", str(tmp_path / "a.jsonl"))
-    assert read(tmp_path / "out") == TEXTS
-    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer").eos_token == "</s>"
-
-
-def test_sentencepiece(tmp_path: Path) -> None:
-    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-
-    (tmp_path / "text").write_text("\n".join(["天工 is a model", "ein Satz", "def f(): return"] * 20))
-    SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, byte_fallback=True,
-        minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
-    jsonl(tmp_path / "a.jsonl", TEXTS[:3])
-    run(tmp_path, tmp_path / "tokenizer.model", str(tmp_path / "a.jsonl"))
-    processor: Any = SentencePieceProcessor(
-        model_file=str(tmp_path / "out" / "tokenizer" / "tokenizer.model")
-    )
-    dataset = IndexedDataset(str(tmp_path / "out" / "text"))
-    found = [[int(number) for number in dataset[document]] for document in range(3)]
-    assert found == [[*ids, processor.eos_id()] for ids in processor.encode(TEXTS[:3])]
-    with pytest.raises(ConfigurationError, match="has no '<eod>'"):
-        load(tmp_path / "tokenizer.model", "<eod>")
-
-
-def test_folders_take_what_they_know_and_tell_the_rest(
-    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for folder in ("data/sub", "data/.cache", "elsewhere/deep", "sibling"):
-        Path(folder).mkdir(parents=True)
-    line = b'{"text": "x"}\n'
-    for name in (
-        "data/b.jsonl",
-        "data/C.JSONL",
-        "data/sub/d.Json",
-        "elsewhere/deep/e.ndjson",
-        "sibling/g.jsonl",
-    ):
-        Path(name).write_bytes(line)
-    Path("data/A.JSONL.GZ").write_bytes(gzip.compress(line))
-    for name in ("README.md", "n.csv", "c.parquet.tmp", "noext", ".hidden.jsonl", ".cache/f.jsonl"):
-        Path("data", name).write_bytes(line)
-    Path("data/void.jsonl").touch()
-    Path("data/linked").symlink_to("../elsewhere")
-    Path("data/sub/up").symlink_to("..")
-    Path("data/twice").symlink_to("sub")
-    Path("data/again.jsonl").symlink_to("b.jsonl")
-    os.link("data/b.jsonl", "data/z.jsonl")
-    Path("data/sub/outside.jsonl").symlink_to("../../sibling/g.jsonl")
-
-    left_out: dict[str, str] = {}
-    found = find_inputs(["zh=data"], "text", (), lambda path, reason: left_out.update({str(path): reason}))
-    assert [(str(each.path), each.domain) for each in found] == [
-        (f"data/{name}", "zh")
-        for name in (
-            *("A.JSONL.GZ", "C.JSONL", "b.jsonl", "linked/deep/e.ndjson"),
-            *("sub/d.Json", "sub/outside.jsonl"),
-        )
-    ]
-    again = "read already under another path"
-    assert left_out == {
-        **{f"data/{name}": "of unknown format" for name in ("README.md", "n.csv", "c.parquet.tmp", "noext")},
-        **{f"data/{name}": "hidden" for name in (".hidden.jsonl", ".cache")},
-        "data/void.jsonl": "empty",
-        "data/sub/up": "a link back to a folder that it lies in",
-        "data/twice": f"{again} (data/sub)",
-        "data/again.jsonl": f"{again} (data/b.jsonl)",
-        "data/z.jsonl": f"{again} (data/b.jsonl)",
-    }
-    # A pattern takes folders too, any number of levels by `**`, and each file once.
-    for pattern, count in (
-        ("data/sub*", 2),
-        ("data/**", 6),
-        ("data/**/*.[Jj]*", 6),
-        ("data/**/deep/*", 1),
-        ("d*/l*", 1),
-    ):
-        assert len(find_inputs([pattern], "text", ["jsonl"] if "[" in pattern else [])) == count, pattern
-    with pytest.raises(
-        ConfigurationError, match=r"'data/z.jsonl' is given twice: it is the same file as 'data/b.jsonl'"
-    ):
-        find_inputs(["data/b.jsonl", "data/z.jsonl"], "text")
-
-    answer = CliRunner().invoke(app, ["preprocess", "data", "out", "--tokenizer", str(tokenizer)])
-    assert answer.exit_code == 0 and "in 6 documents" in answer.stdout
-    assert "not read, of unknown format (1 .csv, 1 .md, 1 .tmp, 1 without suffix): " in answer.stderr.replace(
-        "1 .md, 1 .tmp, 1 .csv", "1 .csv, 1 .md, 1 .tmp"
-    )
-    assert answer.stderr.count("skymoe: not read, ") == 5
-    listed = Path("out/rejected.txt").read_text().splitlines()
-    assert sorted(listed) == sorted(f"{path}: not read, {reason}" for path, reason in left_out.items())
-
-
-def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a" / "closed").mkdir(parents=True)
-    jsonl(tmp_path / "a" / "a.jsonl", TEXTS)
-    scandir = os.scandir
-
-    def closed(path: Any) -> Any:
-        if Path(path).name == "closed":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", closed)
-    with pytest.raises(ConfigurationError, match=r"the folder '.*closed' cannot be read: Permission denied"):
-        find_inputs([str(tmp_path / "a")], "text")

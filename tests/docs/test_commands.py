@@ -60,7 +60,10 @@ def test_commands_and_options_exist(block: Block) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_in_the_text_exist(page: Page) -> None:
     known = {
-        name for command in PARSER.commands.values() for option in command.params for name in option.opts
+        name
+        for command in PARSER.commands.values()
+        for option in command.params
+        for name in (*option.opts, *option.secondary_opts)
     }
     for code in page.code:
         for option in re.findall(r"(?<!\S)--[\w-]+", code):

@@ -124,7 +124,7 @@ def agree(metrics: LayerMetrics, expected: dict[str, Any]) -> None:
         {"moe_expert_capacity_factor": 0.75, "moe_token_drop_policy": "position"},
         {"moe_expert_capacity_factor": 0.75, "moe_pad_expert_input_to_capacity": True},
         {"moe_router_topk": 3},
-        {"num_moe_experts": 2, "moe_nominal_capacity_factor": 0.5},
+        {"num_moe_experts": 3, "moe_nominal_capacity_factor": 0.5},
         {"moe_router_logit_norm_scale": None, "moe_nominal_capacity_factor": 0.9},
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "default",

@@ -45,8 +45,8 @@ class Layout:
 
     @property
     def experts_tp(self) -> int:
-        """Ranks that an expert is split over; whole experts unless said otherwise."""
-        return self.etp or 1
+        """Ranks that an expert is split over; whole experts, unless said otherwise or experts are not spread."""
+        return self.etp or (self.tp if self.ep == 1 else 1)
 
     @property
     def sequence_parallel(self) -> bool:

@@ -94,7 +94,7 @@ class Run:
         self.models = [build(self.config, number if stages else None) for number in range(stages or 1)]
         self.parameters = parameters(self.models)
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(local_part(parameter, weight(name, global_shape(parameter))))
+            parameter.data.copy_(local_part(name, parameter, weight(name, global_shape(name, parameter))))
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
         self.chunks = [DistributedDataParallel(self.config, ddp, model) for model in self.models]
         if case.recompute is not None:
