@@ -52,10 +52,24 @@ class SkyworkMoELayer(MoELayer):
             expert_model_parallel_size=self.ep_group,
             expert_tensor_parallel_size=cast(Any, self.token_dispatcher).tp_group,
         )
+        self._check_gathered_tokens()
         if cast(SkyworkOptions, config).moe_edp:
             edp.install(self)
         elif type(self.token_dispatcher) is MoEAllGatherTokenDispatcher:
             self.token_dispatcher.__class__ = StockAllGatherTokenDispatcher
+
+    def _check_gathered_tokens(self) -> None:
+        """Megatron 0.14 runs the shared experts after its all-gather, whose buffer they then overwrite."""
+        config: Any = self.config
+        shares_buffer = config.sequence_parallel and self.use_shared_expert
+        after_dispatch = not hasattr(MoELayer, "shared_experts_compute")
+        stock = type(self.token_dispatcher) is MoEAllGatherTokenDispatcher and not config.moe_edp
+        if shares_buffer and after_dispatch and stock:
+            raise ConfigurationError(
+                "moe_token_dispatcher_type is 'allgather' with moe_shared_expert_intermediate_size and"
+                " sequence_parallel=True, with which Megatron-Core 0.14 overwrites the gathered tokens; expected"
+                " 'alltoall', or moe_edp=True"
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As Megatron's, which refuses to train without sequence parallelism as if it were slow."""

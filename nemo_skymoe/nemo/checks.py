@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,26 @@ def check_world_size(trainer: Any) -> None:
             f"trainer.devices x trainer.num_nodes is {world} ranks, {started} were started: set trainer.devices or"
             " the executor's ntasks_per_node"
         )
-    sizes = {
-        "tensor_model_parallel_size": strategy.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": strategy.pipeline_model_parallel_size,
-        "context_parallel_size": strategy.context_parallel_size,
-    }
-    product = 1
-    for size in sizes.values():
-        product *= size
+    pipeline = {"pipeline_model_parallel_size": strategy.pipeline_model_parallel_size}
+    tensor = strategy.tensor_model_parallel_size
+    within = getattr(strategy, "expert_tensor_parallel_size", None) or tensor
+    expert = getattr(strategy, "expert_model_parallel_size", None) or 1
+    _check_multiple(
+        world,
+        {
+            "tensor_model_parallel_size": tensor,
+            **pipeline,
+            "context_parallel_size": strategy.context_parallel_size,
+        },
+    )
+    _check_multiple(
+        world,
+        {"expert_tensor_parallel_size": within, "expert_model_parallel_size": expert, **pipeline},
+    )
+
+
+def _check_multiple(world: int, sizes: dict[str, int]) -> None:
+    product = math.prod(sizes.values())
     if world % product:
         factors = " x ".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigurationError(

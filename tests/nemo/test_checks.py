@@ -40,6 +40,14 @@ def test_a_world_that_the_sizes_do_not_divide_is_refused(monkeypatch: pytest.Mon
         ConfigurationError, match=r"is 3 ranks, expected a multiple of tensor_model_parallel_size=2"
     ):
         checks.check_world_size(trainer(3, tensor_model_parallel_size=2))
+    experts = {"expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}
+    checks.check_world_size(trainer(4, tensor_model_parallel_size=2, **experts))
+    for sizes in (experts, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}):
+        with pytest.raises(
+            ConfigurationError,
+            match=r"is 2 ranks, expected a multiple of expert_tensor_parallel_size=\d x expert",
+        ):
+            checks.check_world_size(trainer(2, **sizes))
 
 
 def test_another_world_than_was_started_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +77,16 @@ def test_parallel_sizes_that_do_not_fit_are_refused_by_name(sizes: dict[str, int
     for option, size in sizes.items():
         setattr(strategy, option, size)
     with pytest.raises(ConfigurationError, match=message):
+        checks.check_parallel_sizes(config, strategy)
+
+
+def test_tensor_parallelism_alone_does_not_train() -> None:
+    strategy = fdl.build(skywork_moe_tiny.pretrain_recipe(edp=1, devices=1).trainer.strategy)
+    strategy.tensor_model_parallel_size, strategy.expert_model_parallel_size = 2, 2
+    config = SkyworkMoETinyConfig(moe_edp=False)
+    with pytest.raises(
+        ConfigurationError, match="sequence_parallel is False with tensor_model_parallel_size=2"
+    ):
         checks.check_parallel_sizes(config, strategy)
 
 
