@@ -35,8 +35,12 @@ def check_context(folder: Path) -> None:
         references = [
             (one["module"], one["name"]) for one in _dictionaries(content) if {"module", "name"} <= set(one)
         ]
-        objects = list(content.get("objects", {}).values())
-        pickles = [_pickle(entry) for entry in objects if _is_artifact(entry)]
+        # In place too: a node need not stand among the objects.
+        nodes = [
+            one for one in _dictionaries(content) if isinstance(one.get("type"), dict) and "items" in one
+        ]
+        found = [_pickle(node, content["objects"]) for node in nodes if _is_artifact(node)]
+        pickles = [path for path in found if path is not None]
     except OSError as reason:
         raise ConfigurationError(f"'{file}' cannot be read: {reason.strerror}") from None
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as reason:
@@ -117,11 +121,16 @@ def _is_artifact(entry: dict[str, Any]) -> bool:
     )
 
 
-def _pickle(entry: dict[str, Any]) -> str:
-    value = entry["items"][0][1]["value"]
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r}, expected the path of a pickle")
-    return value
+def _pickle(entry: dict[str, Any], objects: dict[str, Any]) -> str | None:
+    """The path; None where the one value is an argument of another kind, which NeMo cannot open."""
+    value = entry["items"][0][1]
+    if value.get("type") == "ref":
+        home = objects[value["key"]].get("type", {})
+        if isinstance(home, dict) and home.get("module") == "pathlib":
+            raise ValueError("a path object in the place of a pickle's path")
+        return None
+    path = value.get("value")
+    return path if isinstance(path, str) else None
 
 
 def _check_pickle(file: Path) -> None:
