@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +80,36 @@ def test_schedules_follow_the_dense_models_rates() -> None:
     assert capped.max_lr == 1e-4
 
 
+def test_no_rate_is_offered_for_a_size_without_a_basis() -> None:
+    for model in (SKYWORK_MOE_146B, replace(FIGURE_1, num_layers=23), replace(FIGURE_1, hidden_size=1792)):
+        for schedule in asked(200 * B, 300 * B, model=model, num_gpus=512).schedules:
+            assert (schedule.max_lr, schedule.min_lr) == (None, None)
+            assert not any(character.isdigit() for character in str(schedule).replace("4 times", ""))
+    (schedule,) = asked(
+        B, 300 * B, dense_max_lr=6e-4, dense_min_lr=6e-5, model=SKYWORK_MOE_146B, num_gpus=512
+    ).schedules
+    assert str(schedule).endswith("(0.00024 to 6e-05)")
+
+
+def test_the_projects_own_contradiction_is_told_in_its_own_figures() -> None:
+    """Where the miniature's results change, so must the sentence."""
+    page = (Path(__file__).parents[1] / "benchmarks" / "paper" / "results" / "figure1.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if " | " in line]
+    won = {
+        budget: [
+            row[3].partition(" ")[0].removeprefix("-")
+            for row in rows
+            if row[1].startswith(budget) and row[3].startswith("-")
+        ]
+        for budget in figure1.MINIATURE
+    }
+    for budget, (least, most) in figure1.MINIATURE.items():
+        assert (f"{float(min(won[budget])):.3f}", f"{float(max(won[budget])):.3f}") == (least, most)
+        assert f"{least} to {most}" in reasons(asked(300 * B, 300 * B))[1]
+    assert "contradicts it" in reasons(asked(300 * B, 300 * B))[1]
+    assert any("contradicts it" in reason for reason in reasons(asked(B, 300 * B, cost="cumulative")))
+
+
 def test_the_grey_zone_says_why_and_gives_both_schedules() -> None:
     found = asked(200 * B, 300 * B)
     assert found.answer is Answer.GREY
@@ -151,7 +182,7 @@ def test_the_reports_factor_is_of_two_experts_a_token() -> None:
 def test_measures_that_answer_otherwise_are_named() -> None:
     found = asked(100 * B, 300 * B)
     others = [measure for measure in found.measures if measure.answer is not found.answer]
-    assert others and len(reasons(found)) == 1 + len(others)
+    assert others and len(reasons(found)) == 2 + len(others)
     assert all(any(measure.name in line for line in reasons(found)) for measure in others)
 
 
@@ -159,12 +190,18 @@ def test_measures_that_answer_otherwise_are_named() -> None:
     ("options", "message"),
     [
         ({"model": SKYWORK_13B}, "model has no num_moe_experts, expected the MoE"),
-        ({"moe_tokens": 0}, "moe_tokens is 0, expected at least 1"),
-        ({"dense_tokens": -1}, "dense_tokens is -1, expected at least 1"),
+        ({"moe_tokens": 0}, "moe_tokens is 0, expected an integer of at least 1"),
+        ({"dense_tokens": -1}, "dense_tokens is -1, expected an integer of at least 1"),
         ({"dense_schedule_tokens": 5}, r"dense_schedule_tokens is 5, expected at least dense_tokens \(300"),
         ({"dense_tokens": None, "dense_schedule_tokens": 5}, "dense_schedule_tokens is 5, expected at least"),
         ({"cost": "free"}, "cost is 'free', expected sunk or cumulative"),
-        ({"dense_min_lr": 1.0}, "dense_min_lr is 1, expected more than 0 and at most dense_max_lr"),
+        ({"dense_max_lr": 0.1, "dense_min_lr": 1.0}, r"dense_min_lr is 1, expected at most dense_max_lr \(0.1\)"),
+        ({"dense_min_lr": 1.0}, "dense_min_lr is given without dense_max_lr, expected both"),
+        ({"dense_max_lr": 1.0}, "dense_max_lr is given without dense_min_lr, expected both"),
+        ({"dense_max_lr": float("inf"), "dense_min_lr": 1.0}, "dense_max_lr is inf, expected a finite number"),
+        ({"dense_max_lr": 1.0, "dense_min_lr": float("nan")}, "dense_min_lr is nan, expected a finite number"),
+        ({"dense_tokens": 10**400}, "dense_tokens is 1000.*, expected an integer of at least 1 and at most 1e.18"),
+        ({"capacity_factor": float("inf")}, "capacity_factor is inf, expected a finite number"),
         ({"hardware": "V100"}, "hardware is 'V100', expected one of A800-80G"),
         ({"num_gpus": 0}, "num_gpus is 0, expected an integer of at least 1"),
         ({"model": SKYWORK_MOE_146B, "num_gpus": 8}, "num_gpus is 8 A800-80G .* no parallel sizes train the MoE"),

@@ -52,6 +52,7 @@ LIGHT = (
     "",
     ".config",
     ".option_values",
+    ".quantities",
     ".architecture",
     ".ranks",
     ".pipeline.training",

@@ -7,11 +7,12 @@ from typing import Any
 
 from nemo_skymoe.advice import figure1, rule
 from nemo_skymoe.advice.cost import Cluster, TrainingCost, training_cost
-from nemo_skymoe.advice.figure1 import Schedule
+from nemo_skymoe.advice.figure1 import Rates, Schedule
 from nemo_skymoe.advice.rule import Answer
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.pipeline.planning import as_architecture
+from nemo_skymoe.quantities import check_positive
 
 COSTS = ("sunk", "cumulative")
 
@@ -44,8 +45,8 @@ class Advice:
     """Of the dense checkpoint, if there is or would be one."""
     finished: bool
     """Is that checkpoint the end of its learning-rate schedule?"""
-    rates: tuple[float, float]
-    """Peak and last learning rate of the dense model."""
+    rates: Rates | None
+    """Peak and last learning rate of the dense model; None where they are not known."""
 
     @cached_property
     def measures(self) -> tuple[Measure, ...]:
@@ -91,10 +92,10 @@ class Advice:
     @property
     def schedules(self) -> tuple[Schedule, ...]:
         """Learning rates for the answer; in the grey zone both."""
-        scratch = figure1.scratch_schedule(*self.rates)
+        scratch = figure1.scratch_schedule(self.rates)
         if self.dense is None or self.answer is Answer.SCRATCH:
             return (scratch,)
-        upcycled = figure1.upcycled_schedule(*self.rates, self.finished)
+        upcycled = figure1.upcycled_schedule(self.rates, finished=self.finished)
         return (upcycled,) if self.answer is Answer.UPCYCLE else (upcycled, scratch)
 
 
@@ -106,8 +107,8 @@ def advise(
     num_gpus: int,
     dense_tokens: int | None = None,
     dense_schedule_tokens: int | None = None,
-    dense_max_lr: float = figure1.DENSE_MAX_LR,
-    dense_min_lr: float = figure1.DENSE_MIN_LR,
+    dense_max_lr: float | None = None,
+    dense_min_lr: float | None = None,
     cost: str = "sunk",
     seq_length: int = 4096,
     global_batch_size: int = 1024,
@@ -123,8 +124,8 @@ def advise(
         num_gpus: Of one training; both models are planned on them.
         dense_tokens: What the dense checkpoint has seen; None: there is no checkpoint.
         dense_schedule_tokens: Of the dense model's whole learning-rate schedule; None: the checkpoint is at its end.
-        dense_max_lr: Peak learning rate of the dense model.
-        dense_min_lr: Its last one.
+        dense_max_lr: Peak learning rate of the dense model. None: not known, unless it is Figure 1's model.
+        dense_min_lr: Its last one, given with the other or not at all.
         cost: `sunk`: the dense checkpoint exists anyway. `cumulative`: it is trained to be upcycled (section 3.1).
         seq_length: Tokens of a sequence.
         global_batch_size: Sequences of a step.
@@ -134,7 +135,16 @@ def advise(
         ConfigurationError: A value out of range, by name; or GPUs that train one of the models in no way.
     """
     architecture = as_architecture(model)
-    _check(architecture, cost, moe_tokens, dense_tokens, dense_schedule_tokens, (dense_max_lr, dense_min_lr))
+    check_positive(
+        moe_tokens=moe_tokens,
+        dense_tokens=dense_tokens,
+        dense_schedule_tokens=dense_schedule_tokens,
+        dense_max_lr=dense_max_lr,
+        dense_min_lr=dense_min_lr,
+        capacity_factor=capacity_factor,
+    )
+    _check(architecture, cost, dense_tokens, dense_schedule_tokens)
+    rates = _rates(dense_model(architecture), dense_max_lr, dense_min_lr)
     cluster = Cluster.of(hardware, num_gpus, seq_length, global_batch_size, capacity_factor)
     return Advice(
         architecture,
@@ -145,7 +155,7 @@ def advise(
         if dense_tokens is None
         else training_cost(dense_model(architecture), dense_tokens, cluster),
         finished=dense_schedule_tokens in (None, dense_tokens),
-        rates=(dense_max_lr, dense_min_lr),
+        rates=rates,
     )
 
 
@@ -154,28 +164,27 @@ def dense_model(moe: Architecture) -> Architecture:
     return replace(moe, num_moe_experts=None)
 
 
-def _check(
-    model: Architecture,
-    cost: str,
-    moe_tokens: int,
-    dense_tokens: int | None,
-    schedule_tokens: int | None,
-    rates: tuple[float, float],
-) -> None:
+def _rates(dense: Architecture, max_lr: float | None, min_lr: float | None) -> Rates | None:
+    if max_lr is None and min_lr is None:
+        return (figure1.DENSE_MAX_LR, figure1.DENSE_MIN_LR) if dense == figure1.DENSE else None
+    if max_lr is None or min_lr is None:
+        given, missing = (
+            ("dense_max_lr", "dense_min_lr") if min_lr is None else ("dense_min_lr", "dense_max_lr")
+        )
+        raise ConfigurationError(f"{given} is given without {missing}, expected both of them or neither")
+    if min_lr > max_lr:
+        raise ConfigurationError(f"dense_min_lr is {min_lr:g}, expected at most dense_max_lr ({max_lr:g})")
+    return max_lr, min_lr
+
+
+def _check(model: Architecture, cost: str, dense_tokens: int | None, schedule_tokens: int | None) -> None:
     if model.num_moe_experts is None:
         raise ConfigurationError(
             "model has no num_moe_experts, expected the MoE: its dense model follows from it"
         )
     if cost not in COSTS:
         raise ConfigurationError(f"cost is {cost!r}, expected {' or '.join(COSTS)}")
-    for name, tokens in (("moe_tokens", moe_tokens), ("dense_tokens", dense_tokens)):
-        if tokens is not None and tokens < 1:
-            raise ConfigurationError(f"{name} is {tokens}, expected at least 1")
     if schedule_tokens is not None and (dense_tokens is None or schedule_tokens < dense_tokens):
         raise ConfigurationError(
             f"dense_schedule_tokens is {schedule_tokens}, expected at least dense_tokens ({dense_tokens})"
-        )
-    if not 0 < rates[1] <= rates[0]:
-        raise ConfigurationError(
-            f"dense_min_lr is {rates[1]:g}, expected more than 0 and at most dense_max_lr ({rates[0]:g})"
         )

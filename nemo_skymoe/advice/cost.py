@@ -9,6 +9,7 @@ from nemo_skymoe.pipeline.flops import model_flops
 from nemo_skymoe.pipeline.hardware import Hardware, hardware_preset
 from nemo_skymoe.pipeline.planning import plan
 from nemo_skymoe.pipeline.plans import Plan
+from nemo_skymoe.quantities import check_positive
 
 _TENSOR_PARALLEL = (1, 2, 4, 8)
 
@@ -29,13 +30,7 @@ class Cluster:
     def of(cls, hardware: str | Hardware, num_gpus: int, seq_length: int, global_batch_size: int,
            capacity_factor: float | None = None) -> "Cluster":  # fmt: skip
         """The same by the name of its GPUs. ConfigurationError: a name that is unknown, or a size that is none."""
-        for name, size in (
-            ("num_gpus", num_gpus),
-            ("seq_length", seq_length),
-            ("global_batch_size", global_batch_size),
-        ):
-            if size < 1:
-                raise ConfigurationError(f"{name} is {size}, expected an integer of at least 1")
+        check_positive(num_gpus=num_gpus, seq_length=seq_length, global_batch_size=global_batch_size)
         gpu = hardware if isinstance(hardware, Hardware) else hardware_preset(hardware)
         return cls(gpu, num_gpus, seq_length, global_batch_size, capacity_factor)
 

@@ -6,7 +6,11 @@ a pixel; an MoE's tokens are counted from its own start.
 
 from dataclasses import dataclass
 
+from nemo_skymoe.architecture import Architecture
+
 DENSE_MAX_LR, DENSE_MIN_LR, DENSE_TOKENS = 3e-3, 3e-4, 300e9
+DENSE = Architecture(24, 896, 2304, 14, vocab_size=65536)
+"""The dense model, whose learning rates the figure has."""
 
 
 @dataclass(frozen=True)
@@ -32,31 +36,47 @@ FINISHED = Start("upcycled after 300B tokens, higher rate", 1.2e-3, "cosine", {"
 STARTS = (SCRATCH, EARLY, FINISHED_CONSTANT, FINISHED)
 
 
+MINIATURE = {"2/3": ("0.400", "0.590"), "twice": ("0.113", "0.209")}
+"""The project's own miniature of the figure: by how much the upcycled models ended below the one from scratch, least and
+most, in nats a token at each of the two costs (benchmarks/paper/results/figure1.md, three seeds)."""
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """A learning rate over the MoE's training; the report gives no warm-up."""
+    """A learning rate over the MoE's training, relative to that of its dense model; the report gives no warm-up."""
 
     start: Start
-    max_lr: float
-    min_lr: float
+    peak: str
+    """The highest rate in words, as a proportion of the dense model's."""
+    max_lr: float | None
+    """None where the dense model's rates are not known: a rate of another size would be no basis for this one."""
+    min_lr: float | None
 
     def __str__(self) -> str:
-        if self.start.shape == "constant":
-            return f"constant {self.max_lr:g}"
-        return f"{self.max_lr:g} to {self.min_lr:g}, {self.start.shape}"
+        numbers = "" if self.max_lr is None else f" ({self.max_lr:g} to {self.min_lr:g})"
+        return f"{self.start.shape} from {self.peak} to its last rate{numbers}"
 
 
-def scratch_schedule(dense_max_lr: float, dense_min_lr: float) -> Schedule:
-    """That of the dense model, as in Figure 1."""
-    return Schedule(SCRATCH, dense_max_lr, dense_min_lr)
+Rates = tuple[float, float]
+"""Peak and last learning rate of a dense model."""
 
 
-def upcycled_schedule(dense_max_lr: float, dense_min_lr: float, finished: bool) -> Schedule:
-    """Figure 1's for a dense checkpoint at the end of its own schedule, or for one before it.
+def scratch_schedule(dense: Rates | None) -> Schedule:
+    """The schedule of the dense model itself, as in Figure 1."""
+    return Schedule(SCRATCH, "the dense model's peak", *(dense or (None, None)))
+
+
+def upcycled_schedule(dense: Rates | None, *, finished: bool) -> Schedule:
+    """The schedule for a dense checkpoint at the end of its own schedule, or for one before it.
 
     Rates are in Figure 1's proportion to the dense model's: 0.6 of its peak before the end, else 4 times its last
     one, where the constant last one ended worse with experts more alike. Never above the dense model's peak.
     """
+    of_peak, of_last = EARLY.max_lr / DENSE_MAX_LR, FINISHED.max_lr / DENSE_MIN_LR
     if not finished:
-        return Schedule(EARLY, EARLY.max_lr / DENSE_MAX_LR * dense_max_lr, dense_min_lr)
-    return Schedule(FINISHED, min(dense_max_lr, FINISHED.max_lr / DENSE_MIN_LR * dense_min_lr), dense_min_lr)
+        words = f"{of_peak:g} of the dense model's peak"
+        return Schedule(EARLY, words, *((of_peak * dense[0], dense[1]) if dense else (None, None)))
+    words = f"{of_last:g} times the dense model's last rate, at most its peak,"
+    return Schedule(
+        FINISHED, words, *((min(dense[0], of_last * dense[1]), dense[1]) if dense else (None, None))
+    )

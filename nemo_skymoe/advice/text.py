@@ -17,12 +17,7 @@ def as_text(advice: Advice) -> str:
         reasons(advice),
         [""],
         _costs(advice),
-        [
-            "",
-            "learning rate, for a dense model from {:g} to {:g} (--dense-max-lr, --dense-min-lr):".format(
-                *advice.rates
-            ),
-        ],
+        ["", _rates(advice)],
         rates,
         ["", "evidence:"],
         [f"  {line}" for line in evidence(advice)],
@@ -52,6 +47,7 @@ def to_dict(advice: Advice) -> dict[str, Any]:
             {
                 "start": schedule.start.name,
                 "shape": schedule.start.shape,
+                "peak": schedule.peak,
                 "max_lr": schedule.max_lr,
                 "min_lr": schedule.min_lr,
             }
@@ -60,6 +56,15 @@ def to_dict(advice: Advice) -> dict[str, Any]:
         "figure_1": [asdict(start) for start in figure1.STARTS],
         "evidence": evidence(advice),
     }
+
+
+def _rates(advice: Advice) -> str:
+    if advice.rates is None:
+        return (
+            "learning rate, as proportions: the report gives rates for its 0.3B model alone, which say nothing of this size;"
+            " --dense-max-lr and --dense-min-lr give the dense model's own:"
+        )
+    return "learning rate, for a dense model from {:g} to {:g}:".format(*advice.rates)
 
 
 def _cost(cost: TrainingCost) -> dict[str, Any]:

@@ -6,9 +6,7 @@ from typing import Annotated
 import typer
 
 from nemo_skymoe.commands.pipeline import model_sizes
-from nemo_skymoe.config import ConfigurationError
-
-_UNITS = {"M": 10**6, "B": 10**9, "T": 10**12}
+from nemo_skymoe.quantities import parse_tokens
 
 
 def advise(
@@ -27,8 +25,10 @@ def advise(
     dense_schedule_tokens: Annotated[
         str | None, typer.Option(help="Of its whole learning-rate schedule; default: it is at the end.")
     ] = None,
-    dense_max_lr: Annotated[float, typer.Option(help="Its peak learning rate; default: Figure 1's.")] = 3e-3,
-    dense_min_lr: Annotated[float, typer.Option(help="Its last learning rate; default: Figure 1's.")] = 3e-4,
+    dense_max_lr: Annotated[
+        float | None, typer.Option(help="Its peak learning rate; without it rates are given as proportions.")
+    ] = None,
+    dense_min_lr: Annotated[float | None, typer.Option(help="Its last learning rate.")] = None,
     cost: Annotated[
         str,
         typer.Option(help="sunk: the dense checkpoint exists anyway; cumulative: it is trained for this."),
@@ -71,20 +71,6 @@ def advise(
         typer.echo(dumps(to_dict(made), indent=2))
     else:
         typer.echo(as_text(made))
-
-
-def parse_tokens(name: str, text: str) -> int:
-    """`300B`, `1.2T`, `3e11` as an integer. ConfigurationError: anything else, by the option's name."""
-    from decimal import Decimal, InvalidOperation
-
-    unit = _UNITS.get(text[-1:].upper(), 1)
-    try:
-        count = Decimal(text[:-1] if unit > 1 else text) * unit
-    except InvalidOperation:
-        count = Decimal(0)
-    if not count.is_finite() or count < 1 or count != int(count):
-        raise ConfigurationError(f"{name} is {text!r}, expected a number of tokens such as 300B or 1.2T")
-    return int(count)
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (advise,)

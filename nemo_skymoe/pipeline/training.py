@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.quantities import check_positive
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,9 @@ class Training:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
+            if field.type is int and (type(value) is not int or value < 1):
                 raise ConfigurationError(f"{field.name} is {value}, expected an integer of at least 1")
-        if self.capacity_factor is not None and not self.capacity_factor > 0:
-            raise ConfigurationError(
-                f"capacity_factor is {self.capacity_factor}, expected more than 0, or None"
-            )
+        check_positive(capacity_factor=self.capacity_factor)
         if self.gradient_bytes not in (2, 4):
             raise ConfigurationError(
                 f"gradient_bytes is {self.gradient_bytes}, expected 2 (bf16) or 4 (fp32)"

@@ -1,14 +1,14 @@
 """Scalar curves from the TensorBoard event files of a run."""
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.report import event_files
 
 TRAIN_LOSS = "reduced_train_loss"
 VALIDATION_LOSS = "val_loss"
@@ -74,28 +74,39 @@ class LossCurve:
         return cls(label, curves.get(TRAIN_LOSS), curves.get(VALIDATION_LOSS), offset)
 
 
-def read_curves(run_dir: Path) -> dict[str, Curve]:
-    """Every scalar logged anywhere below `run_dir`, by its TensorBoard tag.
+@dataclass(frozen=True, eq=False)
+class Logs:
+    """What the event files of one run hold: its curves by tag, and sentences on what was left out or put together."""
 
-    The event files of a resumed run are merged step by step: where two hold the same step, the
-    file that was begun later wins.
+    curves: dict[str, Curve]
+    remarks: list[str]
+
+
+def read_logs(run_dir: Path) -> Logs:
+    """Every scalar logged anywhere below `run_dir`, by its TensorBoard tag, put together by `event_files.merge`.
 
     Raises:
-        ConfigurationError: `run_dir` is no directory, or no event file below it holds a scalar.
+        ConfigurationError: `run_dir` is no directory, no event file below it holds a scalar, or they are of two runs.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ConfigurationError(f"RUN_DIR: {run_dir} is not a directory; expected the logs of a run.")
-    files = sorted(path for path in run_dir.rglob("*tfevents*") if path.is_file())
-    if not files:
+    paths = event_files.find_event_files(run_dir)
+    if not paths:
         raise ConfigurationError(f"RUN_DIR: no TensorBoard event file (*tfevents*) anywhere below {run_dir}.")
-    points: defaultdict[str, dict[int, float]] = defaultdict(dict)
-    for _, scalars in sorted(_read_files(files), key=lambda begun: begun[0]):
-        for tag, values in scalars.items():
-            points[tag].update(values)
+    files = [event_files.read_event_file(path) for path in paths]
+    damages = [file.damage for file in files if file.damage]
+    points, remarks = event_files.merge([file for file in files if file.scalars])
     if not points:
-        raise ConfigurationError(f"RUN_DIR: the {len(files)} event file(s) below {run_dir} hold no scalar.")
-    return {tag: Curve.from_points(values) for tag, values in sorted(points.items())}
+        raise ConfigurationError(
+            " ".join([f"RUN_DIR: the {len(files)} event file(s) below {run_dir} hold no scalar.", *damages])
+        )
+    return Logs({tag: Curve.from_points(values) for tag, values in points.items()}, damages + remarks)
+
+
+def read_curves(run_dir: Path) -> dict[str, Curve]:
+    """The curves of `read_logs`, for a run whose files are known."""
+    return read_logs(run_dir).curves
 
 
 def layer_curves(telemetry: Mapping[str, Curve], metric: str) -> dict[int, Curve]:
@@ -103,16 +114,3 @@ def layer_curves(telemetry: Mapping[str, Curve], metric: str) -> dict[int, Curve
     matches = ((_LAYER_TAG.fullmatch(tag), curve) for tag, curve in telemetry.items())
     layers = {int(m["layer"]): curve for m, curve in matches if m and m["metric"] == metric and len(curve)}
     return dict(sorted(layers.items()))
-
-
-def _read_files(files: Iterable[Path]) -> Iterable[tuple[float, dict[str, dict[int, float]]]]:
-    """When each file was begun (seconds since the epoch) and its values by tag and step."""
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
-
-    for path in files:
-        events = EventAccumulator(str(path), size_guidance={SCALARS: 0})
-        events.Reload()
-        tags = events.Tags()[SCALARS]
-        if tags:
-            scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
-            yield events.FirstEventTimestamp() or 0.0, scalars

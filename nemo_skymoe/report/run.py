@@ -1,12 +1,15 @@
 """The report of a single run, made from nothing but its logs."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from nemo_skymoe.report.curves import TRAIN_LOSS, VALIDATION_LOSS, Curve, LossCurve, layer_curves, read_curves
+from nemo_skymoe.report.curves import TRAIN_LOSS, VALIDATION_LOSS, Curve, LossCurve, layer_curves, read_logs
 from nemo_skymoe.report.page import Table, write_report
+
+logger = logging.getLogger(__name__)
 
 ROUTER_METRICS = {
     "drop_rate": "Token drop rate",
@@ -23,16 +26,22 @@ ROUTER_METRICS = {
 def report_run(run_dir: Path, output: Path | None = None) -> Path:
     """Write the page for the logs anywhere below `run_dir` into `output` (RUN_DIR/report) and return its path.
 
+    What was left out of damaged files, and how the files of a resumed run were put together, stands on the page and is
+    logged as a warning.
+
     Raises:
         ConfigurationError: There are no logs below `run_dir`, or `output` cannot be a directory.
     """
     run_dir = Path(run_dir)
-    curves = read_curves(_logs(run_dir))
+    logs = read_logs(_logs(run_dir))
+    curves = logs.curves
+    for remark in logs.remarks:
+        logger.warning(remark)
     name = run_dir.resolve().name
     return write_report(
         output=Path(output) if output is not None else run_dir / "report",
         title=f"Training run {name}",
-        lead=_lead(name, curves),
+        lead="\n\n".join([_lead(name, curves), *logs.remarks]),
         losses=[LossCurve.of_run(name, curves)],
         telemetry=curves,
         tables=[table for table in (_loss_table(curves), _router_table(curves)) if table.rows],

@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from nemo_skymoe.cli import app
-from nemo_skymoe.commands.advice import parse_tokens
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.quantities import parse_tokens
 
 REPORT = shlex.split(
     "--model skywork-moe-146b --hardware A800-80G --num-gpus 1536 --seq-length 8192 --global-batch-size 2048"
@@ -43,7 +43,22 @@ def test_the_text_says_what_the_json_says() -> None:
     assert f"{found['activated_parameters_ratio']:.2f} times" in answer.stdout
     assert found["activated_parameters_ratio"] == pytest.approx(20 / 12, rel=1e-3)
     assert found["report"] == {"gpu_hours": 2, "activated_parameters": 1.7}
-    assert "0.00024 to 6e-05, cosine" in answer.stdout
+    assert (
+        "cosine from 4 times the dense model's last rate, at most its peak, to its last rate (0.00024 to 6e-05)"
+        in (answer.stdout)
+    )
+
+
+def test_without_the_dense_models_rates_there_is_none() -> None:
+    options = ("--dense-tokens", "3.2T", "--moe-tokens", "500B")
+    text = run(*options).stdout
+    assert (
+        "the report gives rates for its 0.3B model alone" in text
+        and "--dense-max-lr and --dense-min-lr" in text
+    )
+    (schedule,) = json.loads(run(*options, "--json").stdout)["schedules"]
+    assert (schedule["max_lr"], schedule["min_lr"]) == (None, None)
+    assert schedule["peak"].startswith("4 times the dense model's last rate")
 
 
 def test_no_dense_checkpoint() -> None:
@@ -65,6 +80,18 @@ def test_cumulative() -> None:
             ["--moe-tokens", "1B", "--dense-tokens", "-3B"],
             "dense_tokens is '-3B', expected a number of tokens",
         ),
+        (
+            ["--moe-tokens", "1B", "--dense-tokens", "1e400"],
+            "dense_tokens is '1e400', expected a number of tokens",
+        ),
+        (
+            ["--moe-tokens", "1B", "--capacity-factor", "nan"],
+            "capacity_factor is nan, expected a finite number",
+        ),
+        (
+            ["--moe-tokens", "1B", "--dense-max-lr", "1e400", "--dense-min-lr", "1"],
+            "dense_max_lr is inf, expected",
+        ),
         (["--moe-tokens", "1B", "--cost", "free"], "cost is 'free', expected sunk or cumulative"),
         (["--moe-tokens", "1B", "--model", "skywork-13b"], "model has no num_moe_experts"),
     ],
@@ -84,7 +111,24 @@ def test_tokens(text: str, tokens: int) -> None:
     assert parse_tokens("tokens", text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "B", "0", "nanB", "infinity", "1.5", "1 000B", "3Q"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "B",
+        "0",
+        "nanB",
+        "infinity",
+        "1.5",
+        "1 000B",
+        "3Q",
+        "1e400",
+        "1e999999999",
+        "-1e400",
+        "9" * 500,
+        "1e19",
+    ],
+)
 def test_what_is_no_number_of_tokens(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"tokens is .*, expected a number of tokens"):
         parse_tokens("tokens", text)

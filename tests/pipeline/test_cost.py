@@ -238,7 +238,9 @@ def test_presets_are_found_in_any_case():
         ),
         ({"micro_batch_size": 0}, "micro_batch_size is 0, expected an integer of at least 1"),
         ({"tensor_parallel": 2.0}, "tensor_parallel is 2.0, expected an integer of at least 1"),
-        ({"capacity_factor": 0.0}, "capacity_factor is 0.0, expected more than 0"),
+        ({"capacity_factor": 0.0}, "capacity_factor is 0.0, expected a finite number above 0"),
+        ({"capacity_factor": float("nan")}, "capacity_factor is nan, expected a finite number above 0"),
+        ({"capacity_factor": float("inf")}, "capacity_factor is inf, expected a finite number above 0"),
         ({"gradient_bytes": 8}, "gradient_bytes is 8, expected 2"),
         (
             {"virtual_pipeline": 2, "global_batch_size": 32 * 10},

@@ -1,0 +1,167 @@
+"""TensorBoard event files: their scalars, how far they can be read, and which of them are one run."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from nemo_skymoe.config import ConfigurationError
+
+Points = dict[int, float]
+"""Values by optimizer step."""
+
+_FRAME = 16
+"""Bytes around a record: its length and two checksums."""
+
+
+@dataclass(frozen=True)
+class EventFile:
+    """One event file; times are in seconds since the epoch."""
+
+    path: Path
+    begun: float
+    scalars: dict[str, Points]
+    """By tag."""
+    times: dict[str, tuple[float, float]]
+    """When the first and the last value of a tag were logged."""
+    damage: str | None
+    """The sentence that says from where on the file cannot be read."""
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """The first and the last step."""
+        steps = [step for points in self.scalars.values() for step in points]
+        return min(steps), max(steps)
+
+
+def find_event_files(run_dir: Path) -> list[Path]:
+    """Every `*tfevents*` below a folder, through links to folders too, each real file once and in order of its path."""
+    found: dict[Path, Path] = {}
+    walked: set[Path] = set()
+    for folder, folders, names in os.walk(run_dir, followlinks=True):
+        real = Path(folder).resolve()
+        if real in walked:
+            folders.clear()
+            continue
+        walked.add(real)
+        for path in (Path(folder, name) for name in names if "tfevents" in name):
+            if path.is_file():
+                found.setdefault(path.resolve(), path)
+    return sorted(found.values())
+
+
+def read_event_file(path: Path) -> EventFile:
+    """Every scalar of a file, as far as it can be read.
+
+    Raises:
+        ConfigurationError: The file cannot be opened.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    try:
+        damage = _damage(path)
+        events = EventAccumulator(str(path), size_guidance={SCALARS: 0})
+        events.Reload()
+    except OSError as reason:
+        raise ConfigurationError(f"'{path}' cannot be read: {reason.strerror or reason}") from None
+    logged = {tag: events.Scalars(tag) for tag in events.Tags()[SCALARS]}
+    return EventFile(
+        path=path,
+        begun=(events.FirstEventTimestamp() or 0.0) if logged else 0.0,
+        scalars={tag: {event.step: event.value for event in values} for tag, values in logged.items()},
+        times={tag: (values[0].wall_time, values[-1].wall_time) for tag, values in logged.items()},
+        damage=damage,
+    )
+
+
+def _damage(path: Path) -> str | None:
+    """Where TensorBoard stops reading, which it does without a word."""
+    from tensorboard.compat.tensorflow_stub import errors
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+    size, read = path.stat().st_size, 0
+    records = PyRecordReader_New(str(path))
+    while True:
+        try:
+            records.GetNext()
+        except errors.OutOfRangeError:
+            return None
+        except errors.DataLossError as reason:
+            if "truncated" in str(reason):
+                return (
+                    f"'{path}' ends within a record at byte {read:,} of {size:,}, as it does while a run is writing or"
+                    " where one was killed."
+                )
+            return f"'{path}' is damaged at byte {read:,} of {size:,}: the events after it are left out."
+        read += _FRAME + len(records.record() or b"")
+
+
+def merge(files: Sequence[EventFile]) -> tuple[dict[str, Points], list[str]]:
+    """The scalars of one run's files by tag, and sentences on how they were put together.
+
+    A run that was resumed has several files. Each takes the place of what earlier ones hold from its first step on: what
+    they logged after the checkpoint that it went on from is of an attempt that was given up.
+
+    Raises:
+        ConfigurationError: Two files are of different runs: they were written at the same time, or both begin at the
+            first step and lie in different folders.
+    """
+    points: dict[str, Points] = {}
+    kept: list[EventFile] = []
+    remarks: list[str] = []
+    for file in sorted(files, key=lambda file: (file.begun, file.path)):
+        tag = _shared_tag(points, file)
+        if tag is not None:
+            _check_together(kept, file, tag)
+            begin = min(file.scalars[tag])
+            if begin <= min(points[tag]):
+                remarks += [f"{_described(one)} is left out: the run was begun again." for one in kept]
+                kept = []
+            points = _before(points, begin)
+        for name, values in file.scalars.items():
+            points[name] = points.get(name, {}) | values
+        kept.append(file)
+    if len(kept) > 1:
+        together = "; ".join(_described(file) for file in kept)
+        remarks.append(
+            f"The curves are put together from {len(kept)} event files, of which each takes the place of the earlier ones"
+            f" from its first step on: {together}."
+        )
+    return dict(sorted(points.items())), remarks
+
+
+def _shared_tag(points: dict[str, Points], file: EventFile) -> str | None:
+    """A scalar that both have along the run: what is logged once, at every start, says nothing."""
+    shared = [tag for tag in file.scalars if len(points.get(tag, ())) > 1]
+    return max(shared, key=lambda tag: len(points[tag]), default=None)
+
+
+def _before(points: dict[str, Points], begin: int) -> dict[str, Points]:
+    return {
+        tag: before
+        for tag, values in points.items()
+        if (before := {step: value for step, value in values.items() if step < begin})
+    }
+
+
+def _check_together(kept: Sequence[EventFile], file: EventFile, tag: str) -> None:
+    having = [one for one in kept if tag in one.scalars]
+    first = min(min(one.scalars[tag]) for one in having)
+    for one in having:
+        if one.times[tag][1] > file.times[tag][0]:
+            raise _two_runs(one, file, "were written at the same time")
+        if min(file.scalars[tag]) <= first and one.path.parent != file.path.parent:
+            raise _two_runs(one, file, f"both begin at step {first}")
+
+
+def _two_runs(one: EventFile, other: EventFile, why: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"RUN_DIR: two runs lie below it, {_described(one)} and {_described(other)}, which {why}: expected the logs of"
+        " one run"
+    )
+
+
+def _described(file: EventFile) -> str:
+    begun = datetime.fromtimestamp(file.begun).isoformat(" ", "seconds")
+    return f"'{file.path}' of {begun} with the steps {file.steps[0]:,} to {file.steps[1]:,}"
