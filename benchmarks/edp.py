@@ -26,7 +26,7 @@ from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from torch import Tensor, distributed
 from wire import HostReads, Wire
 
-from nemo_skymoe.moe import traffic
+from nemo_skymoe import traffic
 from nemo_skymoe.moe.layer import SkyworkMoELayer, SkyworkTransformerConfig
 from nemo_skymoe.patches import cpu_cuda, cpu_runtime
 from nemo_skymoe.ranks import run_ranks
@@ -264,7 +264,7 @@ One MoE layer on {RANKS} gloo ranks, TP = EP = {RANKS}, ETP = 1: {EXPERTS} exper
 float32 as `SkyworkRouter` returns them.
 
 - **Bytes**: mean over the ranks, counted by wrapping `torch.distributed` (`wire.py`, no code shared with the formula),
-  everything included: weights, expert numbers, counts. Ring convention. **Formula**: `nemo_skymoe/moe/traffic.py`,
+  everything included: weights, expert numbers, counts. Ring convention. **Formula**: `nemo_skymoe.traffic.py`,
   "equal" to the byte on every rank; with a capacity it is told how many rows the random routing made.
 - **Host waits**: where the host of a GPU run would wait for the device in a forward and backward pass, experts
   included: values read, and operations whose result's shape depends on values. Stock without fused permutation.

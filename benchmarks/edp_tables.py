@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_skymoe.moe import traffic
-from nemo_skymoe.moe.traffic import Exchange
+from nemo_skymoe import traffic
+from nemo_skymoe.traffic import Exchange
 
 # The report's cluster (B.3), per GPU and direction: NVLink 400 GB/s in both together, RoCE 800 Gb/s a node of 8.
 NVLINK = 200e9

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from nemo_skymoe import option_values
+from nemo_skymoe.dispatchers import DISPATCHERS
 
 AUX_LOSS_FORMS = ("switch", "square")
 CAPACITY_SCOPES = ("rank", "edp")
-EDP_DISPATCHERS = ("auto", "replicated", "allgather", "alltoall")
+EDP_DISPATCHERS = ("auto", *DISPATCHERS)
 LOGIT_NORM_SCALES = (0.01, 100.0)
 LOGIT_NORM_EPS = (1e-12, 0.01)
 
@@ -304,7 +305,6 @@ class SkyworkOptions:
 
     def _check_edp_dispatcher(self) -> None:
         config: Any = self
-        name = self.edp_dispatcher
         for option in (
             "moe_shared_expert_overlap",
             "moe_router_padding_for_fp8",
@@ -328,26 +328,12 @@ class SkyworkOptions:
                 "moe_token_dispatcher_type='flex' needs DeepEP's groups, under moe_edp expected 'allgather' or"
                 " 'alltoall'; edp_dispatcher chooses what runs"
             )
-        if self.moe_capacity_scope == "edp":
-            if config.moe_expert_capacity_factor is None:
-                raise ConfigurationError(
-                    "moe_capacity_scope='edp' says how a capacity is counted, but moe_expert_capacity_factor is None"
-                )
-            if name == "alltoall":
-                raise ConfigurationError(
-                    "moe_capacity_scope='edp' needs every rank to see the whole group's tokens, which"
-                    " edp_dispatcher='alltoall' avoids: expected 'allgather' or 'auto', or moe_capacity_scope='rank'"
-                )
-        if (
-            config.tensor_model_parallel_size > 1
-            and name != "auto"
-            and config.sequence_parallel == (name == "replicated")
-        ):
-            needs = "sequence_parallel=False" if name == "replicated" else "sequence_parallel=True"
+        if self.moe_capacity_scope == "edp" and config.moe_expert_capacity_factor is None:
             raise ConfigurationError(
-                f"edp_dispatcher={name!r} needs {needs}: without sequence parallelism every rank holds the tokens"
-                " already ('replicated'), with it each holds its own ('allgather', 'alltoall')"
+                "moe_capacity_scope='edp' says how a capacity is counted, but moe_expert_capacity_factor is None"
             )
+        if self.edp_dispatcher != "auto":
+            _refuse(DISPATCHERS[self.edp_dispatcher].unfit(self))
 
 
 def _refuse(reason: str | None) -> None:

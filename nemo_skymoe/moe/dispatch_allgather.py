@@ -19,6 +19,8 @@ class AllGatherTokenDispatcher(EdpTokenDispatcher):
     `moe_capacity_scope="edp"` tokens are dropped here, where the whole group's are known.
     """
 
+    kind = "allgather"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._drops = (

@@ -1,5 +1,7 @@
 """EDP with sequence parallelism by all-to-all: a token goes once to each rank that has an expert for it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,13 @@ class AllToAllTokenDispatcher(EdpTokenDispatcher):
     Stock all-to-all sends a row for every assignment; of two picked experts on the same rank, one row and one
     returned row are saved. The host reads once a layer: rows to and from each rank, and rows per expert.
     """
+
+    kind = "alltoall"
+
+    @classmethod
+    def of(cls, config: Any) -> type[EdpTokenDispatcher]:
+        """With experts padded to their capacity every rank sends as many rows, which nobody has to count."""
+        return PaddedAllToAllTokenDispatcher if config.moe_pad_expert_input_to_capacity else cls
 
     def dispatch_preprocess(
         self, tokens: Tensor, routing_map: Tensor, probs: Tensor
@@ -66,6 +75,8 @@ class PaddedAllToAllTokenDispatcher(EdpTokenDispatcher):
     Rows are (expert, place) pairs as in Megatron's own: since an expert's places travel full or empty,
     sending a token once for two experts of a rank would save no byte.
     """
+
+    kind = "alltoall"
 
     def dispatch_preprocess(
         self, tokens: Tensor, routing_map: Tensor, probs: Tensor

@@ -22,6 +22,8 @@ class ReplicatedTokenDispatcher(EdpTokenDispatcher):
     the gradients are not: `share_tokens`, `share_weights`, and `edp.exclude_replicas` for the router's losses.
     """
 
+    kind = "replicated"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._check_every: int = self.config.edp_replica_check_interval

@@ -4,7 +4,7 @@ Shape suffixes: t tokens of this rank, T tokens of the group, K picked experts, 
 H hidden.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.transformer.moe.moe_utils import get_capacity
@@ -28,6 +28,13 @@ class EdpTokenDispatcher(MoETokenDispatcher):
     """
 
     config: Any
+    kind: ClassVar[str]
+    """The entry of `nemo_skymoe.dispatchers.DISPATCHERS` whose needs it has and for which the router is set up."""
+
+    @classmethod
+    def of(cls, config: Any) -> "type[EdpTokenDispatcher]":
+        """The class for a configuration: this one, or one that the configuration allows to be faster."""
+        return cls
 
     def __init__(self, config: Any, groups: Any, router: Any) -> None:
         super().__init__(config, groups)

@@ -11,36 +11,41 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
-from nemo_skymoe.config import SkyworkOptions
-from nemo_skymoe.moe.dispatch_allgather import AllGatherTokenDispatcher
-from nemo_skymoe.moe.dispatch_alltoall import AllToAllTokenDispatcher, PaddedAllToAllTokenDispatcher
-from nemo_skymoe.moe.dispatch_replicated import ReplicatedTokenDispatcher
+from nemo_skymoe.config import ConfigurationError, SkyworkOptions
+from nemo_skymoe.dispatchers import DISPATCHERS, fitting
 from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
 from nemo_skymoe.moe.mesh import check_edp_groups
-from nemo_skymoe.moe.traffic import DISPATCHERS, Exchange, fewest_bytes, per_token
+from nemo_skymoe.traffic import Exchange, per_token
 
 logger = logging.getLogger(__name__)
 
 _TYPICAL_TOKENS = 4096
 
 
-def install(layer: MoELayer) -> None:
-    """Give a freshly built layer the dispatcher of `config.edp_dispatcher`, and its router the groups that go with it.
+def install(layer: MoELayer, dispatcher: type[EdpTokenDispatcher] | None = None) -> None:
+    """Give a freshly built layer its EDP dispatcher, and its router the groups that go with it.
+
+    Args:
+        layer: With Megatron's own dispatcher and process groups.
+        dispatcher: The class to use; None for that of `config.edp_dispatcher`.
 
     Raises:
-        ConfigurationError: The layer's process groups are not EDP's.
+        ConfigurationError: The layer's process groups are not EDP's, or the class does not fit the configuration.
     """
     config: Any = layer.config
     stock = cast(MoETokenDispatcher, layer.token_dispatcher)
     check_edp_groups(layer.attn_tp_group, layer.ep_group, stock.tp_group)
-    dispatcher = dispatcher_class(config)
+    chosen = dispatcher or DISPATCHERS[resolve_dispatcher(config)].load().of(config)
+    entry = DISPATCHERS[chosen.kind]
+    if (reason := entry.unfit(config)) is not None:
+        raise ConfigurationError(f"{chosen.__name__} is of the kind {entry.name!r}: {reason}")
     # Of the two groups of the same ranks attention's: one communicator less, and it has the timeout that was
     # asked for, which Megatron does not pass on to the expert-parallel group.
     tensor = layer.attn_tp_group
     # The class that Megatron passes here has another name in 0.14.
     groups = SimpleNamespace(ep=tensor, expt_tp=stock.tp_group, tp_ep=tensor)
-    layer.token_dispatcher = dispatcher(config, groups, layer.router)
-    if dispatcher is ReplicatedTokenDispatcher:
+    layer.token_dispatcher = chosen(config, groups, layer.router)
+    if not entry.needs_sequence_parallel:
         exclude_replicas(layer.router)
         # Megatron's forward refuses to train without sequence parallelism where this group has several ranks.
         layer.attn_tp_group = stock.tp_group
@@ -48,32 +53,15 @@ def install(layer: MoELayer) -> None:
         leave_dropping_to_the_dispatcher(layer.router)
 
 
-def dispatcher_class(config: Any) -> type[EdpTokenDispatcher]:
-    """The class that `config.edp_dispatcher` names or, for "auto", the one that sends the least."""
-    name = resolve_dispatcher(config)
-    if name == "alltoall":
-        return (
-            PaddedAllToAllTokenDispatcher
-            if config.moe_pad_expert_input_to_capacity
-            else AllToAllTokenDispatcher
-        )
-    return AllGatherTokenDispatcher if name == "allgather" else ReplicatedTokenDispatcher
-
-
 def resolve_dispatcher(config: Any) -> str:
     """The name of the dispatcher; the choice of "auto" and its count are logged once by rank 0."""
     options = cast(SkyworkOptions, config)
     if options.edp_dispatcher != "auto":
         return options.edp_dispatcher
-    if not config.sequence_parallel:
-        choices: tuple[str, ...] = ("replicated",)
-    elif options.moe_capacity_scope == "edp":
-        choices = ("allgather",)
-    else:
-        choices = ("alltoall", "allgather")
     exchange = exchange_of(config)
-    name = fewest_bytes(exchange, choices)
-    _log_choice(name, choices, exchange)
+    totals = {one.name: per_token(one.bytes_sent(exchange), exchange) for one in fitting(config)}
+    name = min(totals, key=totals.__getitem__)
+    _log_choice(name, tuple(totals.items()), exchange.ranks)
     return name
 
 
@@ -94,12 +82,12 @@ def exchange_of(config: Any, tokens: int = _TYPICAL_TOKENS) -> Exchange:
 
 
 @functools.cache
-def _log_choice(name: str, choices: tuple[str, ...], exchange: Exchange) -> None:
+def _log_choice(name: str, totals: tuple[tuple[str, float], ...], ranks: int) -> None:
     if torch.distributed.get_rank() == 0:
-        counts = ", ".join(f"{c} {per_token(DISPATCHERS[c](exchange), exchange):,.0f}" for c in choices)
+        counts = ", ".join(f"{choice} {total:,.0f}" for choice, total in totals)
         logger.info(
             f"edp_dispatcher 'auto' is '{name}': bytes a rank sends per layer and token of its own, forward and"
-            f" backward, on {exchange.ranks} ranks: {counts}"
+            f" backward, on {ranks} ranks: {counts}"
         )
 
 

@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.moe import edp
+from nemo_skymoe.moe.adoption import adopt
 from nemo_skymoe.moe.capacity import with_capacity_in_reach
+from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
 from nemo_skymoe.moe.mesh import check_group_sizes
 from nemo_skymoe.moe.norm import RMSNorm
 from nemo_skymoe.moe.router import SkyworkRouter
@@ -37,14 +39,22 @@ class SkyworkTransformerConfig(SkyworkOptions, TransformerConfig):
 
 
 class SkyworkMoELayer(MoELayer):
-    """Megatron's MoE layer with the Skywork router; under EDP with our dispatcher, its process groups checked."""
+    """Megatron's MoE layer with the Skywork router; under EDP with our dispatcher, its process groups checked.
+
+    Attributes:
+        router_class: What the layer routes with; a subclass of the layer names another.
+        dispatcher_class: What it dispatches with under `moe_edp`; None for the one that `edp_dispatcher` names.
+    """
+
+    router_class: ClassVar[type[SkyworkRouter]] = SkyworkRouter
+    dispatcher_class: ClassVar[type[EdpTokenDispatcher] | None] = None
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         router_without_te.apply()
         context_parallel_aux_loss.apply()
         super().__init__(with_capacity_in_reach(config), *args, **kwargs)
-        if not isinstance(self.router, SkyworkRouter):
-            self.router = SkyworkRouter.adopt(self.router)
+        if type(self.router) is not self.router_class:
+            self.router = self.router_class.adopt(self.router)
         check_group_sizes(
             config,
             tensor_model_parallel_size=self.attn_tp_group,
@@ -54,9 +64,14 @@ class SkyworkMoELayer(MoELayer):
         )
         self._check_gathered_tokens()
         if cast(SkyworkOptions, config).moe_edp:
-            edp.install(self)
+            edp.install(self, self.dispatcher_class)
+        elif self.dispatcher_class is not None:
+            raise ConfigurationError(
+                f"moe_edp is False, expected True with the dispatcher_class {self.dispatcher_class.__name__} of"
+                f" {type(self).__name__}: it dispatches over the tensor-parallel group"
+            )
         elif type(self.token_dispatcher) is MoEAllGatherTokenDispatcher:
-            self.token_dispatcher.__class__ = StockAllGatherTokenDispatcher
+            self.token_dispatcher = adopt(self.token_dispatcher, StockAllGatherTokenDispatcher)
 
     def _check_gathered_tokens(self) -> None:
         """Megatron 0.14 runs the shared experts after its all-gather, whose buffer they then overwrite."""
@@ -92,10 +107,12 @@ def have_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def get_skywork_moe_layer_spec(config: TransformerConfig) -> ModuleSpec:
+def get_skywork_moe_layer_spec(
+    config: TransformerConfig, moe_layer: type[SkyworkMoELayer] = SkyworkMoELayer
+) -> ModuleSpec:
     """One transformer layer: Transformer Engine's where it is installed, else Megatron's local one.
 
-    With `config.num_moe_experts` its MLP is a `SkyworkMoELayer`; without, it is the dense layer of Skywork-13B.
+    With `config.num_moe_experts` its MLP is a `moe_layer`; without, it is the dense layer of Skywork-13B.
 
     Raises:
         ConfigurationError: Sequence parallelism without Transformer Engine, for which a spec of one layer cannot
@@ -114,16 +131,20 @@ def get_skywork_moe_layer_spec(config: TransformerConfig) -> ModuleSpec:
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
-    _adapt(spec, config, have_transformer_engine())
+    _adapt(spec, config, have_transformer_engine(), moe_layer)
     return spec
 
 
 def get_skywork_block_spec(
-    config: TransformerConfig, vp_stage: int | None = None, transformer_engine: bool | None = None
+    config: TransformerConfig,
+    vp_stage: int | None = None,
+    transformer_engine: bool | None = None,
+    moe_layer: type[SkyworkMoELayer] = SkyworkMoELayer,
 ) -> TransformerBlockSubmodules:
     """This pipeline stage's layers and the final norm; what `GPTModel(transformer_layer_spec=...)` takes.
 
-    Which layers are MoE follows `config.moe_layer_freq`; `transformer_engine=None` takes it where it is installed.
+    Which layers are MoE follows `config.moe_layer_freq`; `transformer_engine=None` takes it where it is installed;
+    `moe_layer` is a subclass with a router or dispatcher of its own.
 
     Raises:
         ConfigurationError: A norm that neither Megatron nor this package has without Transformer Engine.
@@ -133,13 +154,15 @@ def get_skywork_block_spec(
     logging.getLogger(transformer_layer.__name__).addFilter(_not_about_the_mlp)
     spec = get_gpt_decoder_block_spec(config, transformer_engine, vp_stage=vp_stage)
     for layer_spec in spec.layer_specs or ():
-        _adapt(layer_spec, config, transformer_engine)
+        _adapt(layer_spec, config, transformer_engine, moe_layer)
     if _needs_local_norm(config, transformer_engine):
         spec.layer_norm = cast(Any, RMSNorm)
     return spec
 
 
-def _adapt(spec: ModuleSpec, config: TransformerConfig, transformer_engine: bool) -> None:
+def _adapt(
+    spec: ModuleSpec, config: TransformerConfig, transformer_engine: bool, moe_layer: type[SkyworkMoELayer]
+) -> None:
     """Put the Skywork classes into one of Megatron's layer specs, which layers may share."""
     submodules = cast(Any, spec.submodules)
     if _needs_local_norm(config, transformer_engine):
@@ -148,7 +171,7 @@ def _adapt(spec: ModuleSpec, config: TransformerConfig, transformer_engine: bool
         if config.qk_layernorm and hasattr(attention, "k_layernorm"):
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     if submodules.mlp.module is MoELayer:
-        submodules.mlp.module = SkyworkMoELayer
+        submodules.mlp.module = moe_layer
 
 
 def _not_about_the_mlp(record: logging.LogRecord) -> bool:

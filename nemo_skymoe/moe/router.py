@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
+from nemo_skymoe.moe.adoption import adopt
 from nemo_skymoe.moe.aux_loss import squared_load_balancing_loss
 from nemo_skymoe.moe.capacity import with_capacity_in_reach
 from nemo_skymoe.moe.gate import add_gate_parameters, gate_logits
@@ -59,13 +60,8 @@ class SkyworkRouter(TopKRouter):
 
     @classmethod
     def adopt(cls, router: TopKRouter) -> "SkyworkRouter":
-        """Turn a freshly built stock router into this class, in place.
-
-        Megatron up to 0.15 builds its router itself; building a second one would draw from the random
-        number generator again and change every later initialisation.
-        """
-        router.__class__ = cls
-        adopted = cast(SkyworkRouter, router)
+        """Turn a freshly built stock router into one of this class, in place; its weights stay what they are."""
+        adopted = adopt(router, cls)
         adopted._set_up()
         return adopted
 

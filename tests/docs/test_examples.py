@@ -9,6 +9,7 @@ import pytest
 import torch
 from pages import PAGES, Page
 
+from nemo_skymoe.dispatchers import DISPATCHERS
 from nemo_skymoe.ranks import run_ranks
 
 RANKS = 2
@@ -53,22 +54,28 @@ def test_plain_megatron_core_trains_and_adapts() -> None:
 
 
 def layers(*kinds: str) -> list[Any]:
-    """The first MoE layers of models with the same weights: the page's classes by name, "" for the stock one."""
+    """The first MoE layers of models with the same weights: the page's specs, "" for the one without changes."""
     from megatron.core.models.gpt import GPTModel
 
     names = execute("megatron-core") | execute("extend")
     names["config"].edp_dispatcher = "alltoall"
+    specs = {
+        "": names["get_skywork_block_spec"],
+        "noisy": names["noisy_layer_spec"],
+        "half": names["half_wire_layer_spec"],
+    }
     made = []
     for kind in kinds:
         torch.manual_seed(0)
-        spec = names["with_layer"](names[kind or "SkyworkMoELayer"], names["config"])
-        model = GPTModel(names["config"], spec, 256, 32, position_embedding_type="rope")
+        model = GPTModel(
+            names["config"], specs[kind](names["config"]), 256, 32, position_embedding_type="rope"
+        )
         made.append(model.decoder.layers[0].mlp)
     return made
 
 
 def noisy_router() -> None:
-    stock, noisy = (layer.router for layer in layers("", "NoisyMoELayer"))
+    stock, noisy = (layer.router for layer in layers("", "noisy"))
     assert type(noisy).__name__ == "NoisyRouter" and torch.equal(stock.weight, noisy.weight)
     x = torch.randn(64, 8, 64)
     difference = noisy.gating(x) - stock.gating(x)
@@ -84,7 +91,7 @@ def test_the_router_is_noisy_in_training_alone() -> None:
 def half_wire() -> None:
     from nemo_skymoe.moe import dispatch_alltoall
 
-    stock, half = layers("", "HalfWireMoELayer")
+    stock, half = layers("", "half")
     assert type(half.token_dispatcher).__name__ == "HalfWireDispatcher"
     sent: list[torch.dtype] = []
     exchange = dispatch_alltoall.all_to_all
@@ -111,6 +118,18 @@ def half_wire() -> None:
 
 def test_the_dispatcher_sends_half_as_much() -> None:
     on_ranks(half_wire)
+
+
+def test_the_table_of_dispatchers_is_the_programs() -> None:
+    rows = [
+        f"| `{one.name}` | {_yes(one.needs_sequence_parallel)} | {_yes(one.sees_the_group)} | {one.moves} |"
+        for one in DISPATCHERS.values()
+    ]
+    assert "|---|---|---|---|\n" + "\n".join(rows) + "\n\n" in page("extend").path.read_text()
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 @pytest.fixture(scope="module")

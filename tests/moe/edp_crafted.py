@@ -7,6 +7,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, distributed
 
+from nemo_skymoe.dispatchers import DISPATCHERS
 from nemo_skymoe.moe import edp
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig
 from nemo_skymoe.patches import cpu_runtime
@@ -46,7 +47,8 @@ def dispatcher_for(config: SkyworkTransformerConfig) -> Any:
         expt_tp=parallel_state.get_expert_tensor_parallel_group(),
         tp_ep=group,
     )
-    return edp.dispatcher_class(config)(config, groups, SimpleNamespace(layer_number=7))
+    chosen = DISPATCHERS[edp.resolve_dispatcher(config)].load().of(config)
+    return chosen(config, groups, SimpleNamespace(layer_number=7))
 
 
 def dispatch_and_combine(dispatcher: Any, hidden: Tensor, weights: Tensor) -> Tensor:

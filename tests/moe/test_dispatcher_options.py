@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 from edp_crafted import PADDED, config_for
 
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.config import EDP_DISPATCHERS, ConfigurationError
+from nemo_skymoe.dispatchers import DISPATCHERS
 from nemo_skymoe.moe import edp
-from nemo_skymoe.moe.dispatch_replicated import ReplicatedTokenDispatcher
+from nemo_skymoe.moe.dispatch_alltoall import AllToAllTokenDispatcher, PaddedAllToAllTokenDispatcher
+from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
 
 SHARED_EXPERT = {
     "moe_shared_expert_overlap": True,
@@ -46,8 +48,14 @@ def test_what_makes_no_sense_is_refused_by_name(named: str, options: dict[str, A
 
 def test_the_class_depends_on_padding():
     padded = config_for("alltoall", 2, **PADDED)
-    assert edp.dispatcher_class(padded).__name__ == "PaddedAllToAllTokenDispatcher"
-    assert edp.dispatcher_class(config_for("replicated", 2)) is ReplicatedTokenDispatcher
+    assert AllToAllTokenDispatcher.of(padded) is PaddedAllToAllTokenDispatcher
+    assert AllToAllTokenDispatcher.of(config_for("alltoall", 2)) is AllToAllTokenDispatcher
+
+
+def test_the_table_names_classes_that_know_their_entry():
+    assert set(EDP_DISPATCHERS) == {"auto", *DISPATCHERS}
+    for name, entry in DISPATCHERS.items():
+        assert issubclass(entry.load(), EdpTokenDispatcher) and entry.load().kind == entry.name == name
 
 
 @pytest.mark.parametrize(

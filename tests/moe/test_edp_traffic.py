@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_skymoe.moe import traffic
-from nemo_skymoe.moe.traffic import Exchange
+from nemo_skymoe import traffic
 from nemo_skymoe.ranks import run_ranks
+from nemo_skymoe.traffic import Exchange
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TOKENS = 120

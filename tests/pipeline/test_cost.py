@@ -6,13 +6,14 @@ import pytest
 
 from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.moe.traffic import DISPATCHERS, Exchange
+from nemo_skymoe.dispatchers import DISPATCHERS
 from nemo_skymoe.pipeline.communication import Group, Links
 from nemo_skymoe.pipeline.cost import CostModel
 from nemo_skymoe.pipeline.efficiency import Efficiency
 from nemo_skymoe.pipeline.flops import causal_attention_flops, model_flops
 from nemo_skymoe.pipeline.hardware import A100_80G, A800_80G, H200, PRESETS, hardware_preset
 from nemo_skymoe.pipeline.training import Training
+from nemo_skymoe.traffic import Exchange
 
 H, F, L, V = 4608, 12288, 52, 65536
 REPORT = Training(
@@ -119,14 +120,14 @@ def test_edp_without_sequence_parallelism_only_combines():
     ],
 )
 def test_dispatch_moves_the_bytes_that_the_dispatchers_send(options: dict, dispatcher: str, beside: float):
-    """Against `moe.traffic`, which benchmarks/edp.py holds against real ranks; it also counts what goes beside rows."""
+    """Against `traffic`, which benchmarks/edp.py holds against real ranks; it also counts what goes beside rows."""
     training = replace(REPORT, **options)
     exchange = Exchange(4, 2048, H, 16, 2, capacity_factor=training.capacity_factor, padded=True)
     no_wire = replace(A800_80G, nvlink=1e30)
     wired, free = (CostModel(SKYWORK_MOE_146B, training, gpu, IDEAL).layer() for gpu in (A800_80G, no_wire))
     attention = 2 * 8192 * 2 * H * 3 / 4
     sent = (wired.forward - free.forward) * 200e9 - attention
-    assert sent == pytest.approx(DISPATCHERS[dispatcher](exchange).forward, rel=beside + 1e-9)
+    assert sent == pytest.approx(DISPATCHERS[dispatcher].bytes_sent(exchange).forward, rel=beside + 1e-9)
 
 
 def test_the_head_by_hand():

@@ -6,7 +6,6 @@ Plain arithmetic, no torch.
 """
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -151,18 +150,6 @@ def probability_of_rank(x: Exchange) -> float:
         ways = math.comb(x.local_experts, here) * math.comb(x.num_experts - x.local_experts, x.topk - here)
         missed += ways / sets * (1.0 - x.kept) ** here
     return 1.0 - missed
-
-
-DISPATCHERS: dict[str, Callable[[Exchange], Traffic]] = {
-    "replicated": replicated,
-    "allgather": allgather,
-    "alltoall": alltoall,
-}
-
-
-def fewest_bytes(x: Exchange, choices: Iterable[str]) -> str:
-    """The one of `choices` that sends the least in both passes together; the first of equals."""
-    return min(choices, key=lambda name: DISPATCHERS[name](x).total)
 
 
 def per_token(traffic: Traffic, x: Exchange) -> float:

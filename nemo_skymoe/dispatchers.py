@@ -1,0 +1,94 @@
+"""The one table of EDP's token dispatchers: checks, the choice of "auto", the layer and the documentation follow from it.
+
+Plain values, no torch: a class is named, and imported where a layer is built.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_skymoe import traffic
+from nemo_skymoe.traffic import Exchange, Traffic
+
+
+@dataclass(frozen=True)
+class Dispatcher:
+    """One way to bring tokens to the ranks of their experts and the results back."""
+
+    name: str
+    """The value of `edp_dispatcher`."""
+    target: str
+    """Its class as `module:name`."""
+    bytes_sent: Callable[[Exchange], Traffic]
+    """What a rank sends in one layer, see `traffic`."""
+    needs_sequence_parallel: bool
+    """True where every rank holds its own tokens, False where all hold the same ones."""
+    sees_the_group: bool
+    """Whether a rank sees all the group's tokens, which `moe_capacity_scope="edp"` needs."""
+    moves: str
+    """What travels forward, in words."""
+
+    def load(self) -> type:
+        """Its class; imports torch."""
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def unfit(self, config: Any) -> str | None:
+        """Why it cannot run under a configuration, in one sentence, or None."""
+        split = config.sequence_parallel
+        if config.tensor_model_parallel_size > 1 and split != self.needs_sequence_parallel:
+            return (
+                f"edp_dispatcher={self.name!r} needs sequence_parallel={self.needs_sequence_parallel}: without sequence"
+                " parallelism every rank holds the tokens already"
+                f" ({_names(needs_sequence_parallel=False)}), with it each holds its own"
+                f" ({_names(needs_sequence_parallel=True)})"
+            )
+        if config.moe_capacity_scope == "edp" and not self.sees_the_group:
+            return (
+                "moe_capacity_scope='edp' needs every rank to see the whole group's tokens, which"
+                f" edp_dispatcher={self.name!r} avoids: expected {_names(sees_the_group=True)} or 'auto', or"
+                " moe_capacity_scope='rank'"
+            )
+        return None
+
+
+_ALL = (
+    Dispatcher(
+        name="replicated",
+        target="nemo_skymoe.moe.dispatch_replicated:ReplicatedTokenDispatcher",
+        bytes_sent=traffic.replicated,
+        needs_sequence_parallel=False,
+        sees_the_group=True,
+        moves="nothing to the experts; one all-reduce of their outputs",
+    ),
+    Dispatcher(
+        name="alltoall",
+        target="nemo_skymoe.moe.dispatch_alltoall:AllToAllTokenDispatcher",
+        bytes_sent=traffic.alltoall,
+        needs_sequence_parallel=True,
+        sees_the_group=False,
+        moves="a row for every rank that has an expert of the token, there and back",
+    ),
+    Dispatcher(
+        name="allgather",
+        target="nemo_skymoe.moe.dispatch_allgather:AllGatherTokenDispatcher",
+        bytes_sent=traffic.allgather,
+        needs_sequence_parallel=True,
+        sees_the_group=True,
+        moves="every token to every rank; one reduce-scatter of the outputs",
+    ),
+)
+DISPATCHERS = {dispatcher.name: dispatcher for dispatcher in _ALL}
+"""By name; of two that send as many bytes "auto" takes the first."""
+
+
+def fitting(config: Any) -> list[Dispatcher]:
+    """The dispatchers among which "auto" chooses."""
+    split = config.sequence_parallel
+    return [one for one in _ALL if one.needs_sequence_parallel == split and one.unfit(config) is None]
+
+
+def _names(**having: bool) -> str:
+    found = [one.name for one in _ALL if all(getattr(one, name) == value for name, value in having.items())]
+    return " or ".join(map(repr, found))
