@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.claims import Claim
+from benchmarks.paper.claim import Claim
 from benchmarks.paper.results import Result
 from benchmarks.paper.runs import BUDGETS, Run, Workshop
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.paper import figure3, pictures
-from benchmarks.paper.claims import UNDECIDED, Claim
+from benchmarks.paper.claim import UNDECIDED, Claim
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.results import Difference, losses, paired
 from benchmarks.paper.runs import Run

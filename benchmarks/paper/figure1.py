@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from benchmarks.paper import pictures
-from benchmarks.paper.claims import Claim, equal, signed
+from benchmarks.paper.claim import Claim, equal, signed
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.results import Result, losses, paired
 from benchmarks.paper.runs import Run, Start

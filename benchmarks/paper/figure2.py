@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.paper import figure3, pictures
-from benchmarks.paper.claims import Claim, signed
+from benchmarks.paper.claim import Claim, signed
 from benchmarks.paper.command import Figure, Page, Results, main, place
 from benchmarks.paper.figure3 import GATE
 from benchmarks.paper.gates import TOKENS, gates_csv, record

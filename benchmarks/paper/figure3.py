@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.paper import pictures
-from benchmarks.paper.claims import Claim, signed
+from benchmarks.paper.claim import Claim, signed
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.gates import record
 from benchmarks.paper.results import losses, paired

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.paper import pictures
-from benchmarks.paper.claims import UNDECIDED, Claim, signed
+from benchmarks.paper.claim import UNDECIDED, Claim, signed
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.figure1 import start
 from benchmarks.paper.results import Result, losses, paired

@@ -6,7 +6,7 @@ python -m benchmarks.paper.figure7 --budget full
 from __future__ import annotations
 
 from benchmarks.paper import pictures
-from benchmarks.paper.claims import Claim, equal, signed
+from benchmarks.paper.claim import Claim, equal, signed
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.results import Result, losses, paired
 from benchmarks.paper.runs import Run

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.paper import pictures
-from benchmarks.paper.claims import Claim, equal, signed
+from benchmarks.paper.claim import Claim, equal, signed
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.figure1 import dense
 from benchmarks.paper.results import losses, paired

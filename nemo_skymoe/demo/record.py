@@ -1,8 +1,12 @@
-"""What the phases of the demo leave for its report."""
+"""The record of the demo: what its phases leave for its report, and what they were run with."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+
+SMOOTHING = 0.95
+"""Of the adaptive coefficients: over about 20 steps. The report's 0.99, over 100, would show little in so short a run."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""`make demo`: a dense Skywork trained on real text, upcycled, and trained on as a Skywork-MoE."""
+"""`make demo`: a dense Skywork model is trained on real text, upcycled, and continued as a Skywork-MoE."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ from rich.table import Table
 from nemo_skymoe.checkpoint.run_folder import last_checkpoint
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.demo.output import output_to
-from nemo_skymoe.demo.record import Story, minutes
+from nemo_skymoe.demo.record import SMOOTHING, Story, minutes
 from nemo_skymoe.doctor import require_supported
 from nemo_skymoe.ranks import run_ranks
 
@@ -26,8 +26,6 @@ STEPS, QUICK_STEPS = (120, 150), (20, 20)
 """Of the dense model, and of each of the two that follow it."""
 PEAK_LR, FINAL_LR = 1.5e-3, 1.5e-4
 """Of the MoE and of the continued dense model alike: the one peak there is time for, chosen before comparing."""
-SMOOTHING = 0.95
-"""Of the adaptive coefficients: over about 20 steps. The report's 0.99, over 100, would show little in so short a run."""
 _COSTS = {"dense": 1.0, "upcycling": 40.0, "moe": 2.0, "dense_continued": 1.0, "comparison": 30.0}
 """What the phases take, by step or as a whole, in the dense model's steps: for the time left, in this order."""
 
@@ -46,7 +44,9 @@ def run(output: Path, quick: bool = False) -> Path:
     console = Console()
     story = Story(output.resolve(), *(QUICK_STEPS if quick else STEPS))
     _clear(story.output, console)
-    console.print("[bold]Skywork-MoE on a laptop[/]: dense, upcycled, trained on")
+    console.print(
+        "[bold]Skywork-MoE on a laptop[/]: a dense model is trained, upcycled, and continued as an MoE"
+    )
     begin = time.monotonic()
     with _corpus(story, console):
         console.print("  NeMo loads meanwhile, about 20 s; its first steps tell the time left")
@@ -210,5 +210,5 @@ def _verdict(story: Story) -> str:
     difference = story.after["MoE, nothing dropped"] - story.after["dense"]
     return (
         f"After {story.steps} steps the MoE's loss is {abs(difference):.3f} nats"
-        f" {'below' if difference < 0 else 'above'} that of the dense model trained on alike."
+        f" {'below' if difference < 0 else 'above'} that of the dense model continued on the same batches."
     )

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from nemo_skymoe.checkpoint.run_folder import last_checkpoint
 from nemo_skymoe.demo.phases import BATCH, BATCHES, SEQUENCE
-from nemo_skymoe.demo.record import Story
-from nemo_skymoe.demo.story import SMOOTHING
+from nemo_skymoe.demo.record import SMOOTHING, Story
 from nemo_skymoe.report.curves import LossCurve, read_curves
 from nemo_skymoe.report.page import Table, Text, write_report
 
@@ -43,7 +42,7 @@ def _lead(story: Story) -> str:
     return (
         "A dense model of Skywork-13B's architecture with 1.9M parameters was trained on the sources of Python's"
         f" standard library for {story.dense_steps} steps, upcycled to 16 experts of which two see each token, and"
-        f" trained on for {story.steps} steps with the report's normalised gate (scale 1), adaptive auxiliary-loss"
+        f" continued for {story.steps} steps with the report's normalised gate (scale 1), adaptive auxiliary-loss"
         f" coefficients (its constants, but smoothed by {SMOOTHING} a step instead of 0.99) and Expert Data Parallelism,"
         " in NeMo and Megatron-Core on two CPU ranks."
         " For comparison the dense model was continued on the same batches with the same schedule.\n\n"

@@ -11,7 +11,7 @@ import pytest
 from factories import leaves
 
 from benchmarks.paper import command, defaults, figure2, figure3, figure4, figures
-from benchmarks.paper.claims import CONTRADICTED, HOLDS
+from benchmarks.paper.claim import CONTRADICTED, HOLDS
 from benchmarks.paper.command import Figure
 from benchmarks.paper.results import Result
 from benchmarks.paper.runs import BUDGETS, Run, Start, Workshop
