@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 SMOOTHING = 0.95
 """Of the adaptive coefficients: over about 20 steps. The report's 0.99, over 100, would show little in so short a run."""
 
