@@ -70,6 +70,7 @@ LIGHT = (
     ".commands.checkpoint_options",
     ".commands.launch",
     ".commands.pipeline",
+    ".commands.front_ends",
     ".cli",
     ".__main__",
 )

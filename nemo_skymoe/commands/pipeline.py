@@ -1,11 +1,13 @@
 """`skymoe`: commands on pipeline layouts."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nemo_skymoe.commands.front_ends import Command, as_typer
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.pipeline.training import Training
 
@@ -13,56 +15,8 @@ if TYPE_CHECKING:
     from nemo_skymoe.pipeline.plans import Plan
 
 
-def plan(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="skywork-13b, skywork-moe-146b, or dimensions: num_layers=24,hidden_size=2048,ffn_hidden_size=5632,"
-            "num_attention_heads=16,vocab_size=32000[,num_moe_experts=8,moe_router_topk=2,num_query_groups=4]."
-        ),
-    ],
-    hardware: Annotated[str, typer.Option(help="A800-80G, A100-80G, H100 or H200.")],
-    seq_length: Annotated[int, typer.Option(help="Tokens of a sequence.")],
-    global_batch_size: Annotated[int, typer.Option(help="Sequences of a step.")],
-    num_gpus: Annotated[int | None, typer.Option(help="All GPUs; or --data-parallel.")] = None,
-    data_parallel: Annotated[int | None, typer.Option("--data-parallel", "--dp")] = None,
-    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", "--tp")] = Training.tensor_parallel,
-    pipeline_parallel: Annotated[
-        int, typer.Option("--pipeline-parallel", "--pp")
-    ] = Training.pipeline_parallel,
-    virtual_pipeline: Annotated[int, typer.Option("--virtual-pipeline", "--vpp")] = Training.virtual_pipeline,
-    expert_parallel: Annotated[
-        int, typer.Option("--expert-parallel", "--ep", help="EDP: same as --tp.")
-    ] = Training.expert_parallel,
-    micro_batch_size: Annotated[
-        int, typer.Option(help="Sequences of a micro-batch.")
-    ] = Training.micro_batch_size,
-    sequence_parallel: Annotated[bool | None, typer.Option(help="Default: on with --tp.")] = None,
-    capacity_factor: Annotated[
-        float | None, typer.Option(help="Of experts; default: dropless.")
-    ] = Training.capacity_factor,
-    pad_to_capacity: Annotated[
-        bool, typer.Option(help="Experts compute their whole capacity.")
-    ] = Training.pad_to_capacity,
-    overlap_grad_reduce: Annotated[
-        bool, typer.Option(help="Hide gradient reduction behind compute.")
-    ] = Training.overlap_grad_reduce,
-    gradient_bytes: Annotated[
-        int, typer.Option(help="Of one gradient: 4 in fp32, 2 in bf16.")
-    ] = Training.gradient_bytes,
-    distributed_optimizer: Annotated[
-        bool, typer.Option(help="Each data-parallel rank keeps its share of the optimizer's state.")
-    ] = Training.distributed_optimizer,
-    recompute: Annotated[bool, typer.Option(help="Recompute layers where memory binds.")] = True,
-    memory_limit: Annotated[float | None, typer.Option(help="GB of a GPU to use; default: all.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Predict this layout instead: 5,5,5,5,4.")] = None,
-    profile: Annotated[
-        Path | None, typer.Option(help="JSON of measured seconds and bytes of blocks.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-    svg: Annotated[Path | None, typer.Option(help="Draw the schedule into this file.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the plan into this file, as JSON.")] = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
     """Plan a pipeline.
 
     Chooses which layers are on which pipeline stage, and which of them are recomputed, for the shortest step that
@@ -71,36 +25,69 @@ def plan(
     skymoe plan --model skywork-moe-146b --hardware A800-80G --num-gpus 1536 --tp 4 --ep 4 --pp 12
     --seq-length 8192 --global-batch-size 2048 --capacity-factor 1.25
     """
-    if svg is not None and not svg.parent.is_dir():
-        raise ConfigurationError(f"svg is {svg}, expected a file in an existing folder")
-    made = planned(
-        model,
-        hardware=hardware,
-        num_gpus=num_gpus,
-        data_parallel=data_parallel,
-        recompute=recompute,
-        memory_limit=memory_limit,
-        layers=layers,
-        profile=profile,
-        seq_length=seq_length,
-        global_batch_size=global_batch_size,
-        tensor_parallel=tensor_parallel,
-        pipeline_parallel=pipeline_parallel,
-        virtual_pipeline=virtual_pipeline,
-        expert_parallel=expert_parallel,
-        micro_batch_size=micro_batch_size,
-        sequence_parallel=sequence_parallel,
-        capacity_factor=capacity_factor,
-        pad_to_capacity=pad_to_capacity,
-        overlap_grad_reduce=overlap_grad_reduce,
-        gradient_bytes=gradient_bytes,
-        distributed_optimizer=distributed_optimizer,
+
+    model: Annotated[
+        str,
+        typer.Option(
+            help="skywork-13b, skywork-moe-146b, or dimensions: num_layers=24,hidden_size=2048,ffn_hidden_size=5632,"
+            "num_attention_heads=16,vocab_size=32000[,num_moe_experts=8,moe_router_topk=2,num_query_groups=4]."
+        ),
+    ]
+    hardware: Annotated[str, typer.Option(help="A800-80G, A100-80G, H100 or H200.")]
+    seq_length: Annotated[int, typer.Option(help="Tokens of a sequence.")]
+    global_batch_size: Annotated[int, typer.Option(help="Sequences of a step.")]
+    num_gpus: Annotated[int | None, typer.Option(help="All GPUs; or --data-parallel.")] = None
+    data_parallel: Annotated[int | None, typer.Option("--data-parallel", "--dp")] = None
+    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", "--tp")] = Training.tensor_parallel
+    pipeline_parallel: Annotated[int, typer.Option("--pipeline-parallel", "--pp")] = (
+        Training.pipeline_parallel
     )
-    if svg is not None:
-        _draw(made, svg)
-    if output is not None:
-        _write(made, output)
-    _show(made, json)
+    virtual_pipeline: Annotated[int, typer.Option("--virtual-pipeline", "--vpp")] = Training.virtual_pipeline
+    expert_parallel: Annotated[int, typer.Option("--expert-parallel", "--ep", help="EDP: same as --tp.")] = (
+        Training.expert_parallel
+    )
+    micro_batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = (
+        Training.micro_batch_size
+    )
+    sequence_parallel: Annotated[bool | None, typer.Option(help="Default: on with --tp.")] = None
+    capacity_factor: Annotated[float | None, typer.Option(help="Of experts; default: dropless.")] = (
+        Training.capacity_factor
+    )
+    pad_to_capacity: Annotated[bool, typer.Option(help="Experts compute their whole capacity.")] = (
+        Training.pad_to_capacity
+    )
+    overlap_grad_reduce: Annotated[bool, typer.Option(help="Hide gradient reduction behind compute.")] = (
+        Training.overlap_grad_reduce
+    )
+    gradient_bytes: Annotated[int, typer.Option(help="Of one gradient: 4 in fp32, 2 in bf16.")] = (
+        Training.gradient_bytes
+    )
+    distributed_optimizer: Annotated[
+        bool, typer.Option(help="Each data-parallel rank keeps its share of the optimizer's state.")
+    ] = Training.distributed_optimizer
+    recompute: Annotated[bool, typer.Option(help="Recompute layers where memory binds.")] = True
+    memory_limit: Annotated[float | None, typer.Option(help="GB of a GPU to use; default: all.")] = None
+    layers: Annotated[str | None, typer.Option(help="Predict this layout instead: 5,5,5,5,4.")] = None
+    profile: Annotated[Path | None, typer.Option(help="JSON of measured seconds and bytes of blocks.")] = None
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False
+    svg: Annotated[Path | None, typer.Option(help="Draw the schedule into this file.")] = None
+    output: Annotated[Path | None, typer.Option(help="Write the plan into this file, as JSON.")] = None
+
+
+_PRINTED = ("json", "svg", "output")
+"""Options on what is done with a plan; all others are of the plan itself."""
+
+
+def plan(options: PlanOptions) -> None:
+    """Make a plan, print it, and write or draw it where that is asked for."""
+    if options.svg is not None and not options.svg.parent.is_dir():
+        raise ConfigurationError(f"svg is {options.svg}, expected a file in an existing folder")
+    made = planned(**{name: value for name, value in vars(options).items() if name not in _PRINTED})
+    if options.svg is not None:
+        _draw(made, options.svg)
+    if options.output is not None:
+        _write(made, options.output)
+    _show(made, options.json)
 
 
 def planned(
@@ -169,4 +156,5 @@ def _integer(name: str, value: str) -> int:
         raise ConfigurationError(f"{name} is {value!r}, expected an integer") from None
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (plan,)
+PLAN = Command("plan", PlanOptions, plan)
+COMMANDS: tuple[Callable[..., None], ...] = (as_typer(PLAN),)

@@ -13,9 +13,10 @@ from typing import Any, Optional
 import nemo_run as run
 import typer
 
-from nemo_skymoe.commands import checkpoint, pipeline
+from nemo_skymoe.commands import checkpoint
+from nemo_skymoe.commands.front_ends import as_plain
+from nemo_skymoe.commands.pipeline import PLAN
 from nemo_skymoe.nemo.options import check_overrides, refuse_secrets
-from nemo_skymoe.pipeline.training import Training
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -140,56 +141,15 @@ def verify(
     checkpoint.verify(_sources(source, further_sources), Path(target), _path(logits), _path(config), as_json)
 
 
-@_command
-def plan(
-    output_path: str,
-    model: str,
-    hardware: str,
-    seq_length: int,
-    global_batch_size: int,
-    num_gpus: Optional[int] = None,
-    data_parallel: Optional[int] = None,
-    tensor_parallel: int = Training.tensor_parallel,
-    pipeline_parallel: int = Training.pipeline_parallel,
-    virtual_pipeline: int = Training.virtual_pipeline,
-    expert_parallel: int = Training.expert_parallel,
-    micro_batch_size: int = Training.micro_batch_size,
-    sequence_parallel: Optional[bool] = None,
-    capacity_factor: Optional[float] = Training.capacity_factor,
-    pad_to_capacity: bool = Training.pad_to_capacity,
-    overlap_grad_reduce: bool = Training.overlap_grad_reduce,
-    gradient_bytes: int = Training.gradient_bytes,
-    distributed_optimizer: bool = Training.distributed_optimizer,
-    recompute: bool = True,
-    memory_limit: Optional[float] = None,
-    layers: Optional[str] = None,
-    profile: Optional[str] = None,
-) -> None:
-    """Plan a pipeline, into a file that `nemo_skymoe.nemo.pipeline.written_plan` reads."""
-    pipeline.plan(
-        model,
-        hardware,
-        seq_length,
-        global_batch_size,
-        num_gpus,
-        data_parallel,
-        tensor_parallel,
-        pipeline_parallel,
-        virtual_pipeline,
-        expert_parallel,
-        micro_batch_size,
-        sequence_parallel,
-        capacity_factor,
-        pad_to_capacity,
-        overlap_grad_reduce,
-        gradient_bytes,
-        distributed_optimizer,
-        recompute,
-        memory_limit,
-        layers,
-        _path(profile),
-        output=Path(output_path),
+plan = _command(
+    as_plain(
+        PLAN,
+        module=__name__,
+        renamed={"output": "output_path"},
+        fixed={"json": False, "svg": None},
+        required=["output"],
     )
+)
 
 
 def _path(text: Optional[str]) -> Optional[Path]:

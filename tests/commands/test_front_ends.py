@@ -1,0 +1,71 @@
+"""One definition of a command gives every front end the same options, by name alone."""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Optional
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from nemo_skymoe.commands.front_ends import Command, as_plain, as_typer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaintOptions:
+    """Paint a picture."""
+
+    canvas: Annotated[Path, typer.Argument(help="File to paint on.")]
+    red: Annotated[float, typer.Option(help="Share of red.")] = 0.25
+    blue: Annotated[float, typer.Option(help="Share of blue.")] = 0.5
+    frame: Annotated[Path | None, typer.Option(help="Of the picture.")] = None
+    json: Annotated[bool, typer.Option("--json")] = False
+
+
+painted: list[PaintOptions] = []
+PAINT = Command("paint", PaintOptions, painted.append)
+
+
+def plain():
+    return as_plain(
+        PAINT, module="somewhere", renamed={"frame": "frame_path"}, fixed={"json": True}, required=["frame"]
+    )
+
+
+def test_typer_gives_what_was_given() -> None:
+    app = typer.Typer()
+    app.command()(as_typer(PAINT))
+    answer = CliRunner().invoke(app, ["--help"])
+    assert "Paint a picture." in answer.stdout and "Share of blue." in answer.stdout
+    assert CliRunner().invoke(app, ["a.png", "--blue", "0.75"]).exit_code == 0
+    assert painted.pop() == PaintOptions(canvas=Path("a.png"), blue=0.75)
+
+
+def test_the_plain_function_has_real_annotations_and_its_own_names() -> None:
+    parameters = inspect.signature(plain()).parameters
+    assert {name: one.annotation for name, one in parameters.items()} == {
+        "canvas": str,
+        "red": float,
+        "blue": float,
+        "frame_path": str,
+    }
+    assert [name for name, one in parameters.items() if one.default is one.empty] == ["canvas", "frame_path"]
+    assert (plain().__module__, plain().__qualname__, plain().__doc__) == (
+        "somewhere",
+        "paint",
+        "Paint a picture.",
+    )
+    optional = as_plain(PAINT, module="somewhere", renamed={}, fixed={})
+    assert inspect.signature(optional).parameters["frame"].annotation == Optional[str]  # noqa: UP045
+    plain()(canvas="a.png", frame_path="b.png", red=0.125)
+    expected = PaintOptions(canvas=Path("a.png"), frame=Path("b.png"), red=0.125, json=True)
+    assert painted.pop() == expected
+
+
+def test_options_are_not_taken_by_position() -> None:
+    for function in (as_typer(PAINT), plain()):
+        with pytest.raises(TypeError):
+            function("a.png", 0.5, 0.25)
+    with pytest.raises(TypeError):
+        PaintOptions("a.png", 0.5, 0.25)  # type: ignore[misc]
