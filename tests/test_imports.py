@@ -60,6 +60,7 @@ LIGHT = (
     ".architecture",
     ".ranks",
     ".pipeline.training",
+    ".pipeline.texts",
     ".doctor",
     ".diagnosis",
     ".patches.unified_memory",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from nemo_skymoe.commands.pipeline import model_sizes
+from nemo_skymoe.pipeline.texts import model_sizes
 from nemo_skymoe.quantities import parse_tokens
 
 

@@ -9,6 +9,7 @@ import typer
 
 from nemo_skymoe.commands.front_ends import Command, as_typer
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.pipeline.texts import planned
 from nemo_skymoe.pipeline.training import Training
 
 if TYPE_CHECKING:
@@ -90,27 +91,6 @@ def plan(options: PlanOptions) -> None:
     _show(made, options.json)
 
 
-def planned(
-    model: str,
-    *,
-    memory_limit: float | None = None,
-    layers: str | None = None,
-    profile: Path | None = None,
-    **options: Any,
-) -> "Plan":
-    """What `skymoe plan` makes of its options; `memory_limit` in GB, `layers` as in 5,5,5,5,4."""
-    from nemo_skymoe.pipeline.planning import plan as make_plan
-    from nemo_skymoe.pipeline.profile import read_profile
-
-    return make_plan(
-        model_sizes(model),
-        memory_limit=None if memory_limit is None else memory_limit * 1e9,
-        layers=None if layers is None else [_integer("layers", count) for count in layers.split(",")],
-        profile=None if profile is None else read_profile(profile),
-        **options,
-    )
-
-
 def _write(made: "Plan", output: Path) -> None:
     from json import dumps
 
@@ -139,21 +119,6 @@ def _show(made: Any, json: bool) -> None:
     from nemo_skymoe.pipeline.table import print_plan
 
     print_plan(made)
-
-
-def model_sizes(text: str) -> str | dict[str, int]:
-    """A model's name as it is; `num_layers=24,hidden_size=2048` as a dictionary."""
-    if "=" not in text:
-        return text
-    pairs = [part.partition("=") for part in text.split(",")]
-    return {name.strip(): _integer(name.strip(), value) for name, _, value in pairs}
-
-
-def _integer(name: str, value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise ConfigurationError(f"{name} is {value!r}, expected an integer") from None
 
 
 PLAN = Command("plan", PlanOptions, plan)

@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_skymoe import credentials
-from nemo_skymoe.commands.pipeline import planned
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.paths import check_paths
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
@@ -21,6 +20,7 @@ from nemo_skymoe.launch.training import check_recipe, make_recipe, planner_optio
 from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo import commands
 from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
+from nemo_skymoe.pipeline.texts import planned
 from nemo_skymoe.recipes.executor_checks import check_executor
 from nemo_skymoe.recipes.executors import EXECUTORS, plugins
 from nemo_skymoe.shell import word
