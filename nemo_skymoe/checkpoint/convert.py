@@ -96,9 +96,10 @@ class Plan:
         workers: int = 1,
         progress: Callable[[int, int, str], None] | None = None,
         allow_nonfinite: bool = False,
+        repair: bool = False,
         on_damage: job.OnDamage | None = None,
     ) -> dict[str, Any]:
-        """Write `output`, go on where an interrupted run of the same plan ended, or repair it; see `job.run`.
+        """Write `output`, go on where an interrupted run of the same plan ended, or `repair` it; see `job.run`.
 
         Returns:
             The receipt.
@@ -121,6 +122,7 @@ class Plan:
             workers=workers,
             progress=progress,
             allow_nonfinite=allow_nonfinite,
+            repair=repair,
             on_damage=on_damage,
         )
 

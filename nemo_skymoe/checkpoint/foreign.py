@@ -99,7 +99,7 @@ def refuse_path(path: Path) -> None:
     if path.is_dir():
         return
     if path.is_file():
-        _refuse_pointer(path)
+        refuse_pointer_file(path)
         advice = (
             _advice(path.name, _FILES)
             or _advice_by_content(path)
@@ -194,7 +194,8 @@ def refuse_pointer(file: Path, begin: bytes) -> None:
         )
 
 
-def _refuse_pointer(file: Path) -> None:
+def refuse_pointer_file(file: Path) -> None:
+    """The same, of a file whose beginning is read here."""
     with file.open("rb") as opened:
         refuse_pointer(file, opened.read(len(LFS_POINTER)))
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.checkpoint import convert
-from nemo_skymoe.checkpoint.companions import GENERATION_FILES, companion_names
+from nemo_skymoe.checkpoint.companions import companion_kinds
 from nemo_skymoe.checkpoint.convert import Source
+from nemo_skymoe.checkpoint.foreign import refuse_pointer_file
 from nemo_skymoe.checkpoint.reading import DTYPE_SIZES
 from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
@@ -45,8 +46,8 @@ class Inspection:
     vocabulary_rows: int | None = None
     """Rows of the embedding as stored: the vocabulary and its padding."""
     tokenizer: list[str] = field(default_factory=list)
-    other_files: list[str] = field(default_factory=list)
-    """What else travels with the model: its defaults of generation."""
+    other_files: dict[str, list[str]] = field(default_factory=dict)
+    """What else travels with the model, by kind: chat templates, defaults of generation, processors, terms."""
     receipt: dict[str, Any] | None = None
     """The job that wrote it, if it was written here."""
     not_checked: str = "the values of the weights: headers, names, shapes and sizes alone were read"
@@ -106,9 +107,13 @@ def _describe_model(found: Inspection, source: Source) -> None:
     found.options = options
     found.vocabulary_rows = _embedding_rows(source)
     if source.tokenizer is not None:
-        names = companion_names(source.tokenizer)
-        found.other_files = [name for name in names if name in GENERATION_FILES]
-        found.tokenizer = [name for name in names if name not in found.other_files]
+        kinds = companion_kinds(source.tokenizer)
+        for name in sorted(kinds):
+            refuse_pointer_file(source.tokenizer / name)
+            if kinds[name] == "tokenizer":
+                found.tokenizer.append(name)
+            else:
+                found.other_files.setdefault(kinds[name], []).append(name)
 
 
 def _embedding_rows(source: Source) -> int:

@@ -32,6 +32,12 @@ def receipt_bytes(
     return (json.dumps(receipt, indent=1, ensure_ascii=False) + "\n").encode()
 
 
+def same_receipt(receipt: Mapping[str, Any], files: Mapping[str, FileChecksum]) -> bytes:
+    """The file of a receipt that was read, as it was written; `files` may have other checksums."""
+    identity = {key: value for key, value in receipt.items() if key not in ("receipt", "sources", "files")}
+    return receipt_bytes(identity, receipt["sources"], files)
+
+
 def read_receipt(folder: Path) -> dict[str, Any] | None:
     """A folder's receipt; None without one.
 

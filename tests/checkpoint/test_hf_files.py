@@ -113,12 +113,13 @@ TOKENIZER = {
     "generation_config.json": b'{"eos_token_id": 2}',
     "chat_template.jinja": b"{{ messages }}",
     "additional_chat_templates/tool.jinja": b"{{ tools }}",
+    "LICENSE": b"(c)",
 }
 
 
 def test_tokenizer_travels_byte_for_byte_and_nothing_else_does(tmp_path: Path):
     hf_models.skywork_dense(tmp_path)
-    others = {"modeling_skywork.py": b"theirs", "pytorch_model.bin": b"pickle", "README.md": b"#"}
+    others = {"modeling_skywork.py": b"theirs", "pytorch_model.bin": b"pickle", "notes.md": b"#"}
     for name, content in (TOKENIZER | others).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
