@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nemo_skymoe.checkpoint.config_values import read_bytes, read_json
+from nemo_skymoe.checkpoint.foreign import refuse_broken_link
 from nemo_skymoe.config import ConfigurationError
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -92,6 +93,7 @@ def find_companions(context: Path) -> Path | None:
 def _check_link(file: Path, folder: Path) -> None:
     """A copy of what lies elsewhere goes into every export: a link must not fetch a secret under another name."""
     real, home = Path(os.path.realpath(file)), folder.resolve()
+    refuse_broken_link(file)
     if not real.is_file():
         raise ConfigurationError(f"'{file}' is '{real}', expected a regular file")
     blobs = real.parent.name == "blobs" and (

@@ -135,6 +135,8 @@ def form_of(folder: Path) -> str:
     """
     foreign.refuse_path(folder)
     known = {"hf": "config.json", "nemo": "weights", "megatron": ".metadata"}
+    for name in known.values():
+        foreign.refuse_broken_link(folder / name)
     form = next((form for form, name in known.items() if (folder / name).exists()), None)
     foreign.refuse_folder(folder, is_model=form is not None)
     if form is not None:

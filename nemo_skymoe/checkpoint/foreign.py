@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -90,6 +91,14 @@ _UNQUANTISE = (
 )
 
 
+def refuse_broken_link(path: Path) -> None:
+    """Refuse a link that leads nowhere, or round in a circle."""
+    if path.is_symlink() and not path.exists():
+        raise ConfigurationError(
+            f"'{path}' is a link to '{os.readlink(path)}', which cannot be opened: put what it stands for in its place"
+        )
+
+
 def refuse_path(path: Path) -> None:
     """Refuse what is no folder, with what it seems to be.
 
@@ -98,6 +107,7 @@ def refuse_path(path: Path) -> None:
     """
     if path.is_dir():
         return
+    refuse_broken_link(path)
     if path.is_file():
         refuse_pointer_file(path)
         advice = (
@@ -146,7 +156,7 @@ def refuse_folder_of_models(folder: Path, telling: Iterable[str]) -> None:
     Raises:
         ConfigurationError: With the first few of them.
     """
-    inner = [*folder.iterdir(), *folder.glob("snapshots/*")]
+    inner = [*folder.iterdir(), *folder.glob("snapshots/*"), *folder.glob("models--*/snapshots/*")]
     found = sorted(str(path) for path in inner if any((path / name).exists() for name in telling))
     if found:
         more = ", ..." if len(found) > _MOST_NAMED else ""

@@ -111,10 +111,13 @@ def run(
 
 
 def check_output(output: Path, job: Mapping[str, Any], target: Target) -> None:
-    """Refuse an output that exists and that another job wrote, without reading more than its receipt."""
+    """Refuse an output that exists and that another job wrote, without reading more than its receipt; or has no place."""
     output = absolute(output)
     if os.path.lexists(output):
         own_receipt(output, _identity(job, target))
+    place = next(parent for parent in output.parents if os.path.lexists(parent))
+    if not place.is_dir():
+        raise ConfigurationError(f"'{output}' cannot be written: '{place}' is no folder")
 
 
 def absolute(output: Path) -> Path:
