@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nemo_skymoe.checkpoint.config_values import read_bytes, read_json
-from nemo_skymoe.checkpoint.foreign import refuse_broken_link
+from nemo_skymoe.checkpoint.stand_in import refuse_broken_link
 from nemo_skymoe.config import ConfigurationError
 
 KINDS: dict[str, tuple[str, ...]] = {

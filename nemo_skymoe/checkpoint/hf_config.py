@@ -10,7 +10,7 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import unfamiliar
 from nemo_skymoe.checkpoint.config_values import ConfigValues, read_json
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.foreign import check_quantization
+from nemo_skymoe.checkpoint.foreign_tensors import check_quantization
 from nemo_skymoe.checkpoint.tensors import ITEM_SIZES
 from nemo_skymoe.config import ConfigurationError
 
@@ -202,7 +202,7 @@ def _refuse_what_has_no_place(values: ConfigValues, family: str) -> None:
     if values.value("partial_rotary_factor", None) not in (None, 1.0):
         raise values.wrong("partial_rotary_factor", "1: rotary embedding of the whole head")
     for name in ("quantization_config", "quantization", "compression_config"):
-        check_quantization(values.value(name, None), values.wrong)
+        check_quantization(name, values.value(name, None), values.wrong)
     unfamiliar.check(values)
 
 

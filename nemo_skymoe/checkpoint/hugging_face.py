@@ -10,7 +10,7 @@ from pathlib import Path
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import hf_config
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.foreign import refuse_quantised_files, refuse_quantised_tensors
+from nemo_skymoe.checkpoint.foreign_tensors import refuse_foreign_tensors, refuse_quantised_files
 from nemo_skymoe.checkpoint.fp8 import EIGHT_BITS, SCALE, Dequantized
 from nemo_skymoe.checkpoint.mapping import Chunk, Part, StoredWeights, listed
 from nemo_skymoe.checkpoint.reading import FileStorage
@@ -103,7 +103,7 @@ def open(folder: Path) -> tuple[StoredWeights, Description]:
     description = hf_config.read(folder)
     refuse_quantised_files(folder)
     storage = SafetensorsStorage(folder)
-    refuse_quantised_tensors(folder, storage.tensors)
+    refuse_foreign_tensors(folder, {name: info.dtype for name, info in storage.tensors.items()})
     storage = without_buffers(_without_ignored(storage), description)
     if any(name.endswith(SCALE) or info.dtype in EIGHT_BITS for name, info in storage.tensors.items()):
         storage = Dequantized(storage)

@@ -11,11 +11,11 @@ from typing import Any
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.companions import companion_kinds
 from nemo_skymoe.checkpoint.convert import Source
-from nemo_skymoe.checkpoint.foreign import refuse_pointer_file
 from nemo_skymoe.checkpoint.reading import DTYPE_SIZES
 from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.safetensors_storage import SafetensorsStorage
+from nemo_skymoe.checkpoint.stand_in import refuse_pointer
 from nemo_skymoe.checkpoint.tensors import Key, Storage, TensorInfo
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
@@ -109,7 +109,7 @@ def _describe_model(found: Inspection, source: Source) -> None:
     if source.tokenizer is not None:
         kinds = companion_kinds(source.tokenizer)
         for name in sorted(kinds):
-            refuse_pointer_file(source.tokenizer / name)
+            refuse_pointer(source.tokenizer / name)
             if kinds[name] == "tokenizer":
                 found.tokenizer.append(name)
             else:

@@ -77,6 +77,12 @@ def layout(storage: Storage) -> Layout:
         ConfigurationError: It has no embedding of Megatron's.
     """
     names = storage.tensors.keys()
+    adapter = next((name for name in sorted(names) if ".adapter." in name), None)
+    if adapter is not None:
+        raise ConfigurationError(
+            f"'{adapter}' in '{storage.folder}' belongs to an adapter (LoRA) of NeMo, which is not a model: merge it into its"
+            " base with nemo.collections.llm.peft.merge_lora, and give the result"
+        )
     prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
     if prefix + EMBEDDING not in names:
         raise ConfigurationError(

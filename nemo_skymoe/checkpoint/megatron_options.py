@@ -13,6 +13,7 @@ from nemo_skymoe.checkpoint import hf_config, saved_arguments, tokenizer
 from nemo_skymoe.checkpoint.companions import find_companions
 from nemo_skymoe.checkpoint.config_values import read_json
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.stand_in import refuse_pointers
 from nemo_skymoe.checkpoint.tensors import Storage
 from nemo_skymoe.checkpoint.torch_dist_storage import WEIGHTS, weights_folder
 from nemo_skymoe.config import ConfigurationError
@@ -66,6 +67,7 @@ def describe(folder: Path, storage: Storage, config: Path | None = None) -> Desc
     """
     weights = weights_folder(folder)
     context = (weights.parent if weights.name == WEIGHTS else weights) / CONTEXT
+    refuse_pointers(context, HF_CONFIG, "model.yaml", "io.json")
     if config is not None:
         return hf_config.from_hf_config(read_json(config), str(config))
     if (context / HF_CONFIG).is_file():

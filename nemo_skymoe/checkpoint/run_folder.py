@@ -3,19 +3,19 @@
 import os
 from pathlib import Path
 
-from nemo_skymoe.checkpoint.foreign import refuse_broken_link
+from nemo_skymoe.checkpoint.stand_in import refuse_broken_link
 from nemo_skymoe.config import ConfigurationError
 
 _CHECKPOINTS, _LAST, _UNFINISHED = "checkpoints", "*-last", "-unfinished"
-_WEIGHTS, _CONTEXT = "weights", "context"
+_PARTS = ("weights", "context")
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """`folder`; where it is that of a run its last checkpoint, and where it is NeMo's `weights/` the whole checkpoint."""
+    """`folder`; where it is that of a run its last checkpoint, and of NeMo's `weights/` or `context/` the whole."""
     # By its name first: `weights` may be a link to another disk, where there is no context beside it.
-    for whole in (Path(os.path.abspath(folder)), Path(os.path.realpath(folder))):
-        if whole.name == _WEIGHTS and (whole.parent / _CONTEXT).is_dir():
-            return whole.parent
+    for part in (Path(os.path.abspath(folder)), Path(os.path.realpath(folder))):
+        if part.name in _PARTS and all((part.parent / name).is_dir() for name in _PARTS):
+            return part.parent
     return last_checkpoint(folder) if (folder / _CHECKPOINTS).is_dir() else folder
 
 
