@@ -97,7 +97,7 @@ def _describe_model(found: Inspection, source: Source) -> None:
     sizes = description.architecture
     found.architecture = asdict(sizes)
     if sizes.num_moe_experts is None:
-        found.architecture = {k: v for k, v in found.architecture.items() if not k.startswith("moe_")}
+        found.architecture = {k: v for k, v in found.architecture.items() if "moe_" not in k}
     found.parameters, found.activated_parameters = sizes.parameters, sizes.activated_parameters
     options = {name: getattr(description, name) for name in description.__dataclass_fields__}
     for name in ("architecture", "raw"):
