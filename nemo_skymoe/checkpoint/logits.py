@@ -64,9 +64,9 @@ def _logits(
         embedding, head = (saved.prefix + name for name in (megatron.EMBEDDING, megatron.HEAD))
         if description.architecture.tied_embeddings and head in stored and embedding not in stored:
             state[embedding].key = head  # the one that was saved stands for both
-        if saved.layer_spec == "te":
-            for part in state.values():
-                part.key = part.key.replace(LOCAL_NORM, TE_NORM)
+        for part in state.values():
+            if (of_te := part.key.replace(LOCAL_NORM, TE_NORM)) in stored:
+                part.key = of_te
         loaded: Any = dist_checkpointing.load(state, str(weights_folder(folder)))
         found = {name.removeprefix(saved.prefix): loaded[name] for name in state}
         missing, unexpected = model.load_state_dict(found, strict=False)

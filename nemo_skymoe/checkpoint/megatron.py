@@ -155,7 +155,7 @@ def _query_key_value(place: Place, architecture: Architecture) -> Iterator[Part]
 def _gate_up(place: Place, architecture: Architecture) -> Iterator[Part]:
     """However many ranks saved it, the stored matrix is the whole gate over the whole up projection."""
     for kind in ("gate", "up"):
-        yield Part(Key(kind, place.layer, place.expert), 0, architecture.ffn_hidden_size)
+        yield Part(Key(kind, place.layer, place.expert), 0, place.shape[-2] // 2)
 
 
 _PARTS: dict[str, Callable[[Place, Architecture], Iterator[Part]]] = {
