@@ -17,7 +17,7 @@ from test_logits import by_megatron, by_transformers, converted, difference
 from typer.testing import CliRunner
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import convert, hf_files, hugging_face, megatron
+from nemo_skymoe.checkpoint import convert, hf_files, hugging_face, megatron, nemo_context
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hf_config import from_hf_config
@@ -93,6 +93,14 @@ def test_there_and_back_and_what_both_compute(tmp_path: Path, remote_code: None)
     model = AutoModelForCausalLM.from_pretrained(back, trust_remote_code=True, torch_dtype=torch.float32)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS
     assert difference(by_transformers(model), by_megatron(nemo)) <= 1e-5
+
+
+def test_fiddle_reads_the_list_of_layers_from_the_context() -> None:
+    from fiddle._src.experimental import serialization
+
+    call = nemo_context._Call("types.SimpleNamespace", {"moe_layer_freq": [0, 1, 1], "num_layers": 3})
+    read = serialization.load_json(nemo_context._io_json(call).decode())
+    assert (read.moe_layer_freq, read.num_layers) == ([0, 1, 1], 3)
 
 
 @pytest.mark.parametrize("layer_spec", ["local", "te"])
