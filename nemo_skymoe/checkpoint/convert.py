@@ -148,7 +148,13 @@ def form_of(folder: Path) -> str:
         check_backend(folder / CONFIG)
     names = sorted(path.name for path in folder.iterdir())
     weights = [name for name in names if name.endswith(".safetensors")]
-    has = f"has '{weights[0]}' but no config.json" if weights else "is no checkpoint" if names else "is empty"
+    has = (
+        f"has '{weights[0]}' but no config.json"
+        if weights
+        else "is no checkpoint"
+        if names
+        else "is no checkpoint, it is empty"
+    )
     raise ConfigurationError(
         f"'{folder}' {has}: expected config.json (Hugging Face), weights/ (NeMo 2) or .metadata"
         " (Megatron-LM's torch_dist, the folder of one iteration)"

@@ -289,7 +289,7 @@ EXAMPLES: list[tuple[Callable[[Path], Path], str]] = [
     (folder_of("models/mine/config.json"), "no checkpoint itself: .*models/mine'"),
     (folder_of("models--a--b/snapshots/1a2b/config.json"), "no checkpoint itself: .*snapshots/1a2b'"),
     (folder_of("readme.txt"), r"is no checkpoint: expected config\.json"),
-    (lambda folder: folder, r"is empty: expected config\.json"),
+    (lambda folder: folder, r"it is empty: expected config\.json"),
     (nemo("weights/metadata.json"), r"no metadata\.json: if it is Megatron's, copy that file anew"),
     (nemo("weights/__3_0.distcp"), "download or copy it anew"),
     (model_with(**{"__journal": b""}), "a command has not finished here: run the same command again"),
