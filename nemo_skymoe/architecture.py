@@ -1,6 +1,7 @@
 """The sizes of a Llama-like decoder, dense or MoE, and what follows from them. Plain values, no framework."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from nemo_skymoe.config import ConfigurationError
 
@@ -22,9 +23,14 @@ class Architecture:
     kv_channels: int | None = None
     """Size of a head; None is hidden_size / num_attention_heads."""
     num_moe_experts: int | None = None
-    """Experts of every layer; None is a dense model."""
+    """Experts of an MoE layer; None is a dense model."""
     moe_router_topk: int = 2
     tied_embeddings: bool = False
+    moe_layer_freq: int | tuple[int, ...] = 1
+    """Megatron's: n is an MoE in every n-th layer from the first on; else 1 for every MoE layer and 0 for every dense one.
+    Kept as 1 where all layers are alike, else layer by layer."""
+    moe_ffn_hidden_size: int | None = None
+    """Size of an expert; None is `ffn_hidden_size`, that of the MLP of dense layers."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
@@ -46,6 +52,50 @@ class Architecture:
             raise ConfigurationError(
                 f"moe_router_topk is {self.moe_router_topk}, expected 1 to num_moe_experts ({experts})"
             )
+        self._settle_layers()
+
+    def _settle_layers(self) -> None:
+        """One way to write each model, so that equal ones compare equal."""
+        experts, size = self.num_moe_experts is not None, self.moe_ffn_hidden_size
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ConfigurationError(f"moe_ffn_hidden_size is {size!r}, expected a positive integer")
+        pattern = layer_pattern(self.moe_layer_freq, self.num_layers) if experts else (1,)
+        if all(pattern):
+            object.__setattr__(self, "moe_layer_freq", 1)
+            object.__setattr__(self, "ffn_hidden_size", (size if experts else None) or self.ffn_hidden_size)
+        else:
+            object.__setattr__(self, "moe_layer_freq", pattern)
+        if all(pattern) or size == self.ffn_hidden_size:
+            object.__setattr__(self, "moe_ffn_hidden_size", None)
+
+    @cached_property
+    def moe_layers(self) -> tuple[bool, ...]:
+        """Of every layer, whether it is an MoE."""
+        if self.num_moe_experts is None:
+            return (False,) * self.num_layers
+        return tuple(map(bool, layer_pattern(self.moe_layer_freq, self.num_layers)))
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether some layers are dense and others MoE."""
+        return len({*self.moe_layers}) > 1
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        """Size of an expert; in a dense model that of its MLP."""
+        return self.moe_ffn_hidden_size or self.ffn_hidden_size
+
+    def of_layers(self, moe: bool) -> "Architecture":
+        """The model if all its layers were like its MoE layers, or like its dense ones."""
+        if not moe:
+            return replace(self, num_moe_experts=None)
+        return replace(self, moe_layer_freq=1, ffn_hidden_size=self.expert_ffn_hidden_size)
+
+    @property
+    def layers(self) -> "tuple[Architecture, ...]":
+        """`of_layers` of every layer."""
+        kinds = {moe: self.of_layers(moe) for moe in {*self.moe_layers}}
+        return tuple(kinds[moe] for moe in self.moe_layers)
 
     @property
     def query_groups(self) -> int:
@@ -65,12 +115,12 @@ class Architecture:
 
     @property
     def expert_parameters(self) -> int:
-        """Weights of one SwiGLU MLP."""
-        return 3 * self.hidden_size * self.ffn_hidden_size
+        """Weights of one expert; in a dense model, of one MLP."""
+        return 3 * self.hidden_size * self.expert_ffn_hidden_size
 
     @property
     def router_parameters(self) -> int:
-        """Weights of one layer's router; 0 in a dense model."""
+        """Weights of one MoE layer's router; 0 in a dense model."""
         return (self.num_moe_experts or 0) * self.hidden_size
 
     @property
@@ -89,13 +139,36 @@ class Architecture:
         return self._parameters(self.moe_router_topk if self.num_moe_experts else 1)
 
     def _parameters(self, experts: int) -> int:
+        mlp = {
+            True: experts * self.expert_parameters + self.router_parameters,
+            False: 3 * self.hidden_size * self.ffn_hidden_size,
+        }
         norms = 2 * self.hidden_size
-        layer = self.attention_parameters + experts * self.expert_parameters + self.router_parameters + norms
-        return self.num_layers * layer + self.embedding_parameters + self.hidden_size
+        layers = sum(self.attention_parameters + mlp[moe] + norms for moe in self.moe_layers)
+        return layers + self.embedding_parameters + self.hidden_size
 
     def with_experts(self, num_moe_experts: int, moe_router_topk: int = 2) -> "Architecture":
         """The MoE with these experts in place of every MLP."""
         return replace(self, num_moe_experts=num_moe_experts, moe_router_topk=moe_router_topk)
+
+
+def layer_pattern(frequency: object, num_layers: int) -> tuple[int, ...]:
+    """1 for every MoE layer and 0 for every dense one, of Megatron's `moe_layer_freq`.
+
+    Raises:
+        ConfigurationError: Neither a positive integer nor such a list of `num_layers`, with an MoE in it.
+    """
+    if isinstance(frequency, int) and not isinstance(frequency, bool) and frequency > 0:
+        return tuple(int(layer % frequency == 0) for layer in range(num_layers))
+    pattern = tuple(frequency) if isinstance(frequency, list | tuple) else ()
+    if len(pattern) != num_layers or any(type(one) is not int or one not in (0, 1) for one in pattern):
+        raise ConfigurationError(
+            f"moe_layer_freq is {frequency!r}, expected n for an MoE in every n-th layer, or a list of num_layers"
+            f" ({num_layers}) entries with 1 for every MoE layer and 0 for every dense one"
+        )
+    if not any(pattern):
+        raise ConfigurationError(f"moe_layer_freq is {frequency!r}, expected an MoE layer among them")
+    return pattern
 
 
 SKYWORK_13B = Architecture(52, 4608, 12288, 36, vocab_size=65519)

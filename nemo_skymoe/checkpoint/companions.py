@@ -1,26 +1,41 @@
-"""The files that travel with the weights, byte for byte: the tokenizer's, and the defaults of generation.
+"""The files that travel with the weights, byte for byte: what turns text into tokens and back, and under which terms.
 
-Everything else beside the weights stays behind or is written anew: config.json, modeling code, model cards, licences.
+Which they are is decided by their names, see KINDS. Everything else beside the weights stays behind or is written anew:
+config.json, modeling code, whatever is in folders.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nemo_skymoe.checkpoint.config_values import read_bytes, read_json
+from nemo_skymoe.checkpoint.stand_in import refuse_broken_link
 from nemo_skymoe.config import ConfigurationError
 
-GENERATION_FILES = ("generation_config.json",)
-TOKENIZER_FILES = (
-    *("tokenizer.*", "tokenizer_*", "tokenization_*.py", "tekken*.json", "vocab.*", "merges.txt"),
-    *("*.model", "*.tiktoken", "*.spm", "*.bpe", "*.vocab", "bpe.codes", "encoder.json", "dict.txt"),
-    *("added_tokens.json", "special_tokens*.json", "normalizer.json"),
-    *("chat_template*.jinja", "chat_template*.json", "additional_chat_templates/*.jinja"),
-)
-"""By pattern; with them the code that `auto_map` names for the tokenizer, and what that imports from its folder."""
+KINDS: dict[str, tuple[str, ...]] = {
+    "tokenizer": (
+        *("tokenizer.*", "tokenizer_*", "tokenization_*.py", "tekken*.json", "vocab.*", "merges.txt"),
+        *("*.model", "*.tiktoken", "*.spm", "*.bpe", "*.vocab", "bpe.codes", "encoder.json", "dict.txt"),
+        *("added_tokens.json", "special_tokens*.json", "normalizer.json", "*vocab*.json", "*vocab*.txt"),
+    ),
+    "chat templates": (
+        *("chat_template*.jinja", "chat_template*.json", "additional_chat_templates/*.jinja"),
+    ),
+    "generation": ("generation_config*.json",),
+    "processors": ("*processor_config.json", "feature_extractor_config.json"),
+    "terms": (
+        *("*license*", "*licence*", "*\u8bb8\u53ef*", "notice*", "copying*", "copyright*", "*use_policy*"),
+        *("readme*", "model_card*", "modelcard*", "citation*"),
+    ),
+}
+"""Patterns of names by kind, small and capital letters alike. With them travels the code that `auto_map` names for the
+tokenizer and the processors, and what that imports from its folder."""
+TOKENIZER_FILES = (*KINDS["tokenizer"], *KINDS["chat templates"])
+_CODE = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor", "AutoVideoProcessor")
 _CONTEXT, _TOKENIZER = "context", "tokenizer"
 _IMPORT = re.compile(r"^\s*from\s+\.(\w*)\s+import\s+([\w ,]+)", re.MULTILINE)
 
@@ -36,11 +51,30 @@ def companion_files(folder: Path) -> dict[str, bytes]:
 
 def companion_names(folder: Path) -> list[str]:
     """The relative paths of `companion_files`. Errors as there."""
-    patterns = (*TOKENIZER_FILES, *GENERATION_FILES)
-    found = {file for pattern in patterns for file in folder.glob(pattern)} | set(_code(folder))
-    for file in found:
-        _check_link(file, folder)
-    return sorted(file.relative_to(folder).as_posix() for file in found)
+    return sorted(companion_kinds(folder))
+
+
+def companion_kinds(folder: Path) -> dict[str, str]:
+    """Of every file that travels, by its relative path, the kind; code is of the tokenizer's. Errors as `companion_files`."""
+    files = {
+        file.relative_to(folder).as_posix(): file for file in (*folder.glob("*"), *folder.glob("*/*.jinja"))
+    }
+    kinds = {name: kind for name in files if (kind := _kind(name)) is not None}
+    kinds = {name: kind for name, kind in kinds.items() if kind != "terms" or not files[name].is_dir()}
+    found = {file.name: "tokenizer" for file in _code(folder)} | kinds
+    for name in found:
+        _check_link(folder / name, folder)
+    return found
+
+
+def _kind(name: str) -> str | None:
+    return next((kind for kind, patterns in KINDS.items() if _matches(name, patterns)), None)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(
+        fnmatchcase(name.lower(), pattern) and name.count("/") == pattern.count("/") for pattern in patterns
+    )
 
 
 def find_companions(context: Path) -> Path | None:
@@ -50,8 +84,7 @@ def find_companions(context: Path) -> Path | None:
         return ours
     surest = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     for patterns in (surest, TOKENIZER_FILES):
-        names = [pattern for pattern in patterns if "/" not in pattern]
-        files = [file for name in names for file in context.glob(f"**/{name}") if file.is_file()]
+        files = [file for file in context.glob("**/*") if _matches(file.name, patterns) and file.is_file()]
         if files:
             return min(file.parent for file in files)
     return None
@@ -60,6 +93,7 @@ def find_companions(context: Path) -> Path | None:
 def _check_link(file: Path, folder: Path) -> None:
     """A copy of what lies elsewhere goes into every export: a link must not fetch a secret under another name."""
     real, home = Path(os.path.realpath(file)), folder.resolve()
+    refuse_broken_link(file)
     if not real.is_file():
         raise ConfigurationError(f"'{file}' is '{real}', expected a regular file")
     blobs = real.parent.name == "blobs" and (
@@ -87,12 +121,18 @@ def _code(folder: Path) -> Iterator[Path]:
 
 
 def _named_modules(folder: Path) -> Iterator[str]:
-    configs = [folder / "tokenizer_config.json", folder / "config.json"]
+    configs = [
+        folder / "config.json",
+        folder / "tokenizer_config.json",
+        *folder.glob("*processor_config.json"),
+    ]
     if (folder.parent.name, folder.name) == (_CONTEXT, _TOKENIZER):
         configs.append(folder.parent / "config.json")
     for config in configs:
         classes = read_json(config).get("auto_map") if config.is_file() else None
-        named = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
-        for name in named if isinstance(named, list) else [named]:
-            if isinstance(name, str) and re.fullmatch(r"\w+\.\w+", name):
-                yield name.partition(".")[0]
+        # In older files the tokenizer's alone, without its name.
+        named = [classes.get(name) for name in _CODE] if isinstance(classes, dict) else [classes]
+        for names in named:
+            for name in names if isinstance(names, list) else [names]:
+                if isinstance(name, str) and re.fullmatch(r"\w+\.\w+", name):
+                    yield name.partition(".")[0]

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.foreign import refuse_pointer
+from nemo_skymoe.checkpoint.stand_in import LFS_POINTER, refuse_stand_in
 from nemo_skymoe.config import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ def read_json(file: Path) -> dict[str, Any]:
         ConfigurationError: There is no such file, or it holds something else.
     """
     content = read_bytes(file)
+    refuse_stand_in(file, content)
     try:
         value = json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError) as reason:
@@ -102,7 +103,8 @@ def read_bytes(file: Path) -> bytes:
         content = file.read_bytes()
     except OSError as reason:
         raise ConfigurationError(f"'{file}' cannot be read: {reason.strerror}") from reason
-    refuse_pointer(file, content)
+    if content.startswith(LFS_POINTER):
+        refuse_stand_in(file, content)
     return content
 
 

@@ -17,9 +17,11 @@ from nemo_skymoe.checkpoint.mapping import StoredWeights
 from nemo_skymoe.checkpoint.nemo_context import context_files
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.safetensors_target import HuggingFaceTarget
+from nemo_skymoe.checkpoint.stand_in import refuse_broken_link
 from nemo_skymoe.checkpoint.tables import LAYER_SPECS
 from nemo_skymoe.checkpoint.target import Target, check_complete, stored_dtypes
 from nemo_skymoe.checkpoint.tensors import TensorInfo, Weights
+from nemo_skymoe.checkpoint.torch_dist_storage import CONFIG, check_backend
 from nemo_skymoe.checkpoint.torch_dist_target import TorchDistTarget
 from nemo_skymoe.checkpoint.upcycled import Upcycled, check_same_base
 from nemo_skymoe.checkpoint.upcycling import BASE, Upcycling
@@ -96,9 +98,10 @@ class Plan:
         workers: int = 1,
         progress: Callable[[int, int, str], None] | None = None,
         allow_nonfinite: bool = False,
+        repair: bool = False,
         on_damage: job.OnDamage | None = None,
     ) -> dict[str, Any]:
-        """Write `output`, go on where an interrupted run of the same plan ended, or repair it; see `job.run`.
+        """Write `output`, go on where an interrupted run of the same plan ended, or `repair` it; see `job.run`.
 
         Returns:
             The receipt.
@@ -121,6 +124,7 @@ class Plan:
             workers=workers,
             progress=progress,
             allow_nonfinite=allow_nonfinite,
+            repair=repair,
             on_damage=on_damage,
         )
 
@@ -133,13 +137,26 @@ def form_of(folder: Path) -> str:
     """
     foreign.refuse_path(folder)
     known = {"hf": "config.json", "nemo": "weights", "megatron": ".metadata"}
+    for name in known.values():
+        refuse_broken_link(folder / name)
     form = next((form for form, name in known.items() if (folder / name).exists()), None)
     foreign.refuse_folder(folder, is_model=form is not None)
     if form is not None:
         return form
     foreign.refuse_folder_of_models(folder, known.values())
+    if (folder / CONFIG).is_file():
+        check_backend(folder / CONFIG)
+    names = sorted(path.name for path in folder.iterdir())
+    weights = [name for name in names if name.endswith(".safetensors")]
+    has = (
+        f"has '{weights[0]}' but no config.json"
+        if weights
+        else "is no checkpoint"
+        if names
+        else "is no checkpoint, it is empty"
+    )
     raise ConfigurationError(
-        f"'{folder}' is no checkpoint: expected config.json (Hugging Face), weights/ (NeMo 2) or .metadata"
+        f"'{folder}' {has}: expected config.json (Hugging Face), weights/ (NeMo 2) or .metadata"
         " (Megatron-LM's torch_dist, the folder of one iteration)"
     )
 

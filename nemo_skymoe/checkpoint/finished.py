@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.checkpoint.checksums import FileChecksum, available_processors, check_file, checksum_like
+from nemo_skymoe.checkpoint.mapping import listed
 from nemo_skymoe.checkpoint.reading import FileStorage
-from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt
+from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt, same_receipt
 from nemo_skymoe.config import ConfigurationError
 
 Advance = Callable[[int, str], None]
+_WITH_REPAIR = "the same command with --repair"
 
 
 @dataclass(frozen=True)
@@ -41,23 +43,27 @@ def finished(
     """
     receipt = own_receipt(output, identity)
     if len(receipt["sources"]) != len(sources):
-        raise _refused(output, f"it was written from {len(receipt['sources'])} sources")
+        raise refused(output, f"it was written from {len(receipt['sources'])} sources")
     for storage, written in zip(sources, receipt["sources"], strict=True):
         if (changed := _changed(storage, written["files"], advance)) is not None:
-            raise _refused(output, f"'{changed}' is not what it was written from")
+            raise refused(output, f"'{changed}' is not what it was written from")
     return receipt
 
 
 def own_receipt(output: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """The receipt in `output`, which this job wrote, from whichever sources. Errors as `finished`."""
-    receipt = read_receipt(output)
+    try:
+        receipt = read_receipt(output)
+    except ConfigurationError as reason:
+        raise ConfigurationError(f"{reason}; {_WITH_REPAIR} puts it back") from None
     expected = json.loads(json.dumps(identity))
     if receipt is None:
-        raise _refused(output, f"it has no {RECEIPT}")
+        hint = f" (where that alone is lost, {_WITH_REPAIR} puts it back)" if output.is_dir() else ""
+        raise refused(output, f"it has no {RECEIPT}{hint}")
     if receipt.get("job") != expected["job"]:
-        raise _refused(output, "another command or version wrote it")
+        raise refused(output, "another command or version wrote it")
     if any(receipt.get(key) != value for key, value in expected.items()):
-        raise _refused(output, "it was written from another configuration or tokenizer")
+        raise refused(output, "it was written from another configuration or tokenizer")
     return receipt
 
 
@@ -77,20 +83,21 @@ def _changed(storage: FileStorage, written: Mapping[str, Any], advance: Advance)
 
 
 def damaged_files(
-    output: Path, receipt: Mapping[str, Any], names: Iterable[str], advance: Advance
+    output: Path, receipt: Mapping[str, Any], names: Iterable[str], advance: Advance, *, own: bool = True
 ) -> dict[str, Damage]:
     """The files of a finished output that are missing or not the bytes that were written, all of which are read.
 
     Args:
         receipt: The output's.
         names: Every file that the job writes, its receipt apart.
+        own: Whether the receipt is in the output, and its own form is looked at too.
 
     Raises:
         ConfigurationError: The receipt lists other files.
     """
     written = {name: FileChecksum.from_json(value) for name, value in receipt["files"].items()}
     if written.keys() != set(names):
-        raise _refused(output, f"its {RECEIPT} lists other files than this command writes")
+        raise refused(output, f"its {RECEIPT} lists other files than this command writes")
 
     def damage(name: str) -> Damage | None:
         path, claimed = output / name, written[name]
@@ -105,10 +112,23 @@ def damaged_files(
 
     with ThreadPoolExecutor(available_processors()) as pool:
         found = zip(written, pool.map(damage, written), strict=True)
-        return {name: wrong for name, wrong in found if wrong is not None}
+        damages = {name: wrong for name, wrong in found if wrong is not None}
+    if own and (output / RECEIPT).read_bytes() != same_receipt(receipt, written):
+        damages[RECEIPT] = Damage("is not as it was written")
+    return damages
 
 
-def _refused(output: Path, reason: str) -> ConfigurationError:
+def refuse_damaged(output: Path, damages: Mapping[str, Damage]) -> ConfigurationError:
+    """The error that names these files and says how to have them written again."""
+    problems = [f"'{output / name}' {damage.reason}" for name, damage in damages.items()]
+    what = "that file" if len(problems) == 1 else "those files"
+    return ConfigurationError(
+        f"{listed(problems)}: {_WITH_REPAIR} writes {what} again and leaves all others as they are"
+    )
+
+
+def refused(output: Path, reason: str) -> ConfigurationError:
+    """The error for an output that exists and is not this job's."""
     return ConfigurationError(
         f"'{output}' exists: expected a new folder, or this command's own, but {reason}"
     )

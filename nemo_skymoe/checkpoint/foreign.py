@@ -3,53 +3,70 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from nemo_skymoe.checkpoint.foreign_tensors import MERGE
+from nemo_skymoe.checkpoint.stand_in import refuse_broken_link, refuse_pointer
 from nemo_skymoe.config import ConfigurationError
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
-_HUB_ID = re.compile(r"(?:hf:/+|https?:/+huggingface\.co/)?([\w.-]+/[\w.-]+)")
+_HUB_ID = re.compile(
+    r"(?:hf:/*|https?:/+(?:www\.)?huggingface\.co/|models--)?([\w.-]+?(?:(?:/|--)[\w.-]+?)?)"
+    r"(?:@[\w.-]+|/(?:tree|blob|resolve)/.*)?/?"
+)
 _MOST_NAMED = 5
 _SAVE_SAFE = (
     "which runs code when read: load the model with transformers and save it by"
     " model.save_pretrained(FOLDER, safe_serialization=True)"
 )
+_GGUF = "is a GGUF or GGML file of llama.cpp, whose weights are mostly quantised: give the safetensors that it was made from"
+_MISTRAL = (
+    "is in Mistral's own layout: convert it with transformers' convert_mistral_weights_to_hf.py, or give the files of the"
+    " same model in Hugging Face's (config.json, model*.safetensors)"
+)
+_SAFETENSORS = (
+    r".*\.safetensors(\.index\.json)?",
+    "is one file of a model: give its folder, with config.json",
+)
+_PART = (r".*\.distcp|\.metadata", "is one file of a checkpoint: give the folder of the whole")
 _FILES: tuple[tuple[str, str], ...] = (
     (
         r".*\.nemo",
         "is a NeMo archive: unpack it with tar -xf into a folder; of a NeMo 2 checkpoint give the folder with weights/"
         " and context/, and one of NeMo 1 (model_config.yaml) must be converted by NeMo's own scripts first",
     ),
+    (r".*\.gguf|.*\.ggml|ggml.*\.bin", _GGUF),
     (
-        r".*\.gguf|.*\.ggml",
-        "is a GGUF file of llama.cpp, whose weights are mostly quantised: give the safetensors that it was made from",
-    ),
-    (
-        r".*\.(zip|tar|tgz|tar\.(gz|zst|xz))",
+        r".*\.(zip|tar|tgz|7z|rar|tar\.(gz|zst|xz|bz2))",
         "is an archive: unpack it, and give the folder of the checkpoint",
     ),
-    (r".*\.safetensors(\.index\.json)?", "is one file of a model: give its folder, with config.json"),
     (
         r"consolidated.*\.pth",
         "is a pickle in Meta's layout: convert it with transformers' convert_llama_weights_to_hf.py first",
     ),
-    (r".*\.(bin|pt|pth|ckpt|pkl)", f"is a pickle, {_SAVE_SAFE}"),
+    (r"consolidated.*\.safetensors", _MISTRAL),
     (
-        r".*\.(h5|msgpack|onnx|npz|tflite|mlmodel)",
+        r"(?!(rng_state|optimizer|scheduler|scaler|training_args|random_states).*).*\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?",
+        f"is a pickle, {_SAVE_SAFE}",
+    ),
+    (
+        r".*\.(h5|keras|msgpack|onnx|onnx_data|npz|tflite|mlmodel|mlpackage|ot|pb|pdparams|engine|plan|tfl)"
+        r"|.*\.ckpt\.(index|meta|data-.*)|openvino_model.*|onnx|openvino|coreml",
         "is another framework's format: give the model's safetensors",
     ),
 )
 _FOLDERS: tuple[tuple[str, str], ...] = (
     (
         r"adapter_config\.json|adapter_model\..*",
-        "belongs to an adapter (LoRA), which is not a model: merge it into its base with peft"
-        " (PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload()), save that, and give the result",
+        f"belongs to an adapter (LoRA), which is not a model: {MERGE}",
     ),
     (
-        r"mp_rank_\d+.*_model_states\.pt|zero_to_fp32\.py|global_step\d+",
+        r"\.journal",
+        "says that a command has not finished here: run the same command again, and give the folder that it was to write",
+    ),
+    (
+        r"(.*zero_pp_rank_\d+_)?mp_rank_\d+.*_(model|optim)_states\.pt|zero_to_fp32\.py|global_step\d+",
         "belongs to a DeepSpeed checkpoint of pickles: run its zero_to_fp32.py, and save the model as safetensors",
     ),
     (
@@ -75,19 +92,6 @@ _FOLDERS: tuple[tuple[str, str], ...] = (
         "belongs to a diffusers pipeline: give the folder of a language model",
     ),
 )
-_QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-_QUANTISED_TENSORS: tuple[tuple[str, str], ...] = (
-    (".weight_scale_inv", "block-scaled FP8 (DeepSeek's)"),
-    (".qweight", "GPTQ or AWQ"),
-    (".weight.absmax", "bitsandbytes in 4 bits"),
-    (".SCB", "bitsandbytes in 8 bits"),
-    (".weight_packed", "compressed-tensors"),
-    ("_blocks", "MXFP4"),
-)
-_UNQUANTISE = (
-    "only FP8 with one weight_scale a tensor is read here: give the checkpoint in bfloat16 that it was made from, or one"
-    " that was dequantised and saved anew"
-)
 
 
 def refuse_path(path: Path) -> None:
@@ -98,24 +102,25 @@ def refuse_path(path: Path) -> None:
     """
     if path.is_dir():
         return
+    refuse_broken_link(path)
     if path.is_file():
-        _refuse_pointer(path)
+        refuse_pointer(path)
         advice = (
-            _advice(path.name, _FILES)
+            _advice(path.name, (_PART, *_FILES, _SAFETENSORS))
             or _advice_by_content(path)
             or "is a file: give the folder of a checkpoint"
         )
         raise ConfigurationError(f"'{path}' {advice}")
-    if _ADDRESS.match(str(path)) and not _HUB_ID.fullmatch(str(path)):
-        raise ConfigurationError(
-            f"'{path}' is an address, not a folder: download the checkpoint first, and give its folder"
-        )
     hub = _HUB_ID.fullmatch(str(path))
-    if hub and not path.parent.is_dir():
-        name = hub[1]
+    if hub and not path.is_absolute():
+        name = hub[1].replace("--", "/")
         raise ConfigurationError(
             f"'{path}' is not a folder: if it is a model of the Hugging Face hub, download it first, as by"
             f" hf download {name} --local-dir {name.rpartition('/')[2]}, and give that folder"
+        )
+    if _ADDRESS.match(str(path)):
+        raise ConfigurationError(
+            f"'{path}' is an address, not a folder: download the checkpoint first, and give its folder"
         )
     raise ConfigurationError(f"'{path}' is not a folder")
 
@@ -124,16 +129,16 @@ def refuse_folder(folder: Path, *, is_model: bool) -> None:
     """Refuse a folder that holds something else than a model, or something beside it that changes the model.
 
     Args:
-        is_model: Whether it has what a model here has: then only adapters matter.
+        is_model: Whether it has what a model here has: then only adapters and unfinished work matter.
 
     Raises:
         ConfigurationError: With the file that says so.
     """
     names = sorted(entry.name for entry in folder.iterdir())
-    tables = _FOLDERS[:1] if is_model else (*_FOLDERS, *_FILES)
+    tables = _FOLDERS[:2] if is_model else (*_FOLDERS, *_FILES)
     for table in tables:
         for name in names:
-            if re.fullmatch(table[0], name):
+            if re.fullmatch(table[0], name, re.IGNORECASE):
                 raise ConfigurationError(f"'{folder / name}' {table[1]}")
 
 
@@ -146,8 +151,13 @@ def refuse_folder_of_models(folder: Path, telling: Iterable[str]) -> None:
     Raises:
         ConfigurationError: With the first few of them.
     """
-    inner = [*folder.iterdir(), *folder.glob("snapshots/*")]
-    found = sorted(str(path) for path in inner if any((path / name).exists() for name in telling))
+    depths = ("*", "*/*", "models--*/snapshots/*")
+    found: list[str] = []
+    for depth in depths:
+        inner = (path for path in folder.glob(depth) if path.name != "context")
+        found = found or sorted(
+            str(path) for path in inner if any((path / name).exists() for name in telling)
+        )
     if found:
         more = ", ..." if len(found) > _MOST_NAMED else ""
         raise ConfigurationError(
@@ -156,54 +166,12 @@ def refuse_folder_of_models(folder: Path, telling: Iterable[str]) -> None:
         )
 
 
-def refuse_quantised_files(folder: Path) -> None:
-    """Refuse a folder with the settings of a quantiser beside config.json."""
-    for name in _QUANTISED_FILES:
-        if (folder / name).is_file():
-            raise ConfigurationError(f"'{folder / name}' says that the weights are quantised: {_UNQUANTISE}")
-
-
-def refuse_quantised_tensors(folder: Path, names: Iterable[str]) -> None:
-    """Refuse tensors that are a quantiser's, by their names."""
-    for name in sorted(names):
-        for ending, method in _QUANTISED_TENSORS:
-            if name.endswith(ending):
-                raise ConfigurationError(
-                    f"'{name}' in '{folder}' belongs to weights quantised as {method}: {_UNQUANTISE}"
-                )
-
-
-def check_quantization(config: Any, wrong: Callable[[str, str], ConfigurationError]) -> None:
-    """Refuse a `quantization_config` whose weights are not read here; `wrong` makes the error."""
-    if config is None:
-        return
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    if isinstance(config, dict) and method == "fp8" and not config.get("weight_block_size"):
-        return
-    kind = f"quant_method {method!r}" if method != "fp8" else "FP8 with a scale for each block"
-    raise wrong(
-        "quantization_config", f"none, or quant_method 'fp8' with one scale a tensor; {kind}: {_UNQUANTISE}"
-    )
-
-
-def refuse_pointer(file: Path, begin: bytes) -> None:
-    """Refuse what git-lfs left in a file's place; `begin` is how the file begins."""
-    if begin.startswith(LFS_POINTER):
-        raise ConfigurationError(
-            f"'{file}' is a git-lfs pointer, not the file itself: run git lfs pull in its folder, or download it anew"
-        )
-
-
-def _refuse_pointer(file: Path) -> None:
-    with file.open("rb") as opened:
-        refuse_pointer(file, opened.read(len(LFS_POINTER)))
-
-
 def _advice_by_content(path: Path) -> str | None:
     """For a file whose name says nothing, as a blob of a cache has it."""
     with path.open("rb") as opened:
         start = opened.read(512)
-    beginnings = {b"GGUF": "m.gguf", b"PK\x03\x04": "m.zip", b"\x1f\x8b": "m.tgz"}
+    beginnings = {b"PK\x03\x04": "m.zip", b"\x1f\x8b": "m.tgz"}
+    beginnings |= dict.fromkeys((b"GGUF", b"lmgg", b"fmgg", b"tjgg"), "m.gguf")
     name = next((name for begin, name in beginnings.items() if start.startswith(begin)), "")
     return _advice("m.tar" if start[257:262] == b"ustar" else name, _FILES)
 

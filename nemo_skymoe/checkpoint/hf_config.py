@@ -10,7 +10,7 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import unfamiliar
 from nemo_skymoe.checkpoint.config_values import ConfigValues, read_json
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.foreign import check_quantization
+from nemo_skymoe.checkpoint.foreign_tensors import check_quantization
 from nemo_skymoe.checkpoint.tensors import ITEM_SIZES
 from nemo_skymoe.config import ConfigurationError
 
@@ -39,13 +39,14 @@ def from_hf_config(raw: Mapping[str, Any], place: str = "config.json") -> Descri
     """Read a parsed config.json; `place` is what messages call it. Errors as `read`."""
     values = ConfigValues(dict(raw), place)
     family = _family(values)
+    experts = _num_experts(values)
+    layers = _layers(values) if experts is not None and family == "skywork" else {}
     _refuse_what_has_no_place(values, family)
     theta, scaling = _rope(values)
-    experts = _num_experts(values)
     if experts is not None and family != "skywork":
         raise values.wrong("architectures", "SkyworkForCausalLM, the only class read here with experts")
     description = Description(
-        architecture=_architecture(values, family, experts),
+        architecture=_architecture(values, family, experts, layers),
         family=family,
         rope_theta=theta,
         rope_scaling=scaling,
@@ -73,7 +74,24 @@ def _family(values: ConfigValues) -> str:
     return family
 
 
-def _architecture(values: ConfigValues, family: str, experts: int | None) -> Architecture:
+def _layers(values: ConfigValues) -> dict[str, Any]:
+    """Which layers are dense, and how large an expert is beside them; the fields are Qwen's."""
+    dense = values.value("mlp_only_layers", None) or []
+    layers = values.size("num_hidden_layers")
+    if not isinstance(dense, list) or any(type(one) is not int or not 0 <= one < layers for one in dense):
+        raise values.wrong("mlp_only_layers", f"numbers of layers, from 0 to {layers - 1}")
+    size = (
+        None if values.value("moe_intermediate_size", None) is None else values.size("moe_intermediate_size")
+    )
+    return {
+        "moe_layer_freq": tuple(int(layer not in dense) for layer in range(layers)),
+        "moe_ffn_hidden_size": size,
+    }
+
+
+def _architecture(
+    values: ConfigValues, family: str, experts: int | None, by_layer: dict[str, Any]
+) -> Architecture:
     heads, hidden = values.size("num_attention_heads"), values.size("hidden_size")
     groups = values.size("num_key_value_heads", _MISTRAL_GROUPS if family == "mistral" else heads)
     default_head, rest = divmod(hidden, heads)
@@ -94,6 +112,7 @@ def _architecture(values: ConfigValues, family: str, experts: int | None) -> Arc
         "num_moe_experts": experts,
         "moe_router_topk": 2 if experts is None else values.size("num_experts_per_tok", 2),
         "tied_embeddings": values.flag("tie_word_embeddings", False),
+        **by_layer,
     }
     try:
         return Architecture(**sizes)
@@ -106,6 +125,8 @@ def _num_experts(values: ConfigValues) -> int | None:
     counts: set[int] = set()
     for name in ("num_experts", "num_local_experts"):
         value = values.value(name, None)
+        if isinstance(value, list) and 0 in value and any(value):
+            raise values.wrong(name, "the experts of MoE layers; dense layers are named in mlp_only_layers")
         for count in value if isinstance(value, list) else [value]:
             if count is None or (count == 0 and not isinstance(count, bool)):
                 continue
@@ -202,7 +223,7 @@ def _refuse_what_has_no_place(values: ConfigValues, family: str) -> None:
     if values.value("partial_rotary_factor", None) not in (None, 1.0):
         raise values.wrong("partial_rotary_factor", "1: rotary embedding of the whole head")
     for name in ("quantization_config", "quantization", "compression_config"):
-        check_quantization(values.value(name, None), values.wrong)
+        check_quantization(name, values.value(name, None), values.wrong)
     unfamiliar.check(values)
 
 

@@ -32,7 +32,7 @@ def to_hf_config(description: Description) -> dict[str, Any]:
     architecture = description.architecture
     family = "skywork" if architecture.num_moe_experts else description.family
     # transformers 5 reads the older rope fields, 4 does not know `rope_parameters`.
-    stale = {"auto_map", "quantization_config", "rope_parameters"}
+    stale = {"auto_map", "quantization_config", "rope_parameters", "mlp_only_layers", "moe_intermediate_size"}
     config = {name: value for name, value in description.raw.items() if name not in stale}
     if family != description.family:
         config = {
@@ -91,6 +91,9 @@ def _moe_fields(description: Description) -> dict[str, Any]:
         "moe_gate_norm_std": 1.0 if scale is None else scale,
         "moe_feature_no_mul_topk": True,
     }
+    if architecture.layers_differ:
+        fields["mlp_only_layers"] = [layer for layer, moe in enumerate(architecture.moe_layers) if not moe]
+        fields["moe_intermediate_size"] = architecture.expert_ffn_hidden_size
     return fields | ({"num_local_experts": experts} if "num_local_experts" in description.raw else {})
 
 

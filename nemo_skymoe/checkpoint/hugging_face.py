@@ -10,11 +10,11 @@ from pathlib import Path
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import hf_config
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.foreign import refuse_quantised_files, refuse_quantised_tensors
+from nemo_skymoe.checkpoint.foreign_tensors import refuse_foreign_tensors, refuse_quantised_files
 from nemo_skymoe.checkpoint.fp8 import EIGHT_BITS, SCALE, Dequantized
 from nemo_skymoe.checkpoint.mapping import Chunk, Part, StoredWeights, listed
 from nemo_skymoe.checkpoint.reading import FileStorage
-from nemo_skymoe.checkpoint.redundant import without_buffers, without_copies
+from nemo_skymoe.checkpoint.redundant import one_embedding, without_buffers
 from nemo_skymoe.checkpoint.safetensors_storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.storage_view import StorageView
 from nemo_skymoe.checkpoint.tensors import ITEM_SIZES, Key, TensorInfo, key_shape, model_keys
@@ -36,6 +36,7 @@ _NAMES = {
     "final_norm": "model.norm",
     "output": "lm_head",
 }
+_EMBEDDING, _HEAD = (f"{_NAMES[kind]}.weight" for kind in ("embedding", "output"))
 NAMINGS = {
     "skywork": {
         "router": "block_sparse_moe.gate",
@@ -103,16 +104,16 @@ def open(folder: Path) -> tuple[StoredWeights, Description]:
     description = hf_config.read(folder)
     refuse_quantised_files(folder)
     storage = SafetensorsStorage(folder)
-    refuse_quantised_tensors(folder, storage.tensors)
+    refuse_foreign_tensors(folder, {name: info.dtype for name, info in storage.tensors.items()})
     storage = without_buffers(_without_ignored(storage), description)
     if any(name.endswith(SCALE) or info.dtype in EIGHT_BITS for name, info in storage.tensors.items()):
         storage = Dequantized(storage)
     _check_types(storage)
-    embedding = storage.tensors.get("model.embed_tokens.weight")
+    tied = description.architecture.tied_embeddings
+    storage = one_embedding(storage, embedding=_EMBEDDING, head=_HEAD, tied=tied)
+    embedding = storage.tensors.get(_EMBEDDING)
     if embedding is not None:
         description = _with_stored(description, embedding, folder)
-    if description.architecture.tied_embeddings:
-        storage = without_copies(storage, {"lm_head.weight": "model.embed_tokens.weight"})
     naming = "authors" if any(".mlp.moe." in name for name in storage.tensors) else "skywork"
     architecture = description.architecture
     return StoredWeights(storage, architecture, chunks(architecture, naming)), description

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.checkpoint import convert
-from nemo_skymoe.checkpoint.companions import GENERATION_FILES, companion_names
+from nemo_skymoe.checkpoint.companions import companion_kinds
 from nemo_skymoe.checkpoint.convert import Source
 from nemo_skymoe.checkpoint.reading import DTYPE_SIZES
 from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.safetensors_storage import SafetensorsStorage
+from nemo_skymoe.checkpoint.stand_in import refuse_pointer
 from nemo_skymoe.checkpoint.tensors import Key, Storage, TensorInfo
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
@@ -45,8 +46,8 @@ class Inspection:
     vocabulary_rows: int | None = None
     """Rows of the embedding as stored: the vocabulary and its padding."""
     tokenizer: list[str] = field(default_factory=list)
-    other_files: list[str] = field(default_factory=list)
-    """What else travels with the model: its defaults of generation."""
+    other_files: dict[str, list[str]] = field(default_factory=dict)
+    """What else travels with the model, by kind: chat templates, defaults of generation, processors, terms."""
     receipt: dict[str, Any] | None = None
     """The job that wrote it, if it was written here."""
     not_checked: str = "the values of the weights: headers, names, shapes and sizes alone were read"
@@ -96,7 +97,7 @@ def _describe_model(found: Inspection, source: Source) -> None:
     sizes = description.architecture
     found.architecture = asdict(sizes)
     if sizes.num_moe_experts is None:
-        found.architecture = {k: v for k, v in found.architecture.items() if not k.startswith("moe_")}
+        found.architecture = {k: v for k, v in found.architecture.items() if "moe_" not in k}
     found.parameters, found.activated_parameters = sizes.parameters, sizes.activated_parameters
     options = {name: getattr(description, name) for name in description.__dataclass_fields__}
     for name in ("architecture", "raw"):
@@ -106,9 +107,13 @@ def _describe_model(found: Inspection, source: Source) -> None:
     found.options = options
     found.vocabulary_rows = _embedding_rows(source)
     if source.tokenizer is not None:
-        names = companion_names(source.tokenizer)
-        found.other_files = [name for name in names if name in GENERATION_FILES]
-        found.tokenizer = [name for name in names if name not in found.other_files]
+        kinds = companion_kinds(source.tokenizer)
+        for name in sorted(kinds):
+            refuse_pointer(source.tokenizer / name)
+            if kinds[name] == "tokenizer":
+                found.tokenizer.append(name)
+            else:
+                found.other_files.setdefault(kinds[name], []).append(name)
 
 
 def _embedding_rows(source: Source) -> int:

@@ -15,12 +15,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_skymoe.checkpoint.checksums import FileChecksum, available_processors, check_file
-from nemo_skymoe.checkpoint.finished import damaged_files, finished, own_receipt
+from nemo_skymoe.checkpoint.finished import Damage, damaged_files, finished, own_receipt, refuse_damaged
 from nemo_skymoe.checkpoint.journal import JOURNAL, Journal
+from nemo_skymoe.checkpoint.lost_receipt import adopt, is_lost
 from nemo_skymoe.checkpoint.output_file import sync_folder, write_small
 from nemo_skymoe.checkpoint.reading import FileStorage
 from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt, receipt_bytes
-from nemo_skymoe.checkpoint.repair import repair
+from nemo_skymoe.checkpoint.repair import repaired
 from nemo_skymoe.checkpoint.source_check import check_same_sources, check_sources, check_unchanged
 from nemo_skymoe.checkpoint.target import Target, check_complete
 from nemo_skymoe.checkpoint.tensors import Weights
@@ -42,13 +43,14 @@ def run(
     workers: int = 1,
     progress: Progress | None = None,
     allow_nonfinite: bool = False,
+    repair: bool = False,
     on_damage: OnDamage | None = None,
 ) -> dict[str, Any]:
     """Write `weights` in the format `target` as the new folder `output`, or finish what an earlier attempt began.
 
     Everything happens in `<output>.unfinished`, which is renamed at the very end. Where this job has been done before,
-    from sources that have not changed, the output is read and compared with its receipt: a file that is missing or
-    damaged is written again, and nothing else.
+    from sources that have not changed, the output is read and compared with its receipt. A file that is missing, damaged
+    or edited is refused, since an edit may be meant; with `repair` it is written again, and nothing else is.
 
     Args:
         job: What makes this job the same as an earlier one: command, options, seed, versions. Kept in the receipt.
@@ -56,23 +58,34 @@ def run(
         workers: Processes that write.
         progress: Called with bytes done, bytes in all, and a file's name; bytes are those read at first and written.
         allow_nonfinite: Count NaN and Inf in the receipt instead of refusing them.
+        repair: Write those files of a finished output again that are not as its receipt lists them. Where the receipt
+            itself is lost, everything is written beside the output and compared with it, and the receipt put back.
         on_damage: Told which files of a finished output are written again, each with the reason.
 
     Returns:
         The receipt, as in `<output>/skymoe_receipt.json`.
 
     Raises:
-        ConfigurationError: The output exists and is not this job's, or is being written; a source is damaged or has changed;
-            the disk is too small, full or read-only. What was complete stays, and the same command continues.
+        ConfigurationError: The output exists and is not this job's, or not as it was written, or is being written; there
+            is nothing to repair; a source is damaged or has changed; the disk is too small, full or read-only. What was
+            complete stays, and the same command continues.
     """
     output = absolute(output)
     unfinished = output.with_name(output.name + UNFINISHED)
     if workers < 1:
         raise ConfigurationError(f"workers is {workers}, expected at least 1")
     counter = _Counter(sources, target, progress)
-    if os.path.lexists(output):
+    there = os.path.lexists(output)
+    if repair and not there:
+        raise ConfigurationError(f"there is no '{output}' to repair: leave --repair out to write it")
+    lost = repair and is_lost(output, target)
+    if there and not lost:
         receipt = finished(output, _identity(job, target), sources, counter.advance)
-        return _made_whole(output, receipt, weights, target, workers, counter.advance, on_damage)
+        damages = _damages(output, receipt, target, counter.advance)
+        if damages and not repair:
+            raise refuse_damaged(output, damages)
+        _tell(on_damage, damages)
+        return _repaired(output, damages, receipt, weights, target, workers, counter.advance)
     check_complete(target.chunks, weights)
     _check_extras(target)
     with _plain_errors(unfinished), _journal(unfinished, job, target) as journal:
@@ -84,9 +97,13 @@ def run(
         write_files(target, files, weights, unfinished, workers, journal.add_file, counter.advance)
         check_unchanged(sources, journal)
         _finish(unfinished, target, journal, checked)
-        journal.remove()
-        sync_folder(unfinished)
-        os.rename(unfinished, output)
+        if lost:
+            _tell(on_damage, adopt(output, unfinished, counter.advance))
+            shutil.rmtree(unfinished)
+        else:
+            journal.remove()
+            sync_folder(unfinished)
+            os.rename(unfinished, output)
         sync_folder(output.parent)
     receipt = read_receipt(output)
     assert receipt is not None
@@ -94,10 +111,13 @@ def run(
 
 
 def check_output(output: Path, job: Mapping[str, Any], target: Target) -> None:
-    """Refuse an output that exists and that another job wrote, without reading more than its receipt."""
+    """Refuse an output that exists and that another job wrote, without reading more than its receipt; or has no place."""
     output = absolute(output)
     if os.path.lexists(output):
         own_receipt(output, _identity(job, target))
+    place = next(parent for parent in output.parents if os.path.lexists(parent))
+    if not place.is_dir():
+        raise ConfigurationError(f"'{output}' cannot be written: '{place}' is no folder")
 
 
 def absolute(output: Path) -> Path:
@@ -106,27 +126,40 @@ def absolute(output: Path) -> Path:
     return whole if output.name in ("", "..") else Path(os.path.realpath(output.parent)) / output.name
 
 
-def _made_whole(
+def _damages(
+    output: Path, receipt: dict[str, Any], target: Target, advance: Callable[[int, str], None]
+) -> dict[str, Damage]:
+    """What is missing from a finished output or is not as it was written, by file; all of it is read."""
+    names = [*(file.name for file in target.files()), *_small(target, receipt)]
+    return damaged_files(output, receipt, names, advance)
+
+
+def _repaired(
     output: Path,
+    damages: Mapping[str, Damage],
     receipt: dict[str, Any],
     weights: Weights,
     target: Target,
     workers: int,
     advance: Callable[[int, str], None],
-    on_damage: OnDamage | None,
 ) -> dict[str, Any]:
-    """The receipt of a finished output, after what is missing or damaged in it has been written again."""
+    if not damages:
+        return receipt
+    with _plain_errors(output):
+        return repaired(output, damages, receipt, weights, target, _small(target, receipt), workers, advance)
+
+
+def _small(target: Target, receipt: Mapping[str, Any]) -> dict[str, bytes]:
+    """The content of every file without tensors, as far as the receipt has the sizes that it depends on."""
     written = receipt["files"]
     sizes = {file.name: written[file.name]["bytes"] for file in target.files() if file.name in written}
     complete = len(sizes) == len(target.files())
-    small = {**target.extras, **(target.last_files(sizes) if complete else {})}
-    damages = damaged_files(output, receipt, [*(file.name for file in target.files()), *small], advance)
-    if not damages:
-        return receipt
-    if on_damage is not None:
+    return {**target.extras, **(target.last_files(sizes) if complete else {})}
+
+
+def _tell(on_damage: OnDamage | None, damages: Mapping[str, Damage]) -> None:
+    if damages and on_damage is not None:
         on_damage({name: damage.reason for name, damage in damages.items()})
-    with _plain_errors(output):
-        return repair(output, damages, receipt, weights, target, small, workers, advance)
 
 
 def _check_extras(target: Target) -> None:

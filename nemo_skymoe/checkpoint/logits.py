@@ -11,7 +11,7 @@ from nemo_skymoe.checkpoint import megatron
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.megatron_model import gpt_model, one_rank
 from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
-from nemo_skymoe.checkpoint.torch_dist_storage import weights_folder
+from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage, weights_folder
 from nemo_skymoe.ranks import run_ranks
 
 LOCAL_NORM, TE_NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
@@ -39,9 +39,10 @@ def megatron_logits(folder: Path, token_ids: Tensor, config: Path | None = None)
     Raises:
         ConfigurationError: As `megatron.open`, or the checkpoint names a class that no checkpoint needs.
     """
-    weights, description = megatron.open(folder, config)
+    _, description = megatron.open(folder, config)
     check_checkpoint(folder)
-    model = (folder, megatron.layout(weights.storage), description)
+    storage = TorchDistStorage(folder)
+    model = (folder, megatron.layout(storage), description, frozenset(storage.tensors))
     if torch.distributed.is_initialized():
         return _logits(token_ids, *model)
     [logits] = run_ranks(_logits, 1, token_ids, *model, timeout=_LONG)
@@ -49,7 +50,9 @@ def megatron_logits(folder: Path, token_ids: Tensor, config: Path | None = None)
 
 
 @torch.no_grad()
-def _logits(token_ids: Tensor, folder: Path, saved: megatron.Layout, description: Description) -> Tensor:
+def _logits(
+    token_ids: Tensor, folder: Path, saved: megatron.Layout, description: Description, stored: frozenset[str]
+) -> Tensor:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with one_rank():
         model = gpt_model(description, saved.padded_vocab_size, stacked=saved.stacked).to(device).eval()
@@ -58,9 +61,12 @@ def _logits(token_ids: Tensor, folder: Path, saved: megatron.Layout, description
             for name, part in model.sharded_state_dict(prefix=saved.prefix).items()
             if not name.endswith("_extra_state")
         }
-        if saved.layer_spec == "te":
-            for part in state.values():
-                part.key = part.key.replace(LOCAL_NORM, TE_NORM)
+        embedding, head = (saved.prefix + name for name in (megatron.EMBEDDING, megatron.HEAD))
+        if description.architecture.tied_embeddings and head in stored and embedding not in stored:
+            state[embedding].key = head  # the one that was saved stands for both
+        for part in state.values():
+            if (of_te := part.key.replace(LOCAL_NORM, TE_NORM)) in stored:
+                part.key = of_te
         loaded: Any = dist_checkpointing.load(state, str(weights_folder(folder)))
         found = {name.removeprefix(saved.prefix): loaded[name] for name in state}
         missing, unexpected = model.load_state_dict(found, strict=False)

@@ -12,7 +12,7 @@ from nemo_skymoe.checkpoint import megatron_options, tables
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.mapping import Chunk, Part, StoredWeights, whole
 from nemo_skymoe.checkpoint.reading import FileStorage
-from nemo_skymoe.checkpoint.redundant import without_buffers, without_copies
+from nemo_skymoe.checkpoint.redundant import one_embedding, without_buffers
 from nemo_skymoe.checkpoint.tables import PREFIX, Place
 from nemo_skymoe.checkpoint.tensors import Key, Storage
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
@@ -77,13 +77,21 @@ def layout(storage: Storage) -> Layout:
         ConfigurationError: It has no embedding of Megatron's.
     """
     names = storage.tensors.keys()
+    adapter = next((name for name in sorted(names) if ".adapter." in name), None)
+    if adapter is not None:
+        raise ConfigurationError(
+            f"'{adapter}' in '{storage.folder}' belongs to an adapter (LoRA) of NeMo, which is not a model: merge it into its"
+            " base with nemo.collections.llm.peft.merge_lora, and give the result"
+        )
     prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
-    if prefix + EMBEDDING not in names:
+    # Where both are tied, either may be the one that was saved.
+    embedding = next((prefix + name for name in (EMBEDDING, HEAD) if prefix + name in names), None)
+    if embedding is None:
         raise ConfigurationError(
             f"'{storage.folder}' has no '{prefix + EMBEDDING}': expected a Megatron GPT model"
         )
     return Layout(
-        storage.tensors[prefix + EMBEDDING].shape[0],
+        storage.tensors[embedding].shape[0],
         layer_spec="te" if any("pre_mlp_layernorm" in name for name in names) else "local",
         stacked=not any(re.search(r"decoder\.layers\.\d", name) for name in names),
         prefix=prefix,
@@ -105,8 +113,8 @@ def open(folder: Path, config: Path | None = None) -> tuple[StoredWeights, Descr
     saved = layout(storage)
     description = megatron_options.describe(folder, storage, config)
     storage = without_buffers(storage, description)
-    if description.architecture.tied_embeddings:
-        storage = without_copies(storage, {saved.prefix + HEAD: saved.prefix + EMBEDDING})
+    names = {"embedding": saved.prefix + EMBEDDING, "head": saved.prefix + HEAD}
+    storage = one_embedding(storage, **names, tied=description.architecture.tied_embeddings)
     return StoredWeights(
         storage, description.architecture, chunks(description.architecture, **asdict(saved))
     ), description
@@ -147,7 +155,7 @@ def _query_key_value(place: Place, architecture: Architecture) -> Iterator[Part]
 def _gate_up(place: Place, architecture: Architecture) -> Iterator[Part]:
     """However many ranks saved it, the stored matrix is the whole gate over the whole up projection."""
     for kind in ("gate", "up"):
-        yield Part(Key(kind, place.layer, place.expert), 0, architecture.ffn_hidden_size)
+        yield Part(Key(kind, place.layer, place.expert), 0, place.shape[-2] // 2)
 
 
 _PARTS: dict[str, Callable[[Place, Architecture], Iterator[Part]]] = {

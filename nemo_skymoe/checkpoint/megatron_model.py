@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig, get_skywork_block_spec
 from nemo_skymoe.patches import cpu_runtime
@@ -84,10 +85,21 @@ def gpt_model(
     )
 
 
+def _layers(architecture: Architecture) -> dict[str, Any]:
+    """Which layers are MoE, where they differ: any list at all, and Megatron names its tensors layer by layer."""
+    if not architecture.layers_differ:
+        return {}
+    return {
+        "moe_layer_freq": [int(moe) for moe in architecture.moe_layers],
+        "moe_ffn_hidden_size": architecture.expert_ffn_hidden_size,
+    }
+
+
 def _moe_options(description: Description, layer_spec: str) -> dict[str, Any]:
     return {
         "num_moe_experts": description.architecture.num_moe_experts,
         "moe_router_topk": description.architecture.moe_router_topk,
+        **_layers(description.architecture),
         "moe_router_dtype": "fp32",
         "moe_router_logit_norm_scale": description.moe_router_logit_norm_scale,
         "moe_router_logit_norm_correction": description.moe_router_logit_norm_correction,

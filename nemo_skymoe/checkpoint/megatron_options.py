@@ -13,6 +13,7 @@ from nemo_skymoe.checkpoint import hf_config, saved_arguments, tokenizer
 from nemo_skymoe.checkpoint.companions import find_companions
 from nemo_skymoe.checkpoint.config_values import read_json
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.stand_in import refuse_pointers
 from nemo_skymoe.checkpoint.tensors import Storage
 from nemo_skymoe.checkpoint.torch_dist_storage import WEIGHTS, weights_folder
 from nemo_skymoe.config import ConfigurationError
@@ -55,7 +56,7 @@ SUPPORTED_MOE: dict[str, tuple[Any, ...]] = {
     "moe_shared_expert_intermediate_size": (None,),
     "moe_apply_probs_on_input": (False,),
 }
-"""The same for a Skywork-MoE with an MoE in every layer."""
+"""The same for a Skywork-MoE, of whose layers some may be dense."""
 
 
 def describe(folder: Path, storage: Storage, config: Path | None = None) -> Description:
@@ -66,6 +67,7 @@ def describe(folder: Path, storage: Storage, config: Path | None = None) -> Desc
     """
     weights = weights_folder(folder)
     context = (weights.parent if weights.name == WEIGHTS else weights) / CONTEXT
+    refuse_pointers(context, HF_CONFIG, "model.yaml", "io.json")
     if config is not None:
         return hf_config.from_hf_config(read_json(config), str(config))
     if (context / HF_CONFIG).is_file():
@@ -96,8 +98,6 @@ def from_options(options: Mapping[str, Any], dtype: str, place: str, family: str
     """
     experts = options.get("num_moe_experts")
     _check(options, SUPPORTED if experts is None else SUPPORTED | SUPPORTED_MOE, place)
-    if experts is not None:
-        _check_every_layer(options, place)
     architecture = _architecture(options, place)
     factor = _number(options, "seq_len_interpolation_factor", 1.0, place)
     gate = {
@@ -121,11 +121,11 @@ def from_options(options: Mapping[str, Any], dtype: str, place: str, family: str
 
 def _architecture(options: Mapping[str, Any], place: str) -> Architecture:
     heads, hidden = _size(options, "num_attention_heads", place), _size(options, "hidden_size", place)
-    groups, channels, experts = (
+    groups, channels, experts, expert_size = (
         None if options.get(option) is None else _size(options, option, place)
-        for option in ("num_query_groups", "kv_channels", "num_moe_experts")
+        for option in ("num_query_groups", "kv_channels", "num_moe_experts", "moe_ffn_hidden_size")
     )
-    return Architecture(
+    sizes: dict[str, Any] = dict(
         num_layers=_size(options, "num_layers", place),
         hidden_size=hidden,
         ffn_hidden_size=_size(options, "ffn_hidden_size", place),
@@ -138,7 +138,13 @@ def _architecture(options: Mapping[str, Any], place: str) -> Architecture:
         if options.get("moe_router_topk") is None
         else _size(options, "moe_router_topk", place),
         tied_embeddings=bool(options.get("share_embeddings_and_output_weights", True)),
+        moe_layer_freq=1 if options.get("moe_layer_freq") is None else options["moe_layer_freq"],
+        moe_ffn_hidden_size=expert_size,
     )
+    try:
+        return Architecture(**sizes)
+    except ConfigurationError as reason:
+        raise ConfigurationError(f"{place}: {reason}") from None
 
 
 def _nemo_options(context: Path) -> dict[str, Any]:
@@ -197,19 +203,6 @@ def _check(options: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]],
         if option in options and options[option] not in values:
             expected = " or ".join(map(repr, values))
             raise ConfigurationError(f"{place}: {option} is {options[option]!r}, expected {expected}")
-
-
-def _check_every_layer(options: Mapping[str, Any], place: str) -> None:
-    frequency = options.get("moe_layer_freq", 1)
-    if frequency != 1 and (not isinstance(frequency, list) or any(value != 1 for value in frequency)):
-        raise ConfigurationError(
-            f"{place}: moe_layer_freq is {frequency!r}, expected 1: an MoE in every layer"
-        )
-    size = options.get("moe_ffn_hidden_size")
-    if size not in (None, options.get("ffn_hidden_size")):
-        raise ConfigurationError(
-            f"{place}: moe_ffn_hidden_size is {size!r}, expected ffn_hidden_size ({options.get('ffn_hidden_size')})"
-        )
 
 
 def _size(options: Mapping[str, Any], option: str, place: str) -> int:

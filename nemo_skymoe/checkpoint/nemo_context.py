@@ -89,6 +89,11 @@ def _model(description: Description, padded_vocab_size: int, tokenizer: _Call | 
             "moe_router_logit_norm_scale": description.moe_router_logit_norm_scale,
             "moe_router_logit_norm_correction": description.moe_router_logit_norm_correction,
         }
+    if architecture.layers_differ:
+        options |= {
+            "moe_layer_freq": [int(moe) for moe in architecture.moe_layers],
+            "moe_ffn_hidden_size": architecture.expert_ffn_hidden_size,
+        }
     config = _Call(f"{_MODELS}.{kind}Config", options)
     return _Call(
         f"{_MODELS}.{kind}Model", {"config": config} | ({} if tokenizer is None else {"tokenizer": tokenizer})
@@ -137,6 +142,8 @@ def _io_json(root: _Call) -> bytes:
         for name, value in call.arguments.items():
             place = f"{path}.{name}"
             leaf = {"type": "leaf", "value": value, "paths": [place]}
+            if isinstance(value, list):
+                leaf = _container("list", [[f"Index(index={i})", one] for i, one in enumerate(value)])
             items.append([f"Attr(name='{name}')", add(value, place) if isinstance(value, _Call) else leaf])
         key = f"{call.target.rpartition('.')[2]}_1"
         objects[key] = {

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
-from nemo_skymoe.checkpoint.foreign import LFS_POINTER, refuse_pointer
+from nemo_skymoe.checkpoint.stand_in import BEGINNING, refuse_stand_in
 from nemo_skymoe.checkpoint.tensors import ITEM_SIZES, Storage
 from nemo_skymoe.config import ConfigurationError
 
@@ -70,11 +70,11 @@ def member(folder: Path, name: object, named_by: Path) -> Path:
         link = f", a link to '{os.readlink(path)}'," if path.is_symlink() else ""
         what = reason.strerror if isinstance(reason, OSError) else reason
         raise ConfigurationError(
-            f"'{path}'{link} named by '{named_by.name}' cannot be opened: {what}"
+            f"'{path}'{link} named by '{named_by.name}' cannot be opened: {what}; download or copy it anew"
         ) from None
     if not stat.S_ISREG(status.st_mode):
         raise ConfigurationError(f"'{path}' is not a regular file")
-    refuse_pointer(path, read_bytes(path, 0, min(status.st_size, len(LFS_POINTER))))
+    refuse_stand_in(path, read_bytes(path, 0, min(status.st_size, BEGINNING)))
     return path
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_skymoe.checkpoint.checksums import FileChecksum, is_sha256
 from nemo_skymoe.checkpoint.reading import read_bytes
+from nemo_skymoe.checkpoint.stand_in import refuse_pointer
 from nemo_skymoe.config import ConfigurationError
 
 RECEIPT = "skymoe_receipt.json"
@@ -32,6 +33,12 @@ def receipt_bytes(
     return (json.dumps(receipt, indent=1, ensure_ascii=False) + "\n").encode()
 
 
+def same_receipt(receipt: Mapping[str, Any], files: Mapping[str, FileChecksum]) -> bytes:
+    """The file of a receipt that was read, as it was written; `files` may have other checksums."""
+    identity = {key: value for key, value in receipt.items() if key not in ("receipt", "sources", "files")}
+    return receipt_bytes(identity, receipt["sources"], files)
+
+
 def read_receipt(folder: Path) -> dict[str, Any] | None:
     """A folder's receipt; None without one.
 
@@ -44,6 +51,7 @@ def read_receipt(folder: Path) -> dict[str, Any] | None:
     file = folder / RECEIPT
     if not file.is_file():
         return None
+    refuse_pointer(file)
     try:
         size = file.stat().st_size
         receipt = json.loads(read_bytes(file, 0, size)) if size <= _LONGEST else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.reading import FileStorage
-from nemo_skymoe.checkpoint.storage_view import StorageView
+from nemo_skymoe.checkpoint.storage_view import Renamed, StorageView
 from nemo_skymoe.config import ConfigurationError
 
 if TYPE_CHECKING:
@@ -18,6 +18,35 @@ FREQUENCIES = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 MASKS = (".masked_bias", ".self_attn.bias", ".attn.bias")
 _KNOWN_SCALINGS = (None, "linear")
 _TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-2}
+
+
+def one_embedding(storage: FileStorage, *, embedding: str, head: str, tied: bool) -> FileStorage:
+    """The storage with the tensors that a model of tied, or of separate, embedding and head has.
+
+    Args:
+        storage: Of any format.
+        embedding: The name of the embedding.
+        head: The name of the output layer. Where both are one, either may be stored, or both if they are equal.
+        tied: Whether they are one, by the configuration.
+
+    Raises:
+        ConfigurationError: Both are stored and differ, though tied; or one of them is missing, though separate.
+    """
+    stored = [name for name in (embedding, head) if name in storage.tensors]
+    if not tied and len(stored) == 1:
+        (missing,) = {embedding, head} - {*stored}
+        raise ConfigurationError(
+            f"'{storage.folder}' has '{stored[0]}' but no '{missing}': set tie_word_embeddings (Megatron:"
+            " share_embeddings_and_output_weights) to true if the one serves as the other, as it does not by the"
+            " configuration"
+        )
+    if not tied:
+        return storage
+    return (
+        Renamed(storage, {head: embedding})
+        if stored == [head]
+        else without_copies(storage, {head: embedding})
+    )
 
 
 def without_copies(storage: FileStorage, copies: Mapping[str, str]) -> FileStorage:

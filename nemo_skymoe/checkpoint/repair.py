@@ -13,14 +13,14 @@ from typing import Any
 from nemo_skymoe.checkpoint.checksums import FileChecksum
 from nemo_skymoe.checkpoint.finished import Damage
 from nemo_skymoe.checkpoint.output_file import sync_folder, write_small
-from nemo_skymoe.checkpoint.receipt import RECEIPT, receipt_bytes
+from nemo_skymoe.checkpoint.receipt import RECEIPT, same_receipt
 from nemo_skymoe.checkpoint.target import Target
 from nemo_skymoe.checkpoint.tensors import Weights
 from nemo_skymoe.checkpoint.workers import write_files
 from nemo_skymoe.config import ConfigurationError
 
 
-def repair(
+def repaired(
     output: Path,
     damages: Mapping[str, Damage],
     receipt: Mapping[str, Any],
@@ -45,7 +45,7 @@ def repair(
         ConfigurationError: Another process is at it, the disk is too small, or the bytes are not those of the receipt.
     """
     with _lock(output):
-        _check_space(output, sum(receipt["files"][name]["bytes"] for name in damages))
+        _check_space(output, sum(receipt["files"][name]["bytes"] for name in damages if name != RECEIPT))
         written: dict[str, FileChecksum] = {}
         files = [file for file in target.files() if file.name in damages]
         write_files(target, files, weights, output, workers, written.__setitem__, advance)
@@ -63,10 +63,10 @@ def _corrected(
     receipt: Mapping[str, Any],
     written: Mapping[str, FileChecksum],
 ) -> dict[str, Any]:
-    """The receipt, with the right checksum of files that it alone was wrong about."""
+    """The receipt, with the right checksum of files that it alone was wrong about, and written anew if it was edited."""
     claimed = {name: FileChecksum.from_json(value) for name, value in receipt["files"].items()}
-    wrong = [name for name in damages if written[name] != claimed[name]]
-    if not wrong:
+    wrong = [name for name in written if written[name] != claimed[name]]
+    if not wrong and RECEIPT not in damages:
         return dict(receipt)
     strange = [name for name in wrong if damages[name].found != written[name]]
     if strange:
@@ -75,8 +75,7 @@ def _corrected(
             f" changed meanwhile, or the receipt is damaged; delete '{output}' to start over"
         )
     files = claimed | {name: written[name] for name in wrong}
-    identity = {key: value for key, value in receipt.items() if key not in ("receipt", "sources", "files")}
-    write_small(output / RECEIPT, receipt_bytes(identity, receipt["sources"], files))
+    write_small(output / RECEIPT, same_receipt(receipt, files))
     return {**receipt, "files": {name: checksum.to_json() for name, checksum in files.items()}}
 
 

@@ -1,18 +1,21 @@
 """The folder of a run, `dir/name` of a recipe, as NeMo leaves it."""
 
+import os
 from pathlib import Path
 
+from nemo_skymoe.checkpoint.stand_in import refuse_broken_link
 from nemo_skymoe.config import ConfigurationError
 
 _CHECKPOINTS, _LAST, _UNFINISHED = "checkpoints", "*-last", "-unfinished"
-_WEIGHTS, _CONTEXT = "weights", "context"
+_PARTS = ("weights", "context")
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """`folder`; where it is that of a run its last checkpoint, and where it is NeMo's `weights/` the whole checkpoint."""
-    whole = folder.resolve()
-    if whole.name == _WEIGHTS and (whole.parent / _CONTEXT).is_dir():
-        return whole.parent
+    """`folder`; where it is that of a run its last checkpoint, and of NeMo's `weights/` or `context/` the whole."""
+    # By its name first: `weights` may be a link to another disk, where there is no context beside it.
+    for part in (Path(os.path.abspath(folder)), Path(os.path.realpath(folder))):
+        if part.name in _PARTS and all((part.parent / name).is_dir() for name in _PARTS):
+            return part.parent
     return last_checkpoint(folder) if (folder / _CHECKPOINTS).is_dir() else folder
 
 
@@ -20,7 +23,7 @@ def last_checkpoint(run: Path) -> Path:
     """The last checkpoint of a run that is complete, the one that the run itself would resume from.
 
     Raises:
-        ConfigurationError: It has none.
+        ConfigurationError: It has none, or one of them is a link that leads nowhere.
     """
     complete = [
         path
@@ -31,4 +34,6 @@ def last_checkpoint(run: Path) -> Path:
         raise ConfigurationError(
             f"'{run / _CHECKPOINTS}' has no {_LAST} that is complete: the run has not saved a checkpoint yet"
         )
+    for path in complete:
+        refuse_broken_link(path)
     return max(complete, key=lambda path: path.stat().st_mtime)

@@ -58,7 +58,6 @@ DTYPES = {
 LONGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
 _NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -210,14 +209,8 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _what_is_missing(folder: Path, names: list[str]) -> str:
-    pickles = [name for name in names if name.endswith(_PICKLES)]
-    shards = [name for name in names if name.endswith(".safetensors")]
-    if pickles and not shards:
-        return (
-            f"'{folder / pickles[0]}' is a pickle, which runs code when read: save the model as safetensors first"
-            " (transformers: model.save_pretrained(FOLDER, safe_serialization=True))"
-        )
     foreign.refuse_folder(folder, is_model=False)
+    shards = [name for name in names if name.endswith(".safetensors")]
     found = f"'{shards[0]}' but no '{INDEX}'" if shards else f"neither '{SINGLE}' nor '{INDEX}'"
     return f"'{folder}' has {found}: expected a complete Hugging Face model"
 

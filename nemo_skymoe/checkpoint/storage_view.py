@@ -27,3 +27,15 @@ class StorageView:
     def read(self, name: str, index: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
         """As the storage's."""
         return self.storage.read(name, index, rows)
+
+
+class Renamed(StorageView):
+    """Another storage, some tensors of which have new names; `names` has them by the old ones."""
+
+    def __init__(self, storage: FileStorage, names: Mapping[str, str]):
+        super().__init__(storage, {names.get(name, name): info for name, info in storage.tensors.items()})
+        self._stored = {new: old for old, new in names.items()}
+
+    def read(self, name: str, index: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
+        """As the storage's, under the new name."""
+        return super().read(self._stored.get(name, name), index, rows)

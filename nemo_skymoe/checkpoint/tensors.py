@@ -100,13 +100,13 @@ class Weights(Protocol):
 def model_keys(architecture: Architecture) -> tuple[Key, ...]:
     """Every tensor that a model of this architecture has, in the order of the layers."""
     keys = [Key("embedding")]
-    for layer in range(architecture.num_layers):
+    for layer, moe in enumerate(architecture.moe_layers):
         keys += [Key(kind, layer) for kind in ATTENTION_KINDS]
-        if architecture.num_moe_experts is None:
+        if not moe:
             keys += [Key(kind, layer) for kind in MLP_KINDS]
         else:
             keys.append(Key("router", layer))
-            experts = range(architecture.num_moe_experts)
+            experts = range(architecture.num_moe_experts or 0)
             keys += [Key(kind, layer, expert) for expert in experts for kind in MLP_KINDS]
     keys.append(Key("final_norm"))
     return tuple(keys) if architecture.tied_embeddings else (*keys, Key("output"))
@@ -114,7 +114,8 @@ def model_keys(architecture: Architecture) -> tuple[Key, ...]:
 
 def key_shape(architecture: Architecture, key: Key) -> tuple[int, ...]:
     """The shape that a tensor has in a model of this architecture."""
-    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    hidden = architecture.hidden_size
+    ffn = architecture.ffn_hidden_size if key.expert is None else architecture.expert_ffn_hidden_size
     queries = architecture.num_attention_heads * architecture.head_size
     keys_or_values = architecture.query_groups * architecture.head_size
     shapes = {

@@ -27,6 +27,7 @@ from nemo_skymoe.checkpoint.reading import (
     tensor_bytes,
 )
 from nemo_skymoe.checkpoint.saved_tensor import SavedTensor, find_tensor
+from nemo_skymoe.checkpoint.stand_in import refuse_pointers
 from nemo_skymoe.checkpoint.tensors import TensorInfo
 from nemo_skymoe.config import ConfigurationError
 
@@ -163,14 +164,16 @@ class TorchDistStorage:
 def weights_folder(checkpoint: Path) -> Path:
     """The folder with the tensors of a NeMo checkpoint, or of Megatron-LM's, which has no `weights/`."""
     for folder in (checkpoint / WEIGHTS, checkpoint):
+        refuse_pointers(folder, METADATA, CONFIG, "common.pt")
         if (folder / CONFIG).is_file():
             check_backend(folder / CONFIG)
         if (folder / METADATA).is_file() and (folder / CONFIG).is_file():
             return folder
         if (folder / METADATA).is_file():
             raise ConfigurationError(
-                f"'{folder}' has {METADATA} but no {CONFIG}, as a sharded checkpoint of FSDP: gather that first (accelerate"
-                " merge-weights FOLDER OUTPUT), and put config.json and the tokenizer beside the result"
+                f"'{folder}' has {METADATA} but no {CONFIG}: if it is Megatron's, copy that file anew; a sharded checkpoint"
+                " of FSDP must be gathered first (accelerate merge-weights FOLDER OUTPUT), with config.json and the"
+                " tokenizer put beside the result"
             )
     raise ConfigurationError(
         f"'{checkpoint}' is no torch_dist checkpoint: expected weights/{METADATA} and weights/{CONFIG}"
@@ -184,7 +187,10 @@ def check_backend(config: Path) -> None:
     except (ValueError, KeyError, TypeError, RecursionError):
         backend = None
     if backend != "torch_dist":
-        raise ConfigurationError(f"'{config}' has the sharded_backend {backend!r}, expected 'torch_dist'")
+        raise ConfigurationError(
+            f"'{config}' has the sharded_backend {backend!r}, expected 'torch_dist': load it with the Megatron that"
+            " wrote it, and save it with --ckpt-format torch_dist"
+        )
 
 
 def read_metadata(file: Path) -> Record:

@@ -118,12 +118,12 @@ def check(values: ConfigValues) -> None:
     """Pass over what is harmless, and refuse what makes another model of the same tensors.
 
     Raises:
-        ConfigurationError: A field of NEUTRAL, or one that sounds like them, has a value that is not neutral.
+        ConfigurationError: A field of NEUTRAL that was not read, or one that sounds like them, has a value that is not neutral.
     """
     values.known(*HARMLESS)
     for name, value in values.raw.items():
         off = value in (None, False, 0) or value in ("", [], {})
-        if name in NEUTRAL:
+        if name in NEUTRAL and not values.asked(name):
             values.known(name)
             if value in NEUTRAL[name] or (value in ([], {}) and None in NEUTRAL[name]):
                 continue

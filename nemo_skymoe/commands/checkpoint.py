@@ -20,6 +20,7 @@ from nemo_skymoe.commands.checkpoint_options import (
     LayerSpec,
     Noise,
     NumExperts,
+    Repair,
     RouterStd,
     RouterTopk,
     Seed,
@@ -62,7 +63,7 @@ def inspect(
 
 def convert(
     source: Annotated[Path, typer.Argument(help="Folder of a checkpoint, in any format.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    output: Annotated[Path, typer.Argument(help="New folder to write, or this command's own.")],
     to: To,
     config: Config = None,
     shard_size: ShardSize = "5GB",
@@ -72,21 +73,23 @@ def convert(
     allow_nonfinite: AllowNonfinite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
+    repair: Repair = False,
 ) -> None:
     """Convert a checkpoint, bit for bit.
 
-    Between Hugging Face's form and NeMo's, in bounded memory. The same command goes on where an interrupted one ended.
+    Between Hugging Face's form and NeMo's, in bounded memory. The same command goes on where an interrupted one ended;
+    with --repair it writes those files of a finished output again that are missing, damaged or edited.
     """
     from nemo_skymoe.checkpoint.convert import TargetOptions
 
     options = TargetOptions(to, parse_bytes(shard_size), vocab_size, layer_spec)
     plan = _plan({"base": source}, options, None, config)
-    _run(plan, output, workers, allow_nonfinite, dry_run, as_json)
+    _run(plan, output, workers, allow_nonfinite, repair, dry_run, as_json)
 
 
 def upcycle(
     sources: Annotated[list[str], typer.Argument(help="Dense checkpoint, or several as NAME=PATH.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    output: Annotated[Path, typer.Argument(help="New folder to write, or this command's own.")],
     to: To,
     num_experts: NumExperts = 16,
     moe_router_topk: RouterTopk = 2,
@@ -105,10 +108,11 @@ def upcycle(
     allow_nonfinite: AllowNonfinite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
+    repair: Repair = False,
 ) -> None:
     """Make an MoE of a dense checkpoint.
 
-    In bounded memory; the same command goes on where an interrupted one ended. A specialised MoE takes its experts
+    In bounded memory; the same command goes on where an interrupted one ended, and repairs as `convert` does. A specialised MoE takes its experts
     from several checkpoints, and all else from the one called base: `skymoe upcycle base=A zh=B OUTPUT --init
     specialized --expert-source zh:12,base:4`.
     """
@@ -128,7 +132,7 @@ def upcycle(
         None if expert_source is None else parse_expert_source(expert_source),
     )
     plan = _plan(parse_sources(sources), options, upcycling, config)
-    _run(plan, output, workers, allow_nonfinite, dry_run, as_json)
+    _run(plan, output, workers, allow_nonfinite, repair, dry_run, as_json)
 
 
 def verify(
@@ -175,7 +179,13 @@ def _plan(
 
 
 def _run(
-    plan: "Plan", output: Path, workers: int, allow_nonfinite: bool, dry_run: bool, as_json: bool
+    plan: "Plan",
+    output: Path,
+    workers: int,
+    allow_nonfinite: bool,
+    repair: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     from nemo_skymoe.commands import checkpoint_output
 
@@ -195,7 +205,7 @@ def _run(
 
     with checkpoint_output.progress(plan.job["command"], quiet=as_json) as progress:
         start = time.monotonic()
-        receipt = plan.run(output, workers, progress, allow_nonfinite, on_damage)
+        receipt = plan.run(output, workers, progress, allow_nonfinite, repair, on_damage)
     seconds = None if done else time.monotonic() - start
     checkpoint_output.show_receipt(receipt, output, seconds, list(repaired), as_json)
 

@@ -27,6 +27,9 @@ LayerSpec = Annotated[
 Workers = Annotated[int, typer.Option(min=1, help="Processes; the bytes are the same.")]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Keep NaN and Inf, and count them.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be written, from headers alone.")]
+Repair = Annotated[
+    bool, typer.Option("--repair", help="Write missing, damaged and edited files of the output again.")
+]
 NumExperts = Annotated[int, typer.Option(help="Experts of a layer; with granularity, copies of each MLP.")]
 RouterTopk = Annotated[int, typer.Option("--moe-router-topk", help="Experts that a token meets.")]
 Init = Annotated[str, typer.Option(help="copy, noise, drop, granular or specialized.")]

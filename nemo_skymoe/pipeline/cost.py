@@ -4,6 +4,7 @@ A block's time is its matrix products and attention at a share of the peak (`Eff
 its other kernels over memory at full bandwidth, plus its collectives. Nothing overlaps inside a block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,9 +61,9 @@ class CostModel:
 
     def problem(self, memory_limit: float) -> PipelineProblem:
         """The planner's problem; `memory_limit` is bytes of a GPU, the model's fixed overhead included."""
-        layer = self.layer()
+        kinds = {layer: self.layer(layer) for layer in {*self.model.layers}}
         return PipelineProblem(
-            blocks=(self.embedding(), *[layer] * self.model.num_layers, self.head()),
+            blocks=(self.embedding(), *(kinds[layer] for layer in self.model.layers), self.head()),
             stages=self.training.pipeline_parallel,
             micro_batches=self.training.micro_batches,
             memory_limit=memory_limit - self.efficiency.memory_overhead,
@@ -77,17 +78,18 @@ class CostModel:
         footprint = memory.embedding_footprint(self.model, self.training)
         return self._block("embedding", work, work, footprint)
 
-    def layer(self) -> Block:
-        """One transformer layer."""
-        attention_forward, attention_backward = causal_attention_flops(self.model, self.training.seq_length)
-        matmul = 2 * self._layer_macs()
+    def layer(self, layer: Architecture | None = None) -> Block:
+        """One transformer layer: one of `model.layers`, by default the first."""
+        model = layer or self.model.layers[0]
+        attention_forward, attention_backward = causal_attention_flops(model, self.training.seq_length)
+        matmul = 2 * self._layer_macs(model)
         tokens = self.training.tokens / self.training.tensor_parallel
-        regions = 1 if self.model.num_moe_experts else 2
-        wire = self._tensor_collectives(2 * regions) + self._dispatch()
+        regions = 1 if model.num_moe_experts else 2
+        wire = self._tensor_collectives(2 * regions) + self._dispatch(model)
         again = self._tensor_collectives(regions if self.training.sequence_parallel else 0)
-        forward = Work(matmul + tokens * attention_forward, self._layer_traffic(1), wire)
-        backward = Work(2 * matmul + tokens * attention_backward, self._layer_traffic(2), wire + again)
-        return self._block("layer", forward, backward, memory.layer_footprint(self.model, self.training))
+        forward = Work(matmul + tokens * attention_forward, self._layer_traffic(model, 1), wire)
+        backward = Work(2 * matmul + tokens * attention_backward, self._layer_traffic(model, 2), wire + again)
+        return self._block("layer", forward, backward, memory.layer_footprint(model, self.training))
 
     def head(self) -> Block:
         """Final norm, output layer and loss, whose fp32 softmax passes three times over the logits each way."""
@@ -109,20 +111,28 @@ class CostModel:
 
         With overlap only what one micro-batch's backward, or forward, leaves uncovered.
         """
+        count = -(-self.model.num_layers // self.training.pipeline_parallel)
+        layers = self.model.layers
+        return max(self._tail(layers[first : first + count]) for first in range(0, len(layers), count))
+
+    def _tail(self, layers: Sequence[Architecture]) -> float:
+        """The same, of a stage with these layers."""
         training = self.training
-        layers = -(-self.model.num_layers // training.pipeline_parallel)
-        dense, expert = memory.layer_parameters(self.model, training)
+        parameters = [memory.layer_parameters(layer, training) for layer in layers]
         ends = 2 if training.pipeline_parallel == 1 else 1
-        dense = dense * layers + ends * memory.vocabulary_parameters(self.model, training)
+        dense = sum(each for each, _ in parameters) + ends * memory.vocabulary_parameters(
+            self.model, training
+        )
         dense_group = Group(training.data_parallel, training.tensor_parallel)
         expert_group = Group(training.expert_data_parallel, training.expert_parallel)
-        seconds = self.links.ring(dense, dense_group) + self.links.ring(expert * layers, expert_group)
+        seconds = self.links.ring(dense, dense_group)
+        seconds += self.links.ring(sum(each for _, each in parameters), expert_group)
         reduce = training.gradient_bytes * seconds
         gather = (BF16 if training.distributed_optimizer else training.gradient_bytes) * seconds
         if training.overlap_grad_reduce:
-            layer = self.layer()
-            reduce = max(0.0, reduce - layers * layer.backward)
-            gather = max(0.0, gather - layers * layer.forward)
+            kinds = {layer: self.layer(layer) for layer in {*layers}}
+            reduce = max(0.0, reduce - sum(kinds[layer].backward for layer in layers))
+            gather = max(0.0, gather - sum(kinds[layer].forward for layer in layers))
         return reduce + gather
 
     def _block(self, kind: str, forward: Work, backward: Work, footprint: Footprint) -> Block:
@@ -148,21 +158,21 @@ class CostModel:
         whole = BF16 * self.model.hidden_size * self.training.tokens
         return count * self.links.ring(whole, self.tensor_group)
 
-    def _layer_macs(self) -> float:
+    def _layer_macs(self, model: Architecture) -> float:
         """Multiply-adds of one layer's matrix products, one micro-batch on one GPU."""
-        model, training = self.model, self.training
+        training = self.training
         macs = model.attention_parameters * training.tokens / training.tensor_parallel
         macs += model.router_parameters * training.tokens / training.sequence_shards
         mlp = model.expert_parameters * memory.expert_tokens(model, training)
         return macs + (mlp if model.num_moe_experts else mlp / training.tensor_parallel)
 
-    def _layer_traffic(self, direction: int) -> float:
+    def _layer_traffic(self, model: Architecture, direction: int) -> float:
         """Bytes of norms, RoPE, residuals, SwiGLU and permutations: what each kernel reads and writes.
 
         `direction` 1 is forward, 2 backward. Forward: two norms (2 h each), two residual additions (3 h), RoPE (twice
         query and key), SwiGLU (3 f); backward: norms 3 h, gradient sums 3 h, RoPE the same, SwiGLU 5 f.
         """
-        model, training = self.model, self.training
+        training = self.training
         tokens = memory.expert_tokens(model, training)
         rotated = (model.num_attention_heads + model.query_groups) * model.head_size
         passes = 10 if direction == 1 else 12
@@ -175,13 +185,13 @@ class CostModel:
         rope = 2 * BF16 * rotated * training.tokens / training.tensor_parallel
         return passes * self._hidden_bytes() + rope + BF16 * (swiglu + permuted)
 
-    def _dispatch(self) -> float:
+    def _dispatch(self, model: Architecture) -> float:
         """Seconds, either direction, to bring tokens to the experts and back.
 
         Under EDP without sequence parallelism every GPU has all tokens and nothing is dispatched. Otherwise tokens
         are gathered and reduced or dealt out to their experts and back, whichever is faster.
         """
-        model, training = self.model, self.training
+        training = self.training
         if not model.num_moe_experts:
             return 0.0
         if not training.sequence_parallel and training.tensor_parallel > 1:

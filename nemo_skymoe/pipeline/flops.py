@@ -32,15 +32,18 @@ class TokenFlops:
 def model_flops(model: Architecture, seq_length: int, capacity: float = 1.0) -> TokenFlops:
     """Forward and backward of one token, without recomputation; experts computed `capacity` times.
 
-    157.9e9 for Skywork-MoE at 8192, 93.1e9 for Skywork-13B at 4096. The MLP of a dense model counts as its expert.
+    157.9e9 for Skywork-MoE at 8192, 93.1e9 for Skywork-13B at 4096. The MLP of a dense layer counts as its expert.
     """
-    experts = model.moe_router_topk * capacity if model.num_moe_experts else 1
     width = model.num_attention_heads * model.head_size
+    computed = [layer.moe_router_topk * capacity if layer.num_moe_experts else 1.0 for layer in model.layers]
     return TokenFlops(
         attention_projections=6.0 * model.num_layers * model.attention_parameters,
         attention_core=12.0 * model.num_layers * width * seq_length,
-        experts=6.0 * model.num_layers * model.expert_parameters * experts,
-        router=6.0 * model.num_layers * model.router_parameters,
+        experts=sum(
+            6.0 * layer.expert_parameters * experts
+            for layer, experts in zip(model.layers, computed, strict=True)
+        ),
+        router=sum(6.0 * layer.router_parameters for layer in model.layers),
         output_layer=6.0 * model.vocab_size * model.hidden_size,
     )
 

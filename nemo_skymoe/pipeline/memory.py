@@ -8,6 +8,7 @@ Tensor parallelism splits what lies inside attention and MLP, sequence paralleli
 from dataclasses import dataclass
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.pipeline.training import Training
 
 BF16, FP32 = 2, 4
@@ -34,7 +35,9 @@ def padded_vocabulary(model: Architecture, training: Training) -> int:
 
 
 def layer_parameters(model: Architecture, training: Training) -> tuple[float, float]:
-    """(dense, expert) parameters of one layer on one GPU."""
+    """(dense, expert) parameters of one layer on one GPU; of a model whose layers are alike, or one of `model.layers`."""
+    if model.layers_differ:
+        raise ConfigurationError("the layers of this model differ: expected one of them, of its `layers`")
     tensor = training.tensor_parallel
     dense = model.attention_parameters / tensor + model.router_parameters + 2 * model.hidden_size
     if not model.num_moe_experts:
@@ -69,7 +72,7 @@ def embedding_footprint(model: Architecture, training: Training) -> Footprint:
 
 
 def layer_footprint(model: Architecture, training: Training) -> Footprint:
-    """One transformer layer."""
+    """One transformer layer; of a model whose layers are alike, or one of `model.layers`."""
     hidden = BF16 * model.hidden_size * training.tokens / training.sequence_shards
     mlp = _moe_activations(model, training) if model.num_moe_experts else _mlp_activations(model, training)
     return Footprint(

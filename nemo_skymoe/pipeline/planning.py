@@ -58,6 +58,9 @@ def plan(
     gpu = hardware if isinstance(hardware, Hardware) else hardware_preset(hardware)
     how = _training(training, num_gpus, data_parallel)
     how.check(architecture)
+    if architecture.layers_differ:  # of the dense ones tensor parallelism splits the MLP
+        alone = replace(how, expert_parallel=1, capacity_factor=None, pad_to_capacity=False)
+        alone.check(architecture.of_layers(moe=False))
     limit = gpu.memory if memory_limit is None else memory_limit
     constants = efficiency or Efficiency()
     if not limit > constants.memory_overhead:
@@ -67,6 +70,10 @@ def plan(
         )
     problem = CostModel(architecture, how, gpu, constants).problem(limit)
     if profile is not None:
+        if architecture.layers_differ and not isinstance(profile.get("layer", []), list):
+            raise ConfigurationError(
+                "profile has one layer for all, expected a list: the layers of this model differ"
+            )
         problem = replace(problem, blocks=measured_blocks(problem.blocks, profile))
     if not recompute:
         problem = replace(

@@ -28,8 +28,41 @@ SETS: dict[str, dict[str, bytes]] = {
     "sentencepiece": {"sentencepiece.bpe.model": b"\x00\xff", "tokenizer.model.v3": b"\x00"},
     "word pieces": {"vocab.txt": b"a\nb\n"},
     "remote code": REMOTE,
+    "processors": {
+        "preprocessor_config.json": b"{}",
+        "processor_config.json": b"{}",
+        "x_processor_config.json": b"{}",
+    },
+    "a processor's code": {
+        "processor_config.json": b'{"auto_map": {"AutoProcessor": "mine.Mine", "AutoModel": "m.M"}}',
+        "mine.py": b"",
+    },
+    "terms": {
+        "LICENSE": b"(c)",
+        "LICENSE-MODEL.md": b"(c)",
+        "Skywork Community License.pdf": b"%PDF",
+        "Skywork \u6a21\u578b\u793e\u533a\u8bb8\u53ef\u534f\u8bae.pdf": b"%PDF",
+        "NOTICE": b"",
+        "Copying.txt": b"",
+        "USE_POLICY.md": b"",
+        "README.md": b"#",
+        "README_zh.md": b"#",
+    },
+    "generation": {"generation_config_for_text_generation.json": b"{}"},
+    "old vocabularies": {"rwkv_vocab_v20230424.txt": b"", "vocab-src.json": b"{}", "spiece.model": b"\x00"},
 }
-STAYS = {"README.md": b"#", "LICENSE": b"(c)", "train.py": b"", "modeling_x.py": b"", "notes.txt": b""}
+STAYS = {
+    "train.py": b"",
+    "modeling_x.py": b"",
+    "m.py": b"",
+    "notes.txt": b"",
+    "optimizer.pt": b"",
+    "trainer_state.json": b"",
+    "licenses/MIT.txt": b"",
+    "original/tokenizer.model": b"",
+    "events.out.tfevents": b"",
+    ".gitattributes": b"",
+}
 
 
 def convert_to(to: str, source: Path, output: Path, upcycling: Upcycling | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -98,18 +99,19 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("to", ["hf", "hf in one file", "torch_dist"])
-def test_a_damaged_file_is_named_and_written_again(to: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_by_name_and_written_again_on_demand(to: str, tmp_path: Path) -> None:
     weights, output = random_weights(TINY), tmp_path / "out"
     made = target(to.split()[0], weights, 10**9 if "one" in to else 4000)
     write("hf", weights, tmp_path / "source")
     read, storage = open_folder("hf", tmp_path / "source")
 
-    def convert() -> dict[str, str]:
+    def convert(repair: bool = True) -> dict[str, str]:
         found: dict[str, str] = {}
-        run(read, made, output, job=JOB, sources=[storage], on_damage=found.update, workers=2)
+        job: dict[str, Any] = {"job": JOB, "sources": [storage], "on_damage": found.update, "workers": 2}
+        run(read, made, output, repair=repair, **job)
         return found
 
-    assert convert() == {}
+    assert convert(repair=False) == {}
     expected = crash.tree(output)
     names = sorted(expected.keys() - {RECEIPT})
     assert len(names) == {"hf": 10, "hf in one file": 3, "torch_dist": 19}[to], names
@@ -117,6 +119,12 @@ def test_a_damaged_file_is_named_and_written_again(to: str, tmp_path: Path) -> N
         for reason, damage in DAMAGES.items():
             before = times(output)
             damage(output / name)
+            left = times(output)
+            with pytest.raises(
+                ConfigurationError, match=f"/{re.escape(name)}' .*{reason}.* --repair writes that"
+            ):
+                convert(repair=False)
+            assert times(output) == left
             found = convert()
             assert found.keys() == {name} and reason in found[name], (name, found)
             assert crash.tree(output) == expected, name
@@ -139,7 +147,7 @@ def test_a_receipt_that_is_wrong_about_an_intact_file_is_corrected(tmp_path: Pat
         digest = receipt["files"][name]["sha256"]
         receipt["files"][name]["sha256"] = ("0" if digest[0] != "0" else "1") + digest[1:]
         (tmp_path / "out" / RECEIPT).write_text(json.dumps(receipt))
-        convert("hf", tmp_path)
+        convert("hf", tmp_path, repair=True)
         assert crash.tree(tmp_path / "out") == expected, name
 
 
@@ -151,8 +159,8 @@ def test_a_repair_that_is_killed_is_repeated(tmp_path: Path) -> None:
     for file in damaged:
         flip_last(file)
     for byte in (1, 700, 5000):
-        crash.attempt(lambda: convert("hf", tmp_path), byte=byte)
-    convert("hf", tmp_path)
+        crash.attempt(lambda: convert("hf", tmp_path, repair=True), byte=byte)
+    convert("hf", tmp_path, repair=True)
     assert crash.tree(tmp_path / "out") == expected
 
 

@@ -113,12 +113,13 @@ TOKENIZER = {
     "generation_config.json": b'{"eos_token_id": 2}',
     "chat_template.jinja": b"{{ messages }}",
     "additional_chat_templates/tool.jinja": b"{{ tools }}",
+    "LICENSE": b"(c)",
 }
 
 
 def test_tokenizer_travels_byte_for_byte_and_nothing_else_does(tmp_path: Path):
     hf_models.skywork_dense(tmp_path)
-    others = {"modeling_skywork.py": b"theirs", "pytorch_model.bin": b"pickle", "README.md": b"#"}
+    others = {"modeling_skywork.py": b"theirs", "pytorch_model.bin": b"pickle", "notes.md": b"#"}
     for name, content in (TOKENIZER | others).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -142,7 +143,10 @@ def test_llama_needs_no_modeling_files():
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda file: file.symlink_to(file)])
 def test_tokenizer_that_is_no_file(make: Callable[[Path], None], tmp_path: Path):
     make(tmp_path / "tokenizer.model")
-    with pytest.raises(ConfigurationError, match=r"tokenizer\.model' is '.*expected a regular file"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"tokenizer\.model' is ('.*expected a regular file|a link to '.*cannot be opened)",
+    ):
         extras(from_hf_config(DENSE), tmp_path)
 
 

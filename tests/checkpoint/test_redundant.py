@@ -2,7 +2,10 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import hugging_face, megatron
+from nemo_skymoe.checkpoint import convert, hugging_face, megatron
+from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hf_files import to_hf_config
+from nemo_skymoe.checkpoint.logits import megatron_logits
 from nemo_skymoe.checkpoint.nemo_context import context_files
+from nemo_skymoe.checkpoint.tensors import Key
+from nemo_skymoe.checkpoint.upcycling import Upcycling
 from nemo_skymoe.config import ConfigurationError
 
 TIED = Architecture(1, 16, 8, 2, vocab_size=40, tied_embeddings=True)
@@ -64,3 +71,85 @@ def test_megatron(tmp_path: Path):
             continue
         with pytest.raises(ConfigurationError, match=r"'module\.output_layer\.weight' in .* differs from"):
             megatron.open(folder)
+
+
+STORED = {"embedding": (0,), "head": (1,), "both": (0, 1)}
+
+
+def opened(form: str, folder: Path, stored: str, *, tied: bool, change: float) -> Any:
+    """A model of which embedding, head or both are stored; where both are, they differ by `change`."""
+    sizes = replace(TIED, tied_embeddings=False)
+    tables = {"hf": hugging_face.chunks(sizes), "nemo": megatron.chunks(sizes, 128)}
+    names = {
+        "hf": ("model.embed_tokens.weight", "lm_head.weight"),
+        "nemo": ("module.embedding.word_embeddings.weight", "module.output_layer.weight"),
+    }[form]
+    tensors = {
+        chunk.tensor: torch.full(chunk.shape, float(number)) for number, chunk in enumerate(tables[form])
+    }
+    both = torch.arange(tensors[names[0]].numel(), dtype=torch.float32).reshape(tensors[names[0]].shape)
+    for number, name in enumerate(names):
+        tensors[name] = both + number * change
+        if number not in STORED[stored]:
+            del tensors[name]
+    description = replace(DESCRIPTION, architecture=replace(TIED, tied_embeddings=tied))
+    if form == "hf":
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(to_hf_config(description)))
+    else:
+        save(folder, tensors)
+        for name, content in context_files(description, None, padded_vocab_size=128).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    return convert.open_source(folder)
+
+
+@pytest.mark.parametrize("form", ["hf", "nemo"])
+def test_embedding_and_head_as_one_or_as_two(form: str, tmp_path: Path):
+    """Every combination of what is stored, whether it is equal, and what the configuration says of it."""
+    expected = torch.arange(40 * 16, dtype=torch.float32).reshape(40, 16)
+    for number, (stored, tied, change) in enumerate(product(STORED, (True, False), (0.0, 1.0))):
+        folder = tmp_path / str(number)
+        if tied and (stored != "both" or not change):
+            weights = opened(form, folder, stored, tied=tied, change=0.0).weights
+            assert Key("output") not in {*weights.keys()}
+            assert torch.equal(weights.read(Key("embedding")), expected)
+        elif not tied and stored == "both":
+            weights = opened(form, folder, stored, tied=tied, change=change).weights
+            assert torch.equal(weights.read(Key("embedding")), expected)
+            assert torch.equal(weights.read(Key("output")), expected + change)
+        else:
+            message = (
+                "differs from .* but the configuration says that they are tied"
+                if tied
+                else "has '.*' but no '.*'"
+            )
+            with pytest.raises(ConfigurationError, match=message):
+                opened(form, folder, stored, tied=tied, change=change)
+
+
+def test_a_head_that_stands_for_both_is_written_as_the_embedding(tmp_path: Path):
+    for form in ("hf", "nemo"):
+        source = opened(form, tmp_path / form, "head", tied=True, change=0.0)
+        for to in ("hf", "nemo"):
+            plan = convert.plan(
+                {"base": source}, TargetOptions(to, layer_spec="local" if to == "nemo" else None)
+            )
+            plan.run(tmp_path / form / to)
+            names = convert.open_source(tmp_path / form / to).weights.storage.tensors.keys()
+            assert [name for name in names if "embed" in name] and not [
+                name for name in names if "head" in name
+            ]
+            written = convert.open_source(tmp_path / form / to).weights
+            for key in (*written.keys(),):
+                assert torch.equal(written.read(key), source.weights.read(key)), key
+        assert convert.plan({"base": source}, TargetOptions("hf"), Upcycling(2)).run(tmp_path / form / "moe")
+
+
+def test_megatron_computes_with_a_head_that_stands_for_both(tmp_path: Path):
+    logits = []
+    for stored in STORED:
+        opened("nemo", tmp_path / stored, stored, tied=True, change=0.0)
+        logits.append(megatron_logits(tmp_path / stored, torch.arange(8)[None]))
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2]) and logits[0].std() > 0

@@ -258,9 +258,9 @@ def test_refuses_stale_shards_and_ambiguity(folder: Path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pytorch_model.bin", "is a pickle, which runs code.*safetensors first"),
+        ("pytorch_model.bin", "is a pickle, which runs code.*safe_serialization=True"),
         ("consolidated.00.pth", "is a pickle"),
-        ("model-00001-of-00002.safetensors", "is one file of a model: give its folder"),
+        ("model-00001-of-00002.safetensors", "but no .model.safetensors.index.json."),
         ("readme.md", "neither"),
     ],
 )

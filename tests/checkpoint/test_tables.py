@@ -19,7 +19,14 @@ from nemo_skymoe.ranks import run_ranks
 from tests.calls import count_calls
 
 TIED = Architecture(3, 53, 31, 4, vocab_size=97, kv_channels=14, tied_embeddings=True)
-MODELS = {"dense": generate.DENSE, "moe": generate.MOE, "tied": TIED, "tied moe": TIED.with_experts(5)}
+MODELS = {
+    "dense": generate.DENSE,
+    "moe": generate.MOE,
+    "tied": TIED,
+    "tied moe": TIED.with_experts(5),
+    "first dense": replace(generate.MOE, moe_layer_freq=(0, 1, 1, 0, 1), moe_ffn_hidden_size=17),
+    "every second": replace(TIED.with_experts(5), moe_layer_freq=2),
+}
 every_model = pytest.mark.parametrize("architecture", MODELS.values(), ids=MODELS.keys())
 every_stacking = pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "a name a layer"])
 every_spec = pytest.mark.parametrize("layer_spec", tables.LAYER_SPECS)

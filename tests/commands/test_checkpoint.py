@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +155,12 @@ REFUSED: dict[str, tuple[str, ...]] = {
     ),
     "is not a folder": ("convert", "{source}/nowhere", "{output}", "--to", "hf"),
     "is no checkpoint": ("inspect", "{empty}"),
+    "to repair: leave --repair out to write it": (
+        "convert",
+        "{source}",
+        "{output}",
+        *["--to", "hf", "--repair"],
+    ),
     "exists: expected a new folder": ("convert", "{source}", "{source}", "--to", "hf"),
 }
 
@@ -185,11 +192,23 @@ def test_the_same_command_after_damage(source: Path, tmp_path: Path, monkeypatch
                 (file,) = output.glob(name)
                 file.write_bytes(expected[file][:-1] + bytes([expected[file][-1] ^ 1]))
                 (file := next(output.glob(names[0]))).unlink()
-                again = skymoe(command, f"linked/../{'linked'}/", output, *options)
+                damaged = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+                refused = skymoe(command, f"linked/../{'linked'}/", output, *options)
+                assert refused.exit_code == 2 and refused.stderr.count("skymoe: ") == 1, refused.output
+                assert (
+                    f"'{file.absolute()}' is missing" in refused.stderr
+                    and "--repair writes th" in refused.stderr
+                )
+                assert name == names[0] or f"{next(output.glob(name))}' is not the bytes" in refused.stderr
+                assert damaged == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+                again = skymoe(command, f"linked/../{'linked'}/", output, *options, "--repair")
                 assert again.exit_code == 0, again.output
                 assert f"'{file}' is missing" in again.stderr and "files written anew" in again.stdout
-                assert name == names[0] or f"{next(output.glob(name))}' is not the bytes" in again.stderr
                 assert expected == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+            (output / "skymoe_receipt.json").unlink()
+            assert "has no skymoe_receipt.json" in skymoe(command, source, output, *options).stderr
+            assert skymoe(command, source, output, *options, "--repair").exit_code == 0
+            assert expected == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
             assert "is there already, unchanged" in skymoe(command, source, output / ".", *options).stdout
             assert list(tmp_path.glob("*.unfinished")) == []
 
@@ -281,6 +300,26 @@ def test_dry_run_lists_names_shapes_and_room(source: Path, tmp_path: Path):
     shown = skymoe("upcycle", source, tmp_path / "moe", "--to", "hf", "--num-experts", 4, "--dry-run").output
     assert "model.layers.1.block_sparse_moe.experts.3.w2.weight  bfloat16  [32, 48]" in shown
     assert "41 tensors; " in shown and "needed" in shown and "free" in shown
+
+
+def test_a_dry_run_that_finds_too_little_room_fails(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Room to the byte is enough, a byte less is not; whatever is there already need not fit again."""
+    for command, to in (("convert", "nemo"), ("convert", "hf"), ("upcycle", "nemo"), ("upcycle", "hf")):
+        job = (command, source, tmp_path / f"{command}-{to}", "--to", to)
+        needed = json.loads(skymoe(*job, "--dry-run", "--json").output)["bytes_needed"]
+        for missing in (0, 1):
+            with monkeypatch.context() as patch:
+                free = SimpleNamespace(free=needed - missing)
+                patch.setattr("shutil.disk_usage", lambda _, free=free: free)
+                assert skymoe(*job, "--dry-run", "--json").exit_code == missing
+                shown = skymoe(*job, "--dry-run")
+                assert (shown.exit_code, "NOT ENOUGH" in shown.stdout) == (missing, bool(missing))
+        assert skymoe(*job).exit_code == 0
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.disk_usage", lambda _, free=needed // 4: SimpleNamespace(free=free))
+            assert skymoe(*job, "--dry-run").exit_code == 0
 
 
 @pytest.mark.parametrize("change", [lambda job: job, lambda job: [*job, "--workers", "2"]])

@@ -7,10 +7,12 @@ class SkyworkConfig(LlamaConfig):
     """Llama's options, and those of the experts (arXiv 2406.06563).
 
     Args:
-        num_experts: Experts of every layer, as a list of one number as the release writes it; None is a dense model.
+        num_experts: Experts of an MoE layer, as a list of one number as the release writes it; None is a dense model.
         num_experts_per_tok: Experts that each token is sent to.
         moe_use_logits_norm: Normalise every token's gating logits before the softmax.
         moe_gate_norm_std: The standard deviation that they have afterwards.
+        mlp_only_layers: Layers that are dense, counted from 0; None is an MoE in every layer.
+        moe_intermediate_size: Size of an expert; None is that of a dense layer's MLP, `intermediate_size`.
     """
 
     model_type = "skywork"
@@ -21,6 +23,8 @@ class SkyworkConfig(LlamaConfig):
         num_experts_per_tok=2,
         moe_use_logits_norm=True,
         moe_gate_norm_std=1.0,
+        mlp_only_layers=None,
+        moe_intermediate_size=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -28,6 +32,8 @@ class SkyworkConfig(LlamaConfig):
         self.num_experts_per_tok = num_experts_per_tok
         self.moe_use_logits_norm = moe_use_logits_norm
         self.moe_gate_norm_std = moe_gate_norm_std
+        self.mlp_only_layers = mlp_only_layers
+        self.moe_intermediate_size = moe_intermediate_size
 
     @property
     def experts_per_layer(self) -> int:

@@ -21,7 +21,7 @@ class SkyworkExpert(nn.Module):
 
     def __init__(self, config: SkyworkConfig):
         super().__init__()
-        hidden, ffn = config.hidden_size, config.intermediate_size
+        hidden, ffn = config.hidden_size, config.moe_intermediate_size or config.intermediate_size
         self.w1 = nn.Linear(hidden, ffn, bias=False)
         self.w2 = nn.Linear(ffn, hidden, bias=False)
         self.w3 = nn.Linear(hidden, ffn, bias=False)
@@ -97,7 +97,11 @@ class SkyworkModel(LlamaModel):
     def __init__(self, config: SkyworkConfig):
         super().__init__(config)
         if config.experts_per_layer:
-            self.layers = nn.ModuleList(SkyworkMoELayer(config, i) for i in range(config.num_hidden_layers))
+            dense = config.mlp_only_layers or ()
+            self.layers = nn.ModuleList(
+                (LlamaDecoderLayer if i in dense else SkyworkMoELayer)(config, i)
+                for i in range(config.num_hidden_layers)
+            )
             self.post_init()
 
 

@@ -75,35 +75,40 @@ def tensors(
     Args:
         padded_vocab_size: Rows of embedding and head as Megatron stores them.
         layer_spec: "local" or "te", whose layers the model is made of.
-        stacked: One tensor [layers, ...] for all layers, or one a layer (`hetereogenous_dist_checkpoint`).
+        stacked: One tensor [layers, ...] for all layers, or one a layer (`hetereogenous_dist_checkpoint`), as always
+            where layers differ.
         prefix: Before every name.
 
     Raises:
         ConfigurationError: An unknown `layer_spec`.
     """
-    shapes = _table(layer_spec, architecture)["tensors"]
-    values = symbols(architecture, padded_vocab_size)
-    for name, shape in shapes.items():
-        if name == HEAD and architecture.tied_embeddings:
-            continue
-        sizes = tuple(values[symbol] for symbol in shape.split())
-        yield from _places(name, sizes, architecture, stacked, prefix)
+    for name, sizes, layers in _entries("tensors", architecture, layer_spec, padded_vocab_size):
+        if name != HEAD or not architecture.tied_embeddings:
+            yield from _places(name, sizes, architecture, layers, stacked, prefix)
 
 
 def extra_states(
     architecture: Architecture, layer_spec: str = "local", *, stacked: bool = True, prefix: str = PREFIX
 ) -> Iterator[Place]:
     """What Megatron expects beside the tensors, one object a place: the FP8 scales of its linear layers."""
-    values = symbols(architecture, 0)
-    for name, shape in _table(layer_spec, architecture)["extra_states"].items():
-        sizes = tuple(values[symbol] for symbol in shape.split())
-        yield from _places(name, sizes, architecture, stacked, prefix)
+    for name, sizes, layers in _entries("extra_states", architecture, layer_spec, 0):
+        yield from _places(name, sizes, architecture, layers, stacked, prefix)
 
 
-def _table(layer_spec: str, architecture: Architecture) -> dict[str, dict[str, str]]:
+def _entries(
+    kind: str, architecture: Architecture, layer_spec: str, padded_vocab_size: int
+) -> Iterator[tuple[str, tuple[int, ...], list[int]]]:
+    """Name, shape as stacked, and layers of every entry of the tables; the layers are those that have it."""
     if layer_spec not in LAYER_SPECS:
         raise ConfigurationError(f"layer_spec is {layer_spec!r}, expected one of {', '.join(LAYER_SPECS)}")
-    return load(layer_spec)["moe" if architecture.num_moe_experts else "dense"]
+    done: set[str] = set()
+    for moe in sorted({*architecture.moe_layers}):
+        values = symbols(architecture.of_layers(moe), padded_vocab_size)
+        layers = [layer for layer, is_moe in enumerate(architecture.moe_layers) if is_moe == moe]
+        for name, shape in load(layer_spec)["moe" if moe else "dense"][kind].items():
+            if name.startswith(LAYERS) or name not in done:
+                done.add(name)
+                yield name, tuple(values[symbol] for symbol in shape.split()), layers
 
 
 @cache
@@ -113,14 +118,20 @@ def load(layer_spec: str) -> dict[str, Any]:
 
 
 def _places(
-    name: str, shape: tuple[int, ...], architecture: Architecture, stacked: bool, prefix: str
+    name: str,
+    shape: tuple[int, ...],
+    architecture: Architecture,
+    layers: list[int],
+    stacked: bool,
+    prefix: str,
 ) -> Iterator[Place]:
     if not name.startswith(LAYERS):
         yield Place(prefix + name, shape, (), name)
         return
     module = name.removeprefix(LAYERS)
     experts = range(architecture.num_moe_experts or 0) if module.startswith(EXPERTS) else (None,)
-    for layer, expert in product(range(architecture.num_layers), experts):
+    stacked = stacked and not architecture.layers_differ
+    for layer, expert in product(layers, experts):
         index = (layer,) if expert is None else (layer, expert)
         if stacked:
             yield Place(prefix + name, shape, index, module, layer, expert)

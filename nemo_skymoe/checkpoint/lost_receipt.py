@@ -1,0 +1,76 @@
+"""The receipt of a finished output that is lost or unreadable: found again by doing the job once more beside it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from nemo_skymoe.checkpoint.finished import Damage, damaged_files, refused
+from nemo_skymoe.checkpoint.mapping import listed
+from nemo_skymoe.checkpoint.output_file import TEMPORARY, sync_folder, write_small
+from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt
+from nemo_skymoe.checkpoint.target import Target
+from nemo_skymoe.config import ConfigurationError
+
+
+def is_lost(output: Path, target: Target) -> bool:
+    """Whether a folder has no receipt that can be read, but files as this job writes them.
+
+    Raises:
+        ConfigurationError: It has neither, so that nothing speaks for its being an output of this job.
+    """
+    try:
+        if read_receipt(output) is not None:
+            return False
+    except ConfigurationError:
+        return True
+    if not any((output / file.name).is_file() for file in target.files()):
+        raise refused(output, f"it has no {RECEIPT}, and no file of weights that this command writes")
+    return True
+
+
+def adopt(output: Path, again: Path, advance: Callable[[int, str], None]) -> dict[str, Damage]:
+    """Give `output` the receipt of `again`, the same job done once more, and the files that are missing from it.
+
+    Without a receipt nothing tells a damaged file from somebody else's, so none that is there is touched.
+
+    Returns:
+        What was missing or damaged, the receipt among it.
+
+    Raises:
+        ConfigurationError: A file of the output is not what the job writes.
+    """
+    receipt = read_receipt(again)
+    assert receipt is not None
+    damages = damaged_files(output, receipt, receipt["files"], advance, own=False)
+    strange = [
+        f"'{output / name}' {damage.reason}" for name, damage in damages.items() if (output / name).exists()
+    ]
+    if strange:
+        raise ConfigurationError(
+            f"'{output}' has no {RECEIPT} that can be read, and differs from what this command writes:"
+            f" {listed(strange)}; move what differs away, then run the same command again"
+        )
+    for name in damages:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        _move(again / name, output / name)
+        sync_folder((output / name).parent)
+    write_small(output / RECEIPT, (again / RECEIPT).read_bytes())
+    sync_folder(output)
+    return damages | {RECEIPT: Damage("is missing or damaged")}
+
+
+def _move(file: Path, place: Path) -> None:
+    try:
+        os.replace(file, place)
+    except OSError as reason:
+        if reason.errno != errno.EXDEV:  # the output is a link to another disk
+            raise
+        temporary = place.with_name(place.name + TEMPORARY)
+        shutil.copyfile(file, temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, place)

@@ -1,0 +1,184 @@
+"""Models of dense and MoE layers: every command on one whose first layer is dense, against counts by hand and Megatron."""
+
+import json
+import re
+from dataclasses import asdict, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+from fakes import random_weights
+from megatron_files import write, write_context
+from safetensors.torch import load_file, save_file
+from test_logits import by_megatron, by_transformers, converted, difference
+from typer.testing import CliRunner
+
+from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint import convert, hf_files, hugging_face, megatron, nemo_context
+from nemo_skymoe.checkpoint.convert import TargetOptions
+from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.hf_config import from_hf_config
+from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
+from nemo_skymoe.checkpoint.tensors import model_keys
+from nemo_skymoe.checkpoint.upcycling import Upcycling
+from nemo_skymoe.cli import app
+from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.ranks import run_ranks
+
+FIRST_DENSE = Architecture(
+    num_layers=3,
+    hidden_size=16,
+    ffn_hidden_size=24,
+    num_attention_heads=2,
+    vocab_size=419,
+    num_moe_experts=4,
+    moe_layer_freq=(0, 1, 1),
+    moe_ffn_hidden_size=8,
+)
+# Four projections and two norms a layer; a dense MLP, two layers of experts and routers; final norm, embedding, head.
+PARAMETERS = 3 * (4 * 16 * 16 + 2 * 16) + 3 * 16 * 24 + 2 * (4 * 3 * 16 * 8 + 4 * 16) + 16 + 2 * 419 * 16
+ACTIVATED = PARAMETERS - 2 * 2 * 3 * 16 * 8
+
+
+def made(folder: Path, sizes: Architecture = FIRST_DENSE) -> Path:
+    """In Hugging Face's form, random, in float32."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        chunk.tensor: torch.randn(chunk.shape, generator=generator) * (0.3 if len(chunk.shape) > 1 else 0.1)
+        + (len(chunk.shape) == 1)
+        for chunk in hugging_face.chunks(sizes)
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    description = Description(sizes, dtype="float32", max_position_embeddings=256)
+    (folder / "config.json").write_text(json.dumps(hf_files.to_hf_config(description)))
+    return folder
+
+
+def skymoe(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_counts() -> None:
+    assert (FIRST_DENSE.parameters, FIRST_DENSE.activated_parameters) == (PARAMETERS, ACTIVATED)
+    alike = replace(FIRST_DENSE, moe_layer_freq=1)
+    assert alike == replace(alike, moe_layer_freq=(1, 1, 1)) and alike.ffn_hidden_size == 8
+    second = replace(FIRST_DENSE, moe_layer_freq=2)
+    assert second.moe_layers == (True, False, True) and second == replace(second, moe_layer_freq=(1, 0, 1))
+    assert {key.layer for key in model_keys(FIRST_DENSE) if key.kind == "router"} == {1, 2}
+    for wrong in (0, -1, True, 1.5, (0, 0, 0), (1, 1), (1, 2, 1), "1", None, [0, True, 1]):
+        with pytest.raises(ConfigurationError, match="moe_layer_freq is "):
+            Architecture(**asdict(FIRST_DENSE) | {"moe_layer_freq": wrong})
+
+
+def test_there_and_back_and_what_both_compute(tmp_path: Path, remote_code: None) -> None:
+    """Hugging Face to NeMo to Hugging Face, bit for bit; transformers' logits are Megatron's."""
+    from transformers import AutoModelForCausalLM
+
+    source = made(tmp_path / "hf")
+    nemo = converted(source, tmp_path / "nemo", "nemo")
+    names = convert.open_source(nemo).weights.storage.tensors
+    routers = {name: info.shape for name, info in names.items() if "router" in name}
+    assert routers == {f"module.decoder.layers.{layer}.mlp.router.weight": (4, 16) for layer in (1, 2)}
+    assert names["module.decoder.layers.0.mlp.linear_fc1.weight"].shape == (48, 16)
+    assert names["module.decoder.layers.2.mlp.experts.experts.linear_fc1.weight"].shape == (4, 16, 16)
+    check_checkpoint(nemo)
+    back = converted(nemo, tmp_path / "back", "hf")
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, back))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert from_hf_config(json.loads((back / "config.json").read_text())).architecture == FIRST_DENSE
+    model = AutoModelForCausalLM.from_pretrained(back, trust_remote_code=True, torch_dtype=torch.float32)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS
+    assert difference(by_transformers(model), by_megatron(nemo)) <= 1e-5
+
+
+def test_fiddle_reads_the_list_of_layers_from_the_context() -> None:
+    from fiddle._src.experimental import serialization
+
+    call = nemo_context._Call("types.SimpleNamespace", {"moe_layer_freq": [0, 1, 1], "num_layers": 3})
+    read = serialization.load_json(nemo_context._io_json(call).decode())
+    assert (read.moe_layer_freq, read.num_layers) == ([0, 1, 1], 3)
+
+
+@pytest.mark.parametrize("layer_spec", ["local", "te"])
+def test_a_checkpoint_of_nemos_own(layer_spec: str, tmp_path: Path) -> None:
+    """Described by model.yaml with Megatron's options, under both layer specs' names."""
+    sizes = replace(FIRST_DENSE, vocab_size=40)
+    weights = random_weights(sizes)
+    options = {"moe_layer_freq": [0, 1, 1], "moe_ffn_hidden_size": 8}
+    write(tmp_path, weights, torch.float32, layer_spec=layer_spec)
+    write_context(tmp_path, sizes, **options)
+    found, description = megatron.open(tmp_path)
+    assert description.architecture == sizes
+    for key in (*weights.keys(),):
+        assert torch.equal(found.read(key), weights.read(key)), key
+    (tmp_path / "context/model.yaml").unlink()
+    (tmp_path / "context").rmdir()
+    write_context(tmp_path, sizes, **options | {"moe_layer_freq": 2})
+    with pytest.raises(ConfigurationError, match="is not the model its configuration describes"):
+        megatron.open(tmp_path)
+
+
+def test_commands(tmp_path: Path) -> None:
+    source = made(tmp_path / "hf")
+    assert skymoe("convert", source, tmp_path / "nemo", "--to", "nemo").exit_code == 0
+    for folder in (source, tmp_path / "nemo"):
+        found = json.loads(skymoe("inspect", folder, "--json").output)
+        assert (found["parameters"], found["activated_parameters"]) == (PARAMETERS, ACTIVATED)
+        assert found["architecture"]["moe_layer_freq"] == [0, 1, 1] and found["problems"] == []
+        assert re.search(r"moe_layer_freq 0, 1, 1, moe_ffn_hidden_size 8", skymoe("inspect", folder).output)
+        refused = skymoe("upcycle", folder, tmp_path / "moe", "--to", "hf")
+        assert refused.exit_code == 2 and "is an MoE already, expected a dense model" in refused.output
+    expected = {file: file.read_bytes() for file in (tmp_path / "nemo").rglob("*") if file.is_file()}
+    for file in sorted(expected)[::7]:
+        file.unlink()
+    assert "--repair writes" in skymoe("convert", source, tmp_path / "nemo", "--to", "nemo").output
+    assert skymoe("convert", source, tmp_path / "nemo", "--to", "nemo", "--repair").exit_code == 0
+    assert expected == {file: file.read_bytes() for file in (tmp_path / "nemo").rglob("*") if file.is_file()}
+
+
+def test_dense_layers_named_wrongly_are_refused(tmp_path: Path) -> None:
+    config = json.loads((made(tmp_path / "hf") / "config.json").read_text())
+    assert config["mlp_only_layers"] == [0] and config["moe_intermediate_size"] == 8
+    for change, message in (
+        ({"mlp_only_layers": [3]}, "mlp_only_layers is .*, expected numbers of layers, from 0 to 2"),
+        ({"mlp_only_layers": [0, 1, 2]}, "expected an MoE layer among them"),
+        ({"mlp_only_layers": 0.5}, "mlp_only_layers is 0.5"),
+        ({"moe_intermediate_size": -1}, "moe_intermediate_size is -1, expected a positive integer"),
+        ({"num_experts": [0, 4, 4]}, "num_experts is .*dense layers are named in mlp_only_layers"),
+        ({"first_k_dense_replace": 1}, "first_k_dense_replace is 1"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            from_hf_config(config | change)
+    hf_models.llama(tmp_path / "dense", num_hidden_layers=1)
+    dense = convert.open_source(tmp_path / "dense")
+    moe = convert.plan({"base": dense}, TargetOptions("hf"), Upcycling(2)).weights.architecture
+    assert moe.moe_layers == (True,)
+
+
+def similarities() -> tuple[dict[int, float], dict[int, float]]:
+    """Of random experts: the product's, and the mean cosine over all pairs, one pair at a time."""
+    from nemo_skymoe.checkpoint.megatron_model import gpt_model, one_rank
+    from nemo_skymoe.moe.similarity import expert_similarity
+
+    with one_rank():
+        torch.manual_seed(0)
+        model = gpt_model(Description(FIRST_DENSE), 512)
+        expected = {}
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, mean=0.1)
+        for number, layer in enumerate(model.decoder.layers, start=1):
+            if hasattr(layer.mlp, "router"):
+                experts: Any = layer.mlp.experts.local_experts
+                vectors = [torch.cat([p.flatten() for p in expert.parameters()]) for expert in experts]
+                pairs = [torch.cosine_similarity(a, b, dim=0).item() for a, b in combinations(vectors, 2)]
+                expected[number] = sum(pairs) / len(pairs)
+        return expert_similarity([model]), expected
+
+
+def test_similarity_is_of_the_moe_layers_alone() -> None:
+    [(found, expected)] = run_ranks(similarities, 1)
+    assert found.keys() == {2, 3} and found == pytest.approx(expected, rel=1e-5)
