@@ -1,5 +1,6 @@
-"""Options that several commands on checkpoints share, and their values read from text."""
+"""The options of the commands on checkpoints, each once, and their values read from text."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,38 +11,112 @@ from nemo_skymoe.config import ConfigurationError
 Config = Annotated[
     Path | None, typer.Option(help="config.json for a Megatron checkpoint that does not describe itself.")
 ]
-To = Annotated[str, typer.Option(help="Format to write: hf or nemo.")]
-ShardSize = Annotated[str, typer.Option(help="Of the safetensors files, as in 5GB.")]
-VocabSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Rows of embedding and head in a NeMo checkpoint; by default the next multiple of 128."
-    ),
-]
-LayerSpec = Annotated[
-    str | None,
-    typer.Option(
-        help="Layers that load a NeMo checkpoint: te or local; by default te where it is installed."
-    ),
-]
-Workers = Annotated[int, typer.Option(min=1, help="Processes; the bytes are the same.")]
-AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Keep NaN and Inf, and count them.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be written, from headers alone.")]
-Repair = Annotated[
-    bool, typer.Option("--repair", help="Write missing, damaged and edited files of the output again.")
-]
-NumExperts = Annotated[int, typer.Option(help="Experts of a layer; with granularity, copies of each MLP.")]
-RouterTopk = Annotated[int, typer.Option("--moe-router-topk", help="Experts that a token meets.")]
-Init = Annotated[str, typer.Option(help="copy, noise, drop, granular or specialized.")]
-Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
-RouterStd = Annotated[float, typer.Option(help="Standard deviation of the routers.")]
-Noise = Annotated[float | None, typer.Option(help="noise: relative to each matrix's own deviation.")]
-DropRatio = Annotated[float | None, typer.Option(help="drop: share of each MLP that starts anew.")]
-Granularity = Annotated[int | None, typer.Option(help="granular: experts that each MLP is cut into.")]
-ExpertSource = Annotated[
-    str | None, typer.Option(help="specialized: experts of each source, as in zh:3,en:3,code:1,base:1.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Show what a checkpoint holds.
+
+    From its headers alone: format, sizes, data types, vocabulary, gate, tokenizer, receipt. The exit code is 1 where
+    something is wrong with it.
+    """
+
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")]
+    config: Config = None
+    as_json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions:
+    """Options of every command that writes a checkpoint."""
+
+    to: Annotated[str, typer.Option(help="Format to write: hf or nemo.")]
+    config: Config = None
+    shard_size: Annotated[str, typer.Option(help="Of the safetensors files, as in 5GB.")] = "5GB"
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of embedding and head in a NeMo checkpoint; by default the next multiple of 128."
+        ),
+    ] = None
+    layer_spec: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers that load a NeMo checkpoint: te or local; by default te where it is installed."
+        ),
+    ] = None
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the bytes are the same.")] = 1
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Keep NaN and Inf, and count them.")
+    ] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be written, from headers alone.")
+    ] = False
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Write missing, damaged and edited files of the output again.")
+    ] = False
+    as_json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(WritingOptions):
+    """Convert a checkpoint, bit for bit.
+
+    Between Hugging Face's form and NeMo's, in bounded memory. The same command goes on where an interrupted one ended;
+    with --repair it writes those files of a finished output again that are missing, damaged or edited.
+    """
+
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint, in any format.")]
+    output: Annotated[Path, typer.Argument(help="New folder to write, or this command's own.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcycleOptions(WritingOptions):
+    """Make an MoE of a dense checkpoint.
+
+    In bounded memory; the same command goes on where an interrupted one ended, and repairs as `convert` does. A
+    specialised MoE takes its experts from several checkpoints, and all else from the one called base: `skymoe upcycle
+    base=A zh=B OUTPUT --init specialized --expert-source zh:12,base:4`.
+    """
+
+    sources: Annotated[list[str], typer.Argument(help="Dense checkpoint, or several as NAME=PATH.")]
+    output: Annotated[Path, typer.Argument(help="New folder to write, or this command's own.")]
+    num_experts: Annotated[
+        int, typer.Option(help="Experts of a layer; with granularity, copies of each MLP.")
+    ] = 16
+    moe_router_topk: Annotated[int, typer.Option("--moe-router-topk", help="Experts that a token meets.")] = 2
+    init: Annotated[str, typer.Option(help="copy, noise, drop, granular or specialized.")] = "copy"
+    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0
+    router_std: Annotated[float, typer.Option(help="Standard deviation of the routers.")] = 0.02
+    noise: Annotated[float | None, typer.Option(help="noise: relative to each matrix's own deviation.")] = (
+        None
+    )
+    drop_ratio: Annotated[float | None, typer.Option(help="drop: share of each MLP that starts anew.")] = None
+    granularity: Annotated[int | None, typer.Option(help="granular: experts that each MLP is cut into.")] = (
+        None
+    )
+    expert_source: Annotated[
+        str | None, typer.Option(help="specialized: experts of each source, as in zh:3,en:3,code:1,base:1.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Check a written checkpoint against its sources.
+
+    Recomputes every tensor by code that shares nothing with the writer's. The exit code is 1 where a bit differs.
+    """
+
+    sources: Annotated[list[str], typer.Argument(help="The checkpoint, or NAME=PATH each, it was made from.")]
+    target: Annotated[Path, typer.Argument(help="The checkpoint that was written.")]
+    logits: Annotated[
+        Path | None,
+        typer.Option(help="File of text on which both models' logits are compared, in float32."),
+    ] = None
+    config: Config = None
+    as_json: Json = False
+
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

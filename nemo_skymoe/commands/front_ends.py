@@ -5,10 +5,12 @@ of plain values under the names that it has there.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hints
+
+REQUIRED: Any = inspect.Parameter.empty
 
 
 @dataclass(frozen=True)
@@ -28,49 +30,74 @@ def as_typer(command: Command) -> Callable[..., None]:
     def call(**options: Any) -> None:
         command.run(command.options(**options))
 
-    parameters = [_parameter(field.name, field, hints[field.name]) for field in fields(command.options)]
+    parameters = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=hints[field.name]
+        )
+        for field in fields(command.options)
+    ]
     return _signed(call, command, parameters)
+
+
+@dataclass(frozen=True)
+class Given:
+    """How an option is given where values are plain: by options of their own, from which it is made."""
+
+    by: Mapping[str, tuple[Any, Any]]
+    """Annotation and default of each; `REQUIRED` is no default."""
+    make: Callable[..., Any]
+    """The option's value from theirs, by keyword."""
 
 
 def as_plain(
     command: Command,
     *,
     module: str,
-    renamed: Mapping[str, str],
-    fixed: Mapping[str, Any],
-    required: Collection[str] = (),
+    given: Mapping[str, Given] | None = None,
+    fixed: Mapping[str, Any] | None = None,
 ) -> Callable[..., None]:
     """A function whose options are texts, numbers and truth values, with real annotations, as NeMo-Run reads them.
 
     Args:
         command: The command.
         module: Where it will be found by the command's name: NeMo-Run writes tasks down by that.
-        renamed: Options that have another name there.
-        fixed: Options that it does not have there, and their values.
-        required: Options that have to be given there, though they have a default.
+        given: Options that are given in another way there; all others by their name.
+        fixed: Options that cannot be given there, and their values.
     """
-    hints = get_type_hints(command.options)
-    shown = {
-        field.name: renamed.get(field.name, field.name)
-        for field in fields(command.options)
-        if field.name not in fixed
+    hints, known = get_type_hints(command.options), {field.name: field for field in fields(command.options)}
+    ways = {
+        name: _by_itself(field, hints[name]) if given is None or name not in given else given[name]
+        for name, field in known.items()
+        if fixed is None or name not in fixed
     }
 
     def call(**options: Any) -> None:
-        given = {
-            name: _read(hints[name], options[there]) for name, there in shown.items() if there in options
-        }
-        command.run(command.options(**given, **fixed))
+        made = {}
+        for name, way in ways.items():
+            if values := {option: options[option] for option in way.by if option in options}:
+                made[name] = way.make(**values)
+        command.run(command.options(**made, **(fixed or {})))
 
-    parameters = []
-    for field in fields(command.options):
-        if field.name in required:
-            made = _parameter(shown[field.name], field, _plain(_without_none(hints[field.name])[0]))
-            parameters.append(made.replace(default=inspect.Parameter.empty))
-        elif field.name in shown:
-            parameters.append(_parameter(shown[field.name], field, _plain(hints[field.name])))
+    parameters = [
+        inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for way in ways.values()
+        for option, (annotation, default) in way.by.items()
+    ]
     call.__module__ = module
     return _signed(call, command, parameters)
+
+
+def _by_itself(field: "Field[Any]", hint: Any) -> Given:
+    inner, optional = _without_none(hint)
+    plain = str if inner is Path else inner
+    # NeMo-Run reads no `X | None`, and a path there is text.
+    annotation = Optional[plain] if optional else plain  # noqa: UP045
+
+    def make(**values: Any) -> Any:
+        (value,) = values.values()
+        return Path(value) if inner is Path and isinstance(value, str) else value
+
+    return Given({field.name: (annotation, _default(field))}, make)
 
 
 def _signed(call: Any, command: Command, parameters: list[inspect.Parameter]) -> Callable[..., None]:
@@ -81,20 +108,8 @@ def _signed(call: Any, command: Command, parameters: list[inspect.Parameter]) ->
     return call
 
 
-def _parameter(name: str, field: "Field[Any]", annotation: Any) -> inspect.Parameter:
-    default = inspect.Parameter.empty if field.default is MISSING else field.default
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _plain(hint: Any) -> Any:
-    """NeMo-Run reads no `X | None`, and a path there is text."""
-    inner, optional = _without_none(hint)
-    plain = str if inner is Path else inner
-    return Optional[plain] if optional else plain  # noqa: UP045
-
-
-def _read(hint: Any, value: Any) -> Any:
-    return Path(value) if _without_none(hint)[0] is Path and isinstance(value, str) else value
+def _default(field: "Field[Any]") -> Any:
+    return REQUIRED if field.default is MISSING else field.default
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:

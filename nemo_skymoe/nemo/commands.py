@@ -13,8 +13,8 @@ from typing import Any, Optional
 import nemo_run as run
 import typer
 
-from nemo_skymoe.commands import checkpoint
-from nemo_skymoe.commands.front_ends import as_plain
+from nemo_skymoe.commands.checkpoint import CONVERT, INSPECT, UPCYCLE, VERIFY
+from nemo_skymoe.commands.front_ends import REQUIRED, Given, as_plain
 from nemo_skymoe.commands.pipeline import PLAN
 from nemo_skymoe.nemo.options import check_overrides, refuse_secrets
 
@@ -40,121 +40,25 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@_command
-def inspect(source: str, config: Optional[str] = None, as_json: bool = False) -> None:
-    """Show what a checkpoint holds."""
-    checkpoint.inspect(Path(source), _path(config), as_json)
+def _sources(source: str, further_sources: Optional[dict[str, str]] = None) -> list[str]:
+    return [f"base={source}", *(f"{name}={folder}" for name, folder in (further_sources or {}).items())]
 
 
-@_command
-def convert(
-    source: str,
-    output_path: str,
-    to: str = "nemo",
-    config: Optional[str] = None,
-    shard_size: str = "5GB",
-    vocab_size: Optional[int] = None,
-    layer_spec: Optional[str] = None,
-    workers: int = 1,
-    allow_nonfinite: bool = False,
-    dry_run: bool = False,
-    as_json: bool = False,
-) -> None:
-    """Convert a checkpoint, bit for bit."""
-    checkpoint.convert(
-        Path(source),
-        Path(output_path),
-        to,
-        _path(config),
-        shard_size,
-        vocab_size,
-        layer_spec,
-        workers,
-        allow_nonfinite,
-        dry_run,
-        as_json,
+def _experts(expert_source: Optional[dict[str, int]] = None) -> Optional[str]:
+    return ",".join(f"{name}:{count}" for name, count in (expert_source or {}).items()) or None
+
+
+_OUTPUT = {"output": Given({"output_path": (str, REQUIRED)}, lambda output_path: Path(output_path))}
+_WRITING = _OUTPUT | {"to": Given({"to": (str, "nemo")}, lambda to: to)}
+_SOURCES = {
+    "sources": Given(
+        {"source": (str, REQUIRED), "further_sources": (Optional[dict[str, str]], None)}, _sources
     )
+}
+_EXPERTS = {"expert_source": Given({"expert_source": (Optional[dict[str, int]], None)}, _experts)}
 
-
-@_command
-def upcycle(
-    source: str,
-    output_path: str,
-    to: str = "nemo",
-    num_experts: int = 16,
-    moe_router_topk: int = 2,
-    init: str = "copy",
-    seed: int = 0,
-    router_std: float = 0.02,
-    noise: Optional[float] = None,
-    drop_ratio: Optional[float] = None,
-    granularity: Optional[int] = None,
-    expert_source: Optional[dict[str, int]] = None,
-    further_sources: Optional[dict[str, str]] = None,
-    config: Optional[str] = None,
-    shard_size: str = "5GB",
-    vocab_size: Optional[int] = None,
-    layer_spec: Optional[str] = None,
-    workers: int = 1,
-    allow_nonfinite: bool = False,
-    dry_run: bool = False,
-    as_json: bool = False,
-) -> None:
-    """Make an MoE of a dense checkpoint.
-
-    Specialised experts: `init=specialized expert_source="{'zh':12,'base':4}" further_sources="{'zh':'FOLDER'}"`.
-    """
-    checkpoint.upcycle(
-        _sources(source, further_sources),
-        Path(output_path),
-        to,
-        num_experts,
-        moe_router_topk,
-        init,
-        seed,
-        router_std,
-        noise,
-        drop_ratio,
-        granularity,
-        ",".join(f"{name}:{count}" for name, count in expert_source.items()) if expert_source else None,
-        _path(config),
-        shard_size,
-        vocab_size,
-        layer_spec,
-        workers,
-        allow_nonfinite,
-        dry_run,
-        as_json,
-    )
-
-
-@_command
-def verify(
-    source: str,
-    target: str,
-    further_sources: Optional[dict[str, str]] = None,
-    logits: Optional[str] = None,
-    config: Optional[str] = None,
-    as_json: bool = False,
-) -> None:
-    """Check a written checkpoint against its sources."""
-    checkpoint.verify(_sources(source, further_sources), Path(target), _path(logits), _path(config), as_json)
-
-
-plan = _command(
-    as_plain(
-        PLAN,
-        module=__name__,
-        renamed={"output": "output_path"},
-        fixed={"json": False, "svg": None},
-        required=["output"],
-    )
-)
-
-
-def _path(text: Optional[str]) -> Optional[Path]:
-    return None if text is None else Path(text)
-
-
-def _sources(base: str, further: Optional[dict[str, str]]) -> list[str]:
-    return [f"base={base}", *(f"{name}={folder}" for name, folder in (further or {}).items())]
+inspect = _command(as_plain(INSPECT, module=__name__))
+convert = _command(as_plain(CONVERT, module=__name__, given=_WRITING))
+upcycle = _command(as_plain(UPCYCLE, module=__name__, given=_WRITING | _SOURCES | _EXPERTS))
+verify = _command(as_plain(VERIFY, module=__name__, given=_SOURCES))
+plan = _command(as_plain(PLAN, module=__name__, given=_OUTPUT, fixed={"json": False, "svg": None}))

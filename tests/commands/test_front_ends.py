@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from nemo_skymoe.commands.front_ends import Command, as_plain, as_typer
+from nemo_skymoe.commands.front_ends import REQUIRED, Command, Given, as_plain, as_typer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,12 @@ PAINT = Command("paint", PaintOptions, painted.append)
 
 
 def plain():
-    return as_plain(
-        PAINT, module="somewhere", renamed={"frame": "frame_path"}, fixed={"json": True}, required=["frame"]
-    )
+    frame = Given({"frame_path": (str, REQUIRED), "gilded": (bool, False)}, gild)
+    return as_plain(PAINT, module="somewhere", given={"frame": frame}, fixed={"json": True})
+
+
+def gild(frame_path: str, gilded: bool = False) -> Path:
+    return Path(f"{frame_path}{'.gold' if gilded else ''}")
 
 
 def test_typer_gives_what_was_given() -> None:
@@ -49,6 +52,7 @@ def test_the_plain_function_has_real_annotations_and_its_own_names() -> None:
         "red": float,
         "blue": float,
         "frame_path": str,
+        "gilded": bool,
     }
     assert [name for name, one in parameters.items() if one.default is one.empty] == ["canvas", "frame_path"]
     assert (plain().__module__, plain().__qualname__, plain().__doc__) == (
@@ -56,11 +60,12 @@ def test_the_plain_function_has_real_annotations_and_its_own_names() -> None:
         "paint",
         "Paint a picture.",
     )
-    optional = as_plain(PAINT, module="somewhere", renamed={}, fixed={})
+    optional = as_plain(PAINT, module="somewhere")
     assert inspect.signature(optional).parameters["frame"].annotation == Optional[str]  # noqa: UP045
-    plain()(canvas="a.png", frame_path="b.png", red=0.125)
-    expected = PaintOptions(canvas=Path("a.png"), frame=Path("b.png"), red=0.125, json=True)
-    assert painted.pop() == expected
+    for gilded, frame in ((False, "b.png"), (True, "b.png.gold")):
+        plain()(canvas="a.png", frame_path="b.png", red=0.125, gilded=gilded)
+        expected = PaintOptions(canvas=Path("a.png"), frame=Path(frame), red=0.125, json=True)
+        assert painted.pop() == expected
 
 
 def test_options_are_not_taken_by_position() -> None:
