@@ -106,16 +106,17 @@ def _wrong_layers(config: Any) -> str | None:
     return None
 
 
-def _finite(value: Any) -> bool:
+def finite(value: Any) -> bool:
+    """Whether a value is a finite number."""
     return is_a(value, float) and math.isfinite(value)
 
 
 def _positive(value: Any) -> bool:
-    return _finite(value) and value > 0
+    return finite(value) and value > 0
 
 
 def _not_negative(value: Any) -> bool:
-    return _finite(value) and value >= 0
+    return finite(value) and value >= 0
 
 
 def _positive_integer(value: Any) -> bool:
@@ -138,8 +139,10 @@ def _sizes(names: tuple[str, ...], optional: bool) -> Iterator[Rule]:
 
 _GROUPS = ("tensor_model", "pipeline_model", "context", "expert_model")
 _SIZES: tuple[Rule, ...] = (
-    *_sizes(("num_layers", *(f"{group}_parallel_size" for group in _GROUPS)), optional=False),
+    *_sizes(("num_layers", "hidden_size", "num_attention_heads"), optional=False),
+    *_sizes(tuple(f"{group}_parallel_size" for group in _GROUPS), optional=False),
     *_sizes(("expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size"), optional=True),
+    *_sizes(("ffn_hidden_size", "kv_channels", "num_query_groups", "vocab_size"), optional=True),
 )
 _MOE: tuple[Rule, ...] = (
     *_sizes(("num_moe_experts", "moe_router_topk"), optional=False),
@@ -155,7 +158,7 @@ _MOE: tuple[Rule, ...] = (
         "moe_expert_capacity_factor",
         "None or a finite number above 0",
         # A negative factor is Megatron's other way to say None.
-        _or_none(lambda value: _finite(value) and value != 0),
+        _or_none(lambda value: finite(value) and value != 0),
     ),
     ("moe_token_drop_policy", "'probs' or 'position'", _one_of("probs", "position")),
     ("moe_router_dtype", "None, 'fp32' or 'fp64'", _one_of(None, "fp32", "fp64")),

@@ -1,5 +1,6 @@
 """What the recipes share: trainer, data, optimizer, logger and resumption as NeMo-Run configurations."""
 
+import math
 from typing import Any, Optional
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from nemo.collections.llm.recipes.precision.mixed_precision import bf16_mixed
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback, PreemptionCallback
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo.callbacks import SkyworkMoECallback
 from nemo_skymoe.nemo.learning_rate import LearningRateSchedule, is_expert_parameter
 from nemo_skymoe.nemo.mixture import mixture_data
@@ -23,7 +25,18 @@ from nemo_skymoe.recipes import _ours
 
 
 def steps(tokens: float, seq_length: int, global_batch_size: int) -> int:
-    """Optimizer steps that see at least `tokens` tokens."""
+    """Optimizer steps that see at least `tokens` tokens.
+
+    Raises:
+        ConfigurationError: A number that is not above 0, by its name.
+    """
+    for name, value in (
+        ("tokens", tokens),
+        ("seq_length", seq_length),
+        ("global_batch_size", global_batch_size),
+    ):
+        if not 0 < value < math.inf:
+            raise ConfigurationError(f"{name} is {value}, expected a finite number above 0")
     return -(-round(tokens) // (seq_length * global_batch_size))
 
 
@@ -196,7 +209,18 @@ def adam(
     """Megatron's Adam with decoupled weight decay; `max_lr` to `min_lr`, then in `decay_steps` steps to zero.
 
     The experts' parameters follow the same schedule with `expert_lr_multiplier` times the rate.
+
+    Raises:
+        ConfigurationError: A rate out of range, by its name.
     """
+    if not 0 < max_lr < math.inf:
+        raise ConfigurationError(f"max_lr is {max_lr}, expected a finite number above 0")
+    if not 0 <= min_lr <= max_lr:
+        raise ConfigurationError(f"min_lr is {min_lr}, expected 0 to max_lr = {max_lr}")
+    if not 0 < expert_lr_multiplier < math.inf:
+        raise ConfigurationError(
+            f"expert_lr_multiplier is {expert_lr_multiplier}, expected a finite number above 0"
+        )
     beta1, beta2 = _ours.ADAM_BETAS
     experts: dict[str, Any] = {"scale_lr_cond": is_expert_parameter, "lr_mult": expert_lr_multiplier}
     return run.Config(

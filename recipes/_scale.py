@@ -36,7 +36,8 @@ class Scale:
 
 SCALES = {
     "toy": Scale(2, 64, 96, 4, seq_length=64, batch=4, ranks=2, steps=4),
-    # 1B tokens become 10,000. A warm-up does not shrink below what Adam's second moment remembers (beta 0.95).
+    # 1B tokens become 10,000. A warm-up does not shrink below what Adam's second moment remembers (beta 0.95), but in
+    # a run that is too short for both.
     "miniature": Scale(
         4, 64, 176, 4, seq_length=128, batch=16, ranks=1, token_share=1e-5, least_warmup=20,
         log_interval=10, validations=5, validation_batches=32, float32=True,
@@ -89,7 +90,7 @@ def _shrink_steps(recipe: Any, sizes: Scale) -> None:
     trainer.limit_val_batches, trainer.log_every_n_steps = sizes.validation_batches, sizes.log_interval
     saved = recipe.log.ckpt.every_n_train_steps
     recipe.log.ckpt.every_n_train_steps = shrunk(saved, 1) if sizes.token_share else steps
-    schedule.warmup_steps = shrunk(schedule.warmup_steps, sizes.least_warmup)
+    schedule.warmup_steps = min(shrunk(schedule.warmup_steps, sizes.least_warmup), steps // 4)
     schedule.max_steps, schedule.decay_steps = steps, shrunk(schedule.decay_steps, 1)
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import fiddle as fdl
 from pydantic import TypeAdapter, ValidationError
@@ -48,8 +48,23 @@ def set_values(section: str, made: Any, values: Mapping[str, Any], also: Iterabl
         part = fdl.ordered_arguments(made).get(name)
         if isinstance(part, fdl.Buildable) and isinstance(value, Mapping):
             set_values(f"{section}.{name}", part, value, also)
+        elif isinstance(part, fdl.Buildable) and not _replaces(hints.get(name), value):
+            raise ConfigurationError(
+                f"{section}.{name} is {value!r}, expected its options, such as"
+                f" {section}.{name}.{min(parameters(part))}=VALUE"
+            )
         else:
             setattr(made, name, _checked(f"{section}.{name}", hints.get(name), value))
+
+
+def _replaces(hint: Any, value: Any) -> bool:
+    """Whether a plain value may stand where a factory's part is: none where it is optional, a name where one is allowed."""
+    return type(value) in _kinds(hint)
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The types of an annotation."""
+    return {hint, *get_args(hint)}
 
 
 def check_missing(section: str, value: Any) -> None:
@@ -76,6 +91,8 @@ def _checked(name: str, hint: Any, value: Any) -> Any:
     """`value`, as `hint` if that is made of plain types."""
     if hint is None:
         return value
+    if isinstance(value, bool) and {int, float} & _kinds(hint) and bool not in _kinds(hint):
+        raise ConfigurationError(f"{name} is {value!r}, expected a number")  # which Python takes for 0 or 1
     try:
         adapter = TypeAdapter(hint)
     except (PydanticUserError, TypeError):

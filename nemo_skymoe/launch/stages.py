@@ -20,6 +20,7 @@ from nemo_skymoe.launch.training import check_recipe, make_recipe, planner_optio
 from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo import commands
 from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
+from nemo_skymoe.nemo.recipe_check import check_start
 from nemo_skymoe.pipeline.texts import planned
 from nemo_skymoe.recipes.executor_checks import check_executor
 from nemo_skymoe.recipes.executors import EXECUTORS, plugins
@@ -71,7 +72,7 @@ def stages(job: DictConfig) -> list[Stage]:
         if name == "plan":
             found[name] = _command(name, values, planner_options(recipe))
         elif name == "training":
-            found[name] = _training(values, recipe, found.get("plan"))
+            found[name] = _training(values, recipe, found.get("plan"), checkpoint)
         else:
             found[name] = _command(name, values, {"source": run_folder(recipe)})
     return list(found.values())
@@ -112,7 +113,7 @@ def _plan_of(task: run.Partial) -> PipelinePlan | None:
     return PipelinePlan(plan.layout, plan.recompute)
 
 
-def _training(values: dict[str, Any], recipe: Any, planning: Stage | None) -> Stage:
+def _training(values: dict[str, Any], recipe: Any, planning: Stage | None, checkpoint: str | None) -> Stage:
     section = values["training"]
     if planning is not None:
         if section.get("pipeline_layout") is not None:
@@ -128,6 +129,8 @@ def _training(values: dict[str, Any], recipe: Any, planning: Stage | None) -> St
     trainer = recipe.trainer
     executor, chosen = _executor(values["cluster"], trainer.num_nodes, trainer.devices)
     check_paths("training", recipe, executor)
+    written = checkpoint is not None and section.get("resume_path") is None
+    check_start(recipe, local=not isinstance(executor, run.SlurmExecutor), written_before=written)
     kind = section.get("task", "pretrain")
     return Stage("training", f"{kind} {section['recipe']}: {layout}", recipe, executor, chosen)
 

@@ -3,18 +3,17 @@
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fiddle as fdl
 import nemo_run as run
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
 from nemo_skymoe.names import unknown
-from nemo_skymoe.nemo import checks
 from nemo_skymoe.nemo.pipeline import PipelinePlan
+from nemo_skymoe.nemo.recipe_check import built, check_made
+from nemo_skymoe.nemo.run_numbers import check_numbers
 from nemo_skymoe.recipes import _common, _ours
 from nemo_skymoe.recipes.registry import RECIPES
 
@@ -55,7 +54,7 @@ def make_recipe(values: dict[str, Any], checkpoint: str | None) -> Any:
 
 def _factory(name: str, kind: str) -> Callable[..., Any]:
     if name not in _RECIPES:
-        raise unknown("training.recipe", name, _RECIPES)
+        raise unknown("training.recipe", str(name), _RECIPES)
     factory = {"pretrain": _RECIPES[name].pretrain, "finetune": _RECIPES[name].finetune}.get(kind)
     if factory is None:
         having = sorted(each.name for each in RECIPES if each.finetune)
@@ -76,7 +75,8 @@ def planner_options(recipe: Any) -> dict[str, Any]:
     Raises:
         ConfigurationError: A model or a layout that the cost model does not count.
     """
-    config, strategy, data = _built(recipe.model.config), recipe.trainer.strategy, recipe.data
+    check_numbers(recipe.model.config, recipe.trainer, recipe.data)
+    config, strategy, data = built(recipe.model.config, "model"), recipe.trainer.strategy, recipe.data
     sizes = {name: getattr(config, name) for name in _SIZES}
     sizes["ffn_hidden_size"] = config.ffn_hidden_size
     sizes["vocab_size"] = config.vocab_size or _vocabulary(data)
@@ -126,7 +126,7 @@ def _check_planned(config: Any, strategy: Any) -> None:
         "expert_tensor_parallel_size": (strategy.expert_tensor_parallel_size, (None, 1)),
     }
     if config.num_moe_experts:
-        counted["moe_layer_freq"] = (config.moe_layer_freq, (1,))
+        counted["moe_layer_freq"] = (config.moe_layer_freq, ([1] * config.num_layers, 1))
         counted["moe_shared_expert_intermediate_size"] = (
             config.moe_shared_expert_intermediate_size,
             (None, 0),
@@ -147,16 +147,7 @@ def check_recipe(recipe: Any, plan: PipelinePlan | None) -> str:
     Raises:
         ConfigurationError: As the training would.
     """
-    model, trainer = _built(recipe.model.config), _built(recipe.trainer)
-    checks.check_world_size(trainer)
-    if plan is not None:
-        plan.apply(_Holder(model), trainer)
-    checks.check_parallel_sizes(model, trainer.strategy)
-    if recipe.data.seq_length != model.seq_length:
-        raise ConfigurationError(
-            f"data.seq_length is {recipe.data.seq_length} and model.seq_length {model.seq_length}, expected the same:"
-            " training.seq_length sets both"
-        )
+    trainer = check_made(recipe, plan)
     strategy, world = trainer.strategy, trainer.num_nodes * trainer.num_devices
     tensor, stages = strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size
     data = world // (tensor * stages * strategy.context_parallel_size)
@@ -164,17 +155,3 @@ def check_recipe(recipe: Any, plan: PipelinePlan | None) -> str:
         f"{trainer.num_nodes} x {trainer.num_devices} = {world} ranks, PP {stages} x TP {tensor} x DP {data},"
         f" EP {strategy.expert_model_parallel_size}"
     )
-
-
-def _built(part: Any) -> Any:
-    try:
-        return fdl.build(part)
-    except ConfigurationError as refused:  # Fiddle adds a paragraph on what it was building
-        raise ConfigurationError(str(refused).split("\n")[0]) from None
-
-
-@dataclass
-class _Holder:
-    """What a pipeline plan asks of a model: its configuration."""
-
-    config: Any

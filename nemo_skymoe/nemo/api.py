@@ -17,6 +17,7 @@ from nemo_skymoe.doctor import require_supported
 from nemo_skymoe.nemo import checks
 from nemo_skymoe.nemo.callbacks import SkyworkMoECallback
 from nemo_skymoe.nemo.pipeline import PipelinePlan
+from nemo_skymoe.nemo.schedule_length import ScheduleOfThisRun
 from nemo_skymoe.patches import (
     checked_context,
     lora_without_te,
@@ -69,9 +70,7 @@ def finetune(
     Raises:
         ConfigurationError: As `pretrain`; or `peft` targets the router, or experts that are spread over ranks.
     """
-    _prepare(model, data, trainer, resume, optim, pipeline)
-    lora_without_te.apply()
-    checks.check_adapters(peft, getattr(model, "config", None), trainer.strategy)
+    _prepare(model, data, trainer, resume, optim, pipeline, peft)
     if peft is None:
         _add_controller(model, trainer)
     return llm.finetune(
@@ -87,7 +86,13 @@ def finetune(
 
 
 def _prepare(
-    model: Any, data: Any, trainer: Any, resume: Any, optim: Any, pipeline: Optional[PipelinePlan]
+    model: Any,
+    data: Any,
+    trainer: Any,
+    resume: Any,
+    optim: Any,
+    pipeline: Optional[PipelinePlan],
+    peft: Any = None,
 ) -> None:
     require_supported(nemo=True)
     log_through_nemo()
@@ -96,15 +101,12 @@ def _prepare(
     tensorstore_import.apply()
     checked_context.apply()
     config = getattr(model, "config", None)
-    checks.check_steps(trainer)
-    checks.check_world_size(trainer)
-    if pipeline is not None:
-        pipeline.apply(model, trainer)
-    checks.check_parallel_sizes(config, trainer.strategy)
-    checks.check_callbacks(trainer.callbacks, config)
+    if peft is not None:
+        lora_without_te.apply()
+    checks.check_training(model, trainer, optim, pipeline, peft, data)
     checks.check_warm_start(resume, config)
     checks.check_what_is_unpickled(resume, trainer, data)
-    checks.follow_max_steps(optim, trainer.max_steps)
+    trainer.callbacks.append(ScheduleOfThisRun(checks.optimizer_of(model, optim)))
     if config is not None:
         logging.info(
             f"rotary_base is {config.rotary_base} at seq_length {config.seq_length}: expected the base that the"

@@ -37,7 +37,8 @@ class SkyworkMoECallback(pl.Callback):
     has that switched off.
 
     Args:
-        log_interval: Optimizer steps between two log entries; None follows the trainer's `log_every_n_steps`.
+        log_interval: Optimizer steps between two log entries, 0 for never; None follows the trainer's
+            `log_every_n_steps`.
         similarity_interval: Optimizer steps between two measurements of expert similarity; 0 for never.
         histogram: Log the share of assignments of every expert too.
         warm_start: Coefficients of a run that starts from another's weights (`nl.RestoreConfig`): "reset" begins
@@ -53,6 +54,9 @@ class SkyworkMoECallback(pl.Callback):
     ) -> None:
         if warm_start not in ("reset", "keep"):
             raise ConfigurationError(f"warm_start is {warm_start!r}, expected 'reset' or 'keep'")
+        for name, steps in (("log_interval", log_interval), ("similarity_interval", similarity_interval)):
+            if steps is not None and (type(steps) is not int or steps < 0):
+                raise ConfigurationError(f"{name} is {steps!r}, expected a number of steps, 0 for never")
         self.log_interval = log_interval
         self.similarity_interval = similarity_interval
         self.histogram = histogram
@@ -80,8 +84,9 @@ class SkyworkMoECallback(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Log the step that was just committed."""
-        step, interval = trainer.global_step, self.log_interval or getattr(trainer, "log_every_n_steps", 50)
-        if step % interval == 0:
+        step, interval = trainer.global_step, self.log_interval
+        interval = getattr(trainer, "log_every_n_steps", 50) if interval is None else interval
+        if interval and step % interval == 0:
             self._log_metrics(trainer)
             self._log_losses(trainer)
         clear_aux_losses_tracker()

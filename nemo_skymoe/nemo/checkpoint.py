@@ -1,6 +1,6 @@
-"""NeMo 2 checkpoints: checking one against the model that is to load it."""
+"""NeMo 2 checkpoints: checking one against the model that is to load it, and storing layers as it does."""
 
-import re
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,25 @@ from typing import Any
 from nemo_skymoe.checkpoint.tensors import TensorInfo
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.nemo.layer_tensors import LAYER, LEAST_OTHER_VOCABULARY, expected_globals, expected_layer
 
-_LAYERS = re.compile(
-    r"(?:module\.)?decoder\.layers\.(?:(\d+)\.)?(self_attention\.linear_qkv|mlp\.router)\.weight"
-)
-_QKV, _ROUTER = "self_attention.linear_qkv", "mlp.router"
+_QKV, _ROUTER = "self_attention.linear_qkv.weight", "mlp.router.weight"
+Layers = dict[int, dict[str, tuple[int, ...]]]
+
+logger = logging.getLogger(__name__)
 
 
 def check_architecture(checkpoint: Path, config: Any) -> None:
-    """Refuse to start `config`'s model from a checkpoint of another architecture, before anything is built."""
+    """Refuse to start `config`'s model from a checkpoint of another architecture, before anything is built.
+
+    Where Megatron would look for the same layers under other names, stacked in one tensor or each by its number, the
+    configuration is changed to the checkpoint's way: `moe_layer_freq` [1, 1] and 1 are the same model.
+    """
     tensors = TorchDistStorage(checkpoint).tensors
-    experts = _shapes(tensors, _ROUTER)
+    layers = _layers(tensors)
+    if not any(_QKV in layer for layer in layers.values()):
+        return  # adapters, or an attention that is not known here
+    experts = [number for number, layer in layers.items() if _ROUTER in layer]
     if config.num_moe_experts and not experts:
         raise ConfigurationError(
             f"the checkpoint '{checkpoint}' is dense, expected {config.num_moe_experts} experts: upcycle it first"
@@ -27,39 +35,128 @@ def check_architecture(checkpoint: Path, config: Any) -> None:
     if experts and not config.num_moe_experts:
         raise ConfigurationError(f"the checkpoint '{checkpoint}' is an MoE, expected a dense model")
     check_sizes(tensors, config, checkpoint)
+    _store_alike(tensors, config)
 
 
 def check_sizes(tensors: Mapping[str, TensorInfo], config: Any, checkpoint: Path) -> None:
-    """Refuse sizes of tensors that differ from the configuration's, naming the option."""
-    layers, routers = _shapes(tensors, _QKV), _shapes(tensors, _ROUTER)
+    """Refuse tensors that are there or not, or have a size, other than the configuration says, naming the option."""
+    layers = {number: layer for number, layer in _layers(tensors).items() if _QKV in layer}
     if not layers:
         return
-    found = {"num_layers": len(layers), "hidden_size": layers[0][-1]}
+    found = {"num_layers": len(layers), "hidden_size": next(iter(layers.values()))[_QKV][-1]}
+    routers = [layer[_ROUTER] for layer in layers.values() if _ROUTER in layer]
     if routers:
-        found["num_moe_experts"] = next(iter(routers.values()))[0]
+        found["num_moe_experts"] = routers[0][0]
     for option, value in found.items():
         if value != getattr(config, option):
             raise ConfigurationError(
                 f"{option} is {getattr(config, option)}, the checkpoint '{checkpoint}' has {value}"
             )
-    wanted = _moe_layers(config)
-    if sorted(routers) != wanted:
+    _check_pattern(layers, config, checkpoint)
+    for number in sorted(layers):
+        is_moe = _ROUTER in layers[number]
+        _check_layer(layers[number], expected_layer(config, is_moe), f"layer {number}", checkpoint)
+    _check_globals(tensors, config, checkpoint)
+
+
+def _check_pattern(layers: Layers, config: Any, checkpoint: Path) -> None:
+    wanted, found = _moe_layers(config), sorted(n for n, layer in layers.items() if _ROUTER in layer)
+    if found == wanted:
+        return
+    first = min({*wanted} ^ {*found})
+    kinds = ("an MoE", "dense") if first in wanted else ("dense", "an MoE")
+    raise ConfigurationError(
+        f"moe_layer_freq is {config.moe_layer_freq}, which makes layer {first}, counted from 0, {kinds[0]}; in the"
+        f" checkpoint '{checkpoint}' it is {kinds[1]}: there are routers in {found}, expected in {wanted}"
+    )
+
+
+def _check_layer(
+    found: dict[str, tuple[int, ...]],
+    expected: dict[str, tuple[str, Any, tuple[int, ...] | None]],
+    place: str,
+    checkpoint: Path,
+) -> None:
+    """`expected` has, by tensor, the options that decide, their value, and the shape, None where there is no tensor."""
+    for tensor, (option, value, shape) in expected.items():
+        has = found.get(tensor)
+        if has == shape or (has is None and _companion(tensor) not in found):
+            continue
+        said = f"{option} is {value}"
+        if shape is None:
+            raise ConfigurationError(f"{said}, but {place} of the checkpoint '{checkpoint}' has '{tensor}'")
+        if has is None:
+            raise ConfigurationError(
+                f"{said}, but {place} of the checkpoint '{checkpoint}' has no '{tensor}'"
+            )
         raise ConfigurationError(
-            f"moe_layer_freq is {config.moe_layer_freq}, which makes an MoE of the layers {wanted}, counted from 0; the"
-            f" checkpoint '{checkpoint}' has routers in {sorted(routers)}"
+            f"{said}, which makes '{tensor}' {list(shape)}; in {place} of the checkpoint '{checkpoint}' it is"
+            f" {list(has)}"
         )
 
 
-def _shapes(tensors: Mapping[str, TensorInfo], module: str) -> dict[int, tuple[int, ...]]:
-    """Shape of a module's weight by layer: Megatron stacks equal layers, and numbers those that differ."""
-    found: dict[int, tuple[int, ...]] = {}
+def _companion(tensor: str) -> str:
+    """A tensor beside which this one would be: a checkpoint that has it, but not this one, is of another model."""
+    module, _, kind = tensor.rpartition(".")
+    if kind == "bias":
+        return f"{module}.weight"
+    if module.endswith("_layernorm"):
+        return _QKV
+    if module.startswith(("mlp.shared_experts", "mlp.router")):
+        return _ROUTER
+    first, second = "linear_fc1", "linear_fc2"
+    return tensor.replace(first, second) if first in tensor else tensor.replace(second, first)
+
+
+def _check_globals(tensors: Mapping[str, TensorInfo], config: Any, checkpoint: Path) -> None:
+    plain = {name.removeprefix("module."): info.shape for name, info in tensors.items()}
+    rows = plain.get("embedding.word_embeddings.weight")
+    if rows is None:
+        return
+    for tensor, (option, value, wanted) in expected_globals(config).items():
+        if (tensor in plain) != wanted:
+            has = "no" if wanted else "an"
+            raise ConfigurationError(
+                f"{option} is {value}, but the checkpoint '{checkpoint}' has {has} '{tensor}'"
+            )
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary and not vocabulary <= rows[0] < vocabulary + LEAST_OTHER_VOCABULARY:
+        raise ConfigurationError(
+            f"vocab_size is {vocabulary}, but the embedding in the checkpoint '{checkpoint}' has {rows[0]} rows: Megatron"
+            " would cut it, or leave rows untrained, without a word"
+        )
+
+
+def _store_alike(tensors: Mapping[str, TensorInfo], config: Any) -> None:
+    """Let Megatron look for layers as they are stored: each by its number, or equal ones stacked."""
+    numbered = any(match[1] is not None for name in tensors if (match := LAYER.fullmatch(name)))
+    frequency = getattr(config, "moe_layer_freq", 1)
+    by_number = getattr(config, "hetereogenous_dist_checkpoint", False)
+    if numbered == bool(by_number or isinstance(frequency, list) or frequency > 1):
+        return
+    logger.info(
+        f"the checkpoint has its layers {'by their numbers' if numbered else 'stacked'}: this run stores them alike"
+    )
+    if numbered and hasattr(config, "hetereogenous_dist_checkpoint"):
+        config.hetereogenous_dist_checkpoint = True
+    elif numbered:
+        config.moe_layer_freq = [1] * config.num_layers
+    else:  # only layers that are equal can be stacked
+        config.moe_layer_freq, config.hetereogenous_dist_checkpoint = 1, False
+
+
+def _layers(tensors: Mapping[str, TensorInfo]) -> Layers:
+    """Shapes by layer and tensor: Megatron stacks equal layers, and numbers those that differ."""
+    found: Layers = {}
     for name, info in tensors.items():
-        match = _LAYERS.fullmatch(name)
-        if match and match[2] == module:
-            if match[1] is not None:
-                found[int(match[1])] = info.shape
-            else:
-                found |= dict.fromkeys(range(info.shape[0]), info.shape[1:])
+        match = LAYER.fullmatch(name)
+        if match is None:
+            continue
+        if match[1] is not None:
+            found.setdefault(int(match[1]), {})[match[2]] = info.shape
+            continue
+        for number in range(info.shape[0]):
+            found.setdefault(number, {})[match[2]] = info.shape[1:]
     return found
 
 

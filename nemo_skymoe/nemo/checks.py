@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.collections.llm.peft.module_matcher import ModuleMatcher
 from nemo.lightning.pytorch.callbacks.deepep import DeepEPCallback
 from nemo.utils import logging
@@ -16,6 +17,55 @@ from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.nemo.checkpoint import check_architecture
 from nemo_skymoe.nemo.index_check import check_data_module
+from nemo_skymoe.nemo.run_numbers import check_batches, check_numbers
+from nemo_skymoe.nemo.schedule_length import check_early_end, follow_max_steps
+
+
+def check_training(
+    model: Any, trainer: Any, optim: Any = None, pipeline: Any = None, peft: Any = None, data: Any = None
+) -> None:
+    """Make every check that takes no file: those that a submission and a dry run can make of a training too.
+
+    A pipeline plan is put on the model and the strategy, and the learning-rate schedule is fitted to the steps.
+
+    Args:
+        model: What has the model's `config`, and `optim` where the training is given no other.
+        optim: The optimizer that replaces the model's own.
+        data: Has the sizes of sequence and batch.
+
+    Raises:
+        ConfigurationError: The first thing that cannot work, by its option.
+    """
+    config = getattr(model, "config", None)
+    used = optimizer_of(model, optim)
+    check_steps(trainer)
+    check_numbers(config, trainer, data, used)
+    check_early_end(trainer)
+    check_world_size(trainer)
+    check_batches(trainer, data)
+    if pipeline is not None:
+        pipeline.apply(model, trainer)
+    check_parallel_sizes(config, trainer.strategy)
+    check_callbacks(trainer.callbacks, config)
+    check_adapters(peft, config, trainer.strategy)
+    follow_max_steps(used, trainer.max_steps)
+
+
+def optimizer_of(model: Any, optim: Any) -> Any:
+    """The optimizer that a training uses: `optim`, or else the model's own.
+
+    Raises:
+        ConfigurationError: Both have a learning-rate schedule.
+    """
+    own = getattr(model, "optim", None)
+    if optim is None:
+        return own
+    if own is not optim and getattr(own, "lr_scheduler", None) is not None:
+        raise ConfigurationError(
+            "model.optim has a learning-rate schedule, but optim replaces the model's optimizer: expected the schedule"
+            " as optim.lr_scheduler"
+        )
+    return optim
 
 
 def check_parallel_sizes(config: Any, strategy: Any) -> None:
@@ -89,43 +139,6 @@ def check_steps(trainer: Any) -> None:
         )
 
 
-def follow_max_steps(optim: Any, max_steps: int) -> None:
-    """Fit a learning-rate schedule to the steps that are really run, which may be others than it was made for.
-
-    NeMo gives its schedulers `trainer.max_steps`, but not how many of these belong to warm-up and decay: they keep
-    their lengths where these leave a step to the schedule's shape, and else shrink to a tenth of the run each.
-
-    Raises:
-        ConfigurationError: Stages end at another step than the run.
-    """
-    scheduler: Any = getattr(optim, "lr_scheduler", None)
-    stages = getattr(scheduler, "stages", None)
-    if stages is not None:
-        total = sum(stage.max_steps for stage in stages)
-        if total != max_steps:
-            raise ConfigurationError(
-                f"trainer.max_steps is {max_steps}, expected the {total} of all stages: change the tokens in the file"
-                " of stages"
-            )
-        return
-    names = [name for name in _PHASES if _is_count(getattr(scheduler, name, None))]
-    spent = sum(getattr(scheduler, name) for name in names)
-    if spent and spent >= max_steps:
-        for name in names:
-            before, shorter = getattr(scheduler, name), min(getattr(scheduler, name), max_steps // 10)
-            if shorter != before:
-                logging.warning(f"{name} is {before} of trainer.max_steps={max_steps}: using {shorter}")
-                setattr(scheduler, name, shorter)
-
-
-_PHASES = ("warmup_steps", "constant_steps", "decay_steps")
-"""Parts of a schedule in steps, by the names that NeMo's schedulers and ours give them."""
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
 def check_warm_start(resume: Any, config: Any) -> None:
     """Refuse a checkpoint to start from that is not there or is of another architecture than `config`."""
     path = getattr(getattr(resume, "restore_config", None), "path", None)
@@ -159,9 +172,12 @@ def check_what_is_unpickled(resume: Any, trainer: Any, data: Any) -> None:
     @functools.wraps(setup)
     def checked(trainer: Any, model: Any = None) -> Any:
         start = getattr(resume.restore_config, "path", None)
-        found = [resume.get_trainer_ckpt_path(model), start and resume._extract_path(str(start))]
-        for path in filter(None, found):
+        own = resume.get_trainer_ckpt_path(model)
+        for path in filter(None, [own, start and resume._extract_path(str(start))]):
             check_checkpoint(Path(path))
+        config = getattr(model, "config", None)
+        if own and isinstance(config, GPTConfig):
+            check_architecture(Path(getattr(own, "base_model_path", None) or own), config)
         return setup(trainer, model)
 
     resume.setup = checked

@@ -57,6 +57,8 @@ class LearningRateSchedule(LRSchedulerModule):
             raise ConfigurationError(
                 f"warmup_steps is {warmup_steps} and decay_steps {decay_steps}, expected no negative number"
             )
+        if max_steps < 1:
+            raise ConfigurationError(f"max_steps is {max_steps}, expected at least 1 step")
         self.shape = shape
         self.warmup_steps = warmup_steps
         self.max_steps = max_steps

@@ -97,7 +97,7 @@ def test_a_missing_checkpoint_is_answered_with_the_command(tmp_path: Path) -> No
 
 
 def test_schedules_follow_the_steps_that_are_really_run() -> None:
-    """Warm-up and decay keep their length, or are a tenth each of a run that they would not fit into."""
+    """Warm-up and decay keep their lengths or shares, or are a tenth each of a run that they would not fit into."""
     for steps, warmup, decay in ((6000, 2000, 2384), (4000, 400, 400), (100, 10, 10), (10, 1, 1)):
         schedule = LearningRateSchedule("linear", 2000, steps, 0.1, decay_steps=2384)
         checks.follow_max_steps(SimpleNamespace(lr_scheduler=schedule), steps)
@@ -115,7 +115,7 @@ def test_schedules_follow_the_steps_that_are_really_run() -> None:
     checks.follow_max_steps(SimpleNamespace(lr_scheduler=nemos), 60)
     assert (nemos.warmup_steps, nemos.constant_steps) == (20, 30)
     checks.follow_max_steps(SimpleNamespace(lr_scheduler=nemos), 50)
-    assert (nemos.warmup_steps, nemos.constant_steps) == (5, 5)
+    assert (nemos.warmup_steps, nemos.constant_steps) == (17, 25)
     stages = SimpleNamespace(stages=[SimpleNamespace(max_steps=4), SimpleNamespace(max_steps=6)])
     checks.follow_max_steps(SimpleNamespace(lr_scheduler=stages), 10)
     with pytest.raises(ConfigurationError, match=r"trainer\.max_steps is 9, expected the 10 of all stages"):
@@ -139,7 +139,12 @@ def test_checkpoints_of_another_architecture_are_refused(tmp_path: Path) -> None
     )
     megatron_files.write(tmp_path / "dense", random_weights(dense), torch.float32)
     megatron_files.write(tmp_path / "moe", random_weights(dense.with_experts(4)), torch.float32)
-    sizes: dict[str, Any] = {"num_layers": 3, "hidden_size": 8, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "num_layers": 3,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": 12,
+    }
     plain, experts = SkyworkTinyConfig(**sizes), SkyworkMoETinyConfig(**sizes, num_moe_experts=4)
     check_architecture(tmp_path / "dense", plain)
     check_architecture(tmp_path / "moe", experts)
@@ -148,6 +153,11 @@ def test_checkpoints_of_another_architecture_are_refused(tmp_path: Path) -> None
         ("moe", plain, "is an MoE, expected a dense model"),
         ("moe", SkyworkMoETinyConfig(**sizes, num_moe_experts=8), "num_moe_experts is 8, .* has 4"),
         ("dense", SkyworkTinyConfig(**(sizes | {"num_layers": 5})), "num_layers is 5, .* has 3"),
+        (
+            "dense",
+            SkyworkTinyConfig(**(sizes | {"ffn_hidden_size": 16})),
+            "ffn_hidden_size is 16, which makes",
+        ),
     ):
         with pytest.raises(ConfigurationError, match=message):
             check_architecture(tmp_path / folder, config)

@@ -1,0 +1,82 @@
+"""The checks that a training makes of itself, made of its recipe where it is submitted or only printed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+
+from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
+from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.nemo import checks
+from nemo_skymoe.nemo.pipeline import PipelinePlan
+from nemo_skymoe.nemo.run_numbers import check_numbers
+from nemo_skymoe.patches import lora_without_te
+
+
+def check_made(recipe: Any, plan: PipelinePlan | None) -> Any:
+    """Build what of a recipe is built quickly, and check it as the training would; returns its trainer.
+
+    Args:
+        recipe: A Fiddle configuration of `nemo_skymoe.nemo.api.pretrain` or `finetune`. It is not changed.
+        plan: That of the recipe, as far as it is known: a file may not be written yet.
+
+    Raises:
+        ConfigurationError: As the training would.
+    """
+    arguments = fdl.ordered_arguments(recipe)
+    checks.check_steps(recipe.trainer)
+    check_numbers(recipe.model.config, recipe.trainer, recipe.data)
+    config, trainer = built(recipe.model.config, "model"), built(recipe.trainer, "training.trainer")
+    optim, peft, *_ = (built(arguments.get(name), f"training.{name}") for name in ("optim", "peft", "log"))
+    own = built(fdl.ordered_arguments(recipe.model).get("optim"), "training.model.optim")
+    if peft is not None:
+        lora_without_te.apply()
+    checks.check_training(_Holder(config, own), trainer, optim, plan, peft, recipe.data)
+    if recipe.data.seq_length != config.seq_length:
+        raise ConfigurationError(
+            f"data.seq_length is {recipe.data.seq_length} and model.seq_length {config.seq_length}, expected the same:"
+            " training.seq_length sets both"
+        )
+    return trainer
+
+
+def check_start(recipe: Any, local: bool, written_before: bool) -> None:
+    """Check the checkpoint to start from, if it is on this machine, as the training would.
+
+    Args:
+        local: The training runs on this machine, where it would look for the checkpoint in vain.
+        written_before: A stage before the training writes it.
+
+    Raises:
+        ConfigurationError: As the training would.
+    """
+    path = getattr(getattr(recipe.resume, "restore_config", None), "path", None)
+    if not path or "://" in path:
+        return
+    if (Path(path) / "weights").is_dir() or (local and not written_before):
+        checks.check_warm_start(recipe.resume, built(recipe.model.config, "model"))
+        check_checkpoint(Path(path))
+
+
+def built(part: Any, name: str) -> Any:
+    """What a Fiddle configuration makes.
+
+    Raises:
+        ConfigurationError: Whatever is raised on the way, in one sentence with the option `name`.
+    """
+    try:
+        return fdl.build(part)
+    except ConfigurationError as refused:  # Fiddle adds a paragraph on what it was building
+        raise ConfigurationError(str(refused).split("\n")[0]) from None
+    except Exception as reason:
+        said = str(reason).split("\n")[0]
+        raise ConfigurationError(f"{name} cannot be made: {said}") from None
+
+
+@dataclass
+class _Holder:
+    """What the checks ask of a model, which is not built."""
+
+    config: Any
+    optim: Any
