@@ -145,6 +145,11 @@ def may_be_built(name: str) -> bool:
     return may_be_configured(name) and (_NEVER_BUILT.fullmatch(name) is None or name in _vouched_for())
 
 
+def is_vouched_for(name: str) -> bool:
+    """Whether the user has named it in the environment."""
+    return name in _vouched_for()
+
+
 def advice(name: str) -> str:
     """What to do about a name that may not."""
     return (

@@ -4,17 +4,28 @@ import contextlib
 import inspect
 import json
 import pickle
+import shutil
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hostile
+import numpy as np
 import pytest
+import torch
 from hostile import configured, context, leaf, metadata, names, node, reference
+from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
+from nemo.lightning import AutoResume
+from nemo.lightning.pytorch.strategies.utils import RestoreConfig
+from nemo.utils.app_state import AppState
 
 from nemo_skymoe.checkpoint.context_check import check_context
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.nemo import checks
+from nemo_skymoe.nemo.index_check import check_data_module, check_indices
 
 TOKENIZERS = "nemo.collections.common.tokenizers"
 AUTO = f"{TOKENIZERS}.huggingface.auto_tokenizer.AutoTokenizer"
@@ -160,3 +171,132 @@ def test_what_may_not_be_built_may_be_referred_to(tmp_path: Path) -> None:
     for root in allowed.values():
         (tmp_path / "io.json").write_bytes(context(root))
         check_context(tmp_path)
+
+
+def written(prefix: Path) -> Path:
+    """A data set of three documents by Megatron's own builder; the index."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for length in (3, 1, 2):
+        builder.add_document(torch.arange(length), [length])
+    builder.finalize(f"{prefix}.idx")
+    return prefix.with_suffix(".idx")
+
+
+def test_damaged_indices_end_in_a_sentence(tmp_path: Path) -> None:
+    index = written(tmp_path / "data")
+    check_indices(tmp_path)
+    good = index.read_bytes()
+    changed = {
+        "a magic": (0, b"X"),
+        "a version": (9, struct.pack("<Q", 2)),
+        "a data type of nothing": (17, b"\x63"),
+        "a data type that is wider": (17, b"\x05"),
+        "sequences": (18, struct.pack("<Q", 1 << 60)),
+        "sequences that overflow": (18, struct.pack("<Q", (1 << 64) - 1)),
+        "documents": (26, struct.pack("<Q", 5)),
+        "no documents": (26, struct.pack("<Q", 0)),
+        "a negative length": (34, struct.pack("<i", -1)),
+        "a long one": (38, struct.pack("<i", 4)),
+        "a place outside": (46, struct.pack("<q", 1 << 62)),
+        "a place before": (54, struct.pack("<q", -8)),
+        "the end of the documents": (len(good) - 8, struct.pack("<q", 2)),
+        "a document outside": (len(good) - 16, struct.pack("<q", 9)),
+        "documents that turn back": (len(good) - 24, struct.pack("<q", 3)),
+    }
+    contents = {name: good[:start] + new + good[start + len(new) :] for name, (start, new) in changed.items()}
+    contents |= {"truncated": good[:-1], "only a header": good[:34], "empty": b"", "longer": good + b"\0" * 8}
+    for case, content in contents.items():
+        index.write_bytes(content)
+        with pytest.raises(ConfigurationError, match=f"'{index}' is no index of Megatron's") as refusal:
+            check_indices(tmp_path)
+        assert "\n" not in str(refusal.value), case
+    index.with_suffix(".bin").unlink()  # git's packs have such names, too
+    check_indices(tmp_path)
+
+
+def test_caches_of_data_are_walked(tmp_path: Path) -> None:
+    marker, index = tmp_path / "marker", written(tmp_path / "data")
+    header = b"\x93NUMPY\x01\x00\x76\x00{'descr': '%s', 'fortran_order': False, 'shape': (%s,), }"
+    objects = (header % (b"|O", b"1")).ljust(127) + b"\n"
+    hostile_files = {
+        "cache/a.npy": hostile.payload(marker),
+        "cache/b.npy": objects + hostile.payload(marker),
+        "c.jsonl.idx.info": hostile.payload(marker),
+    }
+    damaged = {
+        "large.npy": (header % (b"<i8", b"1" + b"0" * 30)).ljust(127) + b"\n",
+        "text.npy": header[:8] + b"\x10\x00" + b"{'descr': " * 2,
+        "archive.npy": b"PK\x03\x04",
+        "empty.npy": b"",
+        "info.idx.info": b"\x80",
+    }
+    packed = np.array([{"input_ids": [1, 2], "loss_mask": np.ones(2)}], dtype=object)
+    np.save(tmp_path / "packed.npy", packed, allow_pickle=True)
+    np.save(tmp_path / "numbers.npy", np.arange(3))
+    for data in (
+        SimpleNamespace(paths={"train": ["1.0", str(index.with_suffix(""))]}),
+        SimpleNamespace(root=tmp_path),
+    ):
+        check_data_module(data)
+        for name, content in (hostile_files | damaged).items():
+            file = tmp_path / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(content)
+            if name in hostile_files:
+                with contextlib.suppress(Exception):
+                    pickle.loads(content) if name.endswith("info") else np.load(file, allow_pickle=True)
+                assert marker.exists(), f"{name} is not hostile"
+                marker.unlink()
+            with pytest.raises(ConfigurationError, match=f"'{file}' ") as refusal:
+                check_data_module(data)
+            assert "\n" not in str(refusal.value) and not marker.exists(), name
+            file.unlink()
+    spec = PackedSequenceSpecs(packed_sequence_size=8, packed_train_data_path=str(tmp_path / "packed.npy"))
+    check_data_module(SimpleNamespace(packed_sequence_specs=spec))
+    (tmp_path / "evil.npy").write_bytes(hostile.payload(marker))
+    with pytest.raises(ConfigurationError, match=r"evil.npy' is no array"):
+        check_data_module(SimpleNamespace(packed_sequence_specs=spec))
+
+
+def test_every_way_to_begin_from_a_checkpoint_is_walked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a run begins from: nothing of it is handed to NeMo before it is checked."""
+    marker, run = tmp_path / "marker", tmp_path / "run"
+    monkeypatch.setattr(AppState(), "log_dir", str(run))
+    places = {
+        "weights/common.pt": hostile.archived(hostile.payload(marker)),
+        "weights/.metadata": hostile.payload(marker),
+        "context/io.json": context(configured("subprocess.call", {"args": 1})),
+        "weights/modelopt_state/state.pt": hostile.payload(marker),
+    }
+    for number, (name, content) in enumerate(places.items()):
+        start, last = tmp_path / f"start{number}", run / f"checkpoints/{number}-last"
+        adapters = tmp_path / f"adapters{number}"
+        for folder in (start, last):
+            (folder / name).parent.mkdir(parents=True)
+            (folder / name).write_bytes(content)
+        (adapters / "weights").mkdir(parents=True)
+        (adapters / "weights/adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": str(start)}))
+        ways = {
+            "a warm start": AutoResume(restore_config=RestoreConfig(path=str(start))),
+            "a run that goes on": AutoResume(resume_if_exists=True),
+            "a folder to go on from": AutoResume(
+                resume_from_directory=str(run / "checkpoints"), resume_if_exists=True
+            ),
+            "a checkpoint to go on from": AutoResume(resume_from_path=str(start)),
+            "adapters of a base model": AutoResume(resume_from_path=str(adapters)),
+        }
+        for way, resume in ways.items():
+            trainer = SimpleNamespace(strategy=SimpleNamespace(), checkpoint_callback=SimpleNamespace())
+            checks.check_what_is_unpickled(resume, trainer, None)
+            with pytest.raises(ConfigurationError, match=Path(name).name):
+                resume.setup(trainer, None)
+            assert not vars(trainer.strategy) and not hasattr(trainer, "ckpt_path"), (way, name)
+        strategy = SimpleNamespace(restore_config=RestoreConfig(path=str(start)))
+        with pytest.raises(ConfigurationError, match=Path(name).name):
+            checks.check_what_is_unpickled(None, SimpleNamespace(strategy=strategy), None)
+        assert not marker.exists(), name
+        shutil.rmtree(last)
