@@ -36,7 +36,7 @@ def check_code(folder: Path) -> bool:
                 f"'{file}' names '{name}', code that transformers would run: expected the modeling files that skymoe"
                 f" convert writes; if you know where it is from and need it, set {allowed_classes.VARIABLE}={name}"
             )
-    for name in MODELING_FILES if named else ():
+    for name in MODELING_FILES if any(name in AUTO_MAP.values() for _, name in named) else ():
         if read_bytes(folder / name) != (EXPORT / name).read_bytes():
             raise ConfigurationError(
                 f"'{folder / name}' is not the modeling file that this version of skymoe writes, and would be run:"
