@@ -5,14 +5,23 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from nemo_skymoe.checkpoint import foreign
+from nemo_skymoe.checkpoint.remote_code import check_code
+from nemo_skymoe.checkpoint.safetensors_storage import SafetensorsStorage
 from nemo_skymoe.config import ConfigurationError
+
+_REMOTE_CODE, _INCLUDE = "trust_remote_code", "include"
+_LARGEST = 1 << 20
+# The harness' templates are not sandboxed: by its attributes every value leads to every module.
+_LEADS_OUT = re.compile(r"__|\battr\s*\(|\|\s*attr\b|\\x5f|\\u005f|\\137", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ def evaluate(
     dtype: str = "auto",
     allow_code: bool = False,
 ) -> list[Score]:
-    """Evaluate a Hugging Face checkpoint; its own modeling files are run.
+    """Evaluate a Hugging Face checkpoint. Of its code only the modeling files that `skymoe convert` writes are run.
 
     Args:
         model: Folder that `skymoe convert --to hf` wrote, or any other of its form.
@@ -74,30 +83,32 @@ def evaluate(
         limit: Documents of each task, for a trial.
         batch_size: Requests at a time.
         dtype: As torch names it; "auto" is the checkpoint's.
-        allow_code: Run programs that the model writes, as HumanEval has to.
+        allow_code: Run programs that the model writes, as HumanEval has to, and functions that a task's file names.
 
     Raises:
-        ConfigurationError: No harness, no such checkpoint or task, data that cannot be loaded, or HumanEval without
-            `allow_code`.
+        ConfigurationError: No harness, no such checkpoint or task, data that cannot be loaded, HumanEval or functions
+            of a task without `allow_code`, or a checkpoint with code of its own.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigurationError(
             "evaluation needs lm-evaluation-harness, which is not installed: pip install -e '.[nemo,eval]'"
         )
-    _check_model(model)
+    has_code = _check_model(model)
     known = {benchmark.task: benchmark for benchmark in TABLE_1}
     names = [name for task in tasks for name in (known if task == "table1" else (task,))]
     if num_fewshot is not None and "table1" in tasks:
         raise ConfigurationError(
             f"num_fewshot is {num_fewshot}, expected none for table1: name the tasks instead"
         )
-    files = {name: _name_in(Path(name)) for name in names if name.endswith((".yaml", ".yml"))}
+    files = {
+        name: _checked_task(Path(name), allow_code) for name in names if name.endswith((".yaml", ".yml"))
+    }
     names = [files.get(name, name) for name in names]
     folders = [str(Path(file).absolute().parent) for file in files]
     manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=folders or None)
     for name in names:
         _check_task(name, manager, allow_code)
-    loaded = _load(model, batch_size, dtype)
+    loaded = _load(model, batch_size, dtype, has_code)
     scores: list[Score] = []
     for name in names:
         benchmark = known.get(name) if num_fewshot is None else None
@@ -107,33 +118,18 @@ def evaluate(
     return scores
 
 
-class _TaskLoader(yaml.SafeLoader):
-    """Of a task's file, without the functions that it names."""
-
-
-_TaskLoader.add_multi_constructor("!", lambda loader, tag, node: None)
-
-
-def _check_model(model: Path) -> None:
+def _check_model(model: Path) -> bool:
+    """Whether its modeling files have to be run."""
     if (model / "weights").is_dir():
         raise ConfigurationError(
             f"'{model}' is a NeMo checkpoint: export it first with skymoe convert {model} FOLDER --to hf"
         )
     if not (model / "config.json").is_file():
         raise ConfigurationError(f"'{model}' has no config.json, expected the folder of an exported model")
-
-
-def _name_in(file: Path) -> str:
-    """The task that a file defines; the harness finds it by its folder."""
-    if not file.is_file():
-        raise ConfigurationError(f"the task '{file}' is not there, expected a YAML file")
-    try:
-        config = yaml.load(file.read_text(), _TaskLoader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as reason:
-        raise ConfigurationError(f"the task '{file}' cannot be read: {reason}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("task"), str):
-        raise ConfigurationError(f"'{file}' names no task, expected a task of lm-evaluation-harness")
-    return config["task"]
+    foreign.refuse_folder(model, is_model=True)
+    has_code = check_code(model)
+    SafetensorsStorage(model)  # refuses pickles, and an index that leads out of the folder
+    return has_code
 
 
 def _check_task(name: str, manager: Any, allow_code: bool) -> None:
@@ -148,13 +144,13 @@ def _check_task(name: str, manager: Any, allow_code: bool) -> None:
         )
 
 
-def _load(model: Path, batch_size: int, dtype: str) -> Any:
+def _load(model: Path, batch_size: int, dtype: str, has_code: bool) -> Any:
     import torch
 
     language_model = importlib.import_module("lm_eval.models.huggingface").HFLM
     return language_model(
         pretrained=str(model),
-        trust_remote_code=True,
+        trust_remote_code=has_code,
         dtype=dtype,
         batch_size=batch_size,
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -209,3 +205,79 @@ def _scores(found: dict[str, Any]) -> list[Score]:
 def _error(results: dict[str, Any], metric: str) -> float | None:
     error = results.get(metric.replace(",", "_stderr,"))
     return error if isinstance(error, int | float) else None
+
+
+class _Function(str):
+    """What stands behind `!function`."""
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """Of a task's file, without the functions that it names."""
+
+
+_TaskLoader.add_multi_constructor("!", lambda loader, tag, node: _Function(f"!{tag} {node.value}"))
+
+
+def _checked_task(file: Path, allow_code: bool) -> str:
+    """The task that a file defines; the harness finds it by its folder.
+
+    Args:
+        file: YAML.
+        allow_code: Its functions and templates may do anything.
+
+    Raises:
+        ConfigurationError: It is missing or damaged, names no task, or would run code that is not allowed.
+    """
+    config = _read(file)
+    if not isinstance(config, dict) or not isinstance(config.get("task"), str):
+        raise ConfigurationError(f"'{file}' names no task, expected a task of lm-evaluation-harness")
+    if not allow_code:
+        _check(config, file, {file.resolve()})
+    return str(config["task"])
+
+
+def _read(file: Path) -> Any:
+    if not file.is_file():
+        raise ConfigurationError(f"the task '{file}' is not there, expected a YAML file")
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise ValueError(f"{file.stat().st_size:,} bytes")
+        return yaml.load(file.read_text(), _TaskLoader)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as reason:
+        said = " ".join(str(reason).split())
+        raise ConfigurationError(f"the task '{file}' cannot be read: {said}") from None
+
+
+def _check(config: Any, file: Path, seen: set[Path]) -> None:
+    for key, value in _pairs(config):
+        what = None
+        if isinstance(value, _Function):
+            what = f"names a function, '{value}'"
+        elif _REMOTE_CODE in str(key) and value:
+            what = f"sets {_REMOTE_CODE}"
+        elif isinstance(value, str) and "{" in value and _LEADS_OUT.search(value):
+            what = "has a template that reaches into Python"
+        if what:
+            raise ConfigurationError(
+                f"the task '{file}' {what}, which would be run on this machine: allow it with --allow-code, or give a"
+                " task of plain values"
+            )
+        if key == _INCLUDE:
+            for name in value if isinstance(value, list) else [value]:
+                included = file.parent / str(name)
+                if included.is_file() and included.resolve() not in seen:
+                    seen.add(included.resolve())
+                    _check(_read(included), included, seen)
+
+
+def _pairs(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Keys and values of every dictionary, and the items of every list, in a value; each container once."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if not isinstance(one, dict | list) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        pairs = list(one.items()) if isinstance(one, dict) else [(None, item) for item in one]
+        yield from pairs
+        waiting += [item for _, item in pairs]

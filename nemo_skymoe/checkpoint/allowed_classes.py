@@ -1,7 +1,8 @@
 """The classes and functions that a checkpoint may name where torch, Megatron or NeMo will build or call them.
 
-Everything that these frameworks write is here; none of it runs a command, imports code or opens a file when it is
-built. Classes of a user's own are added by their full names in an environment variable.
+Everything that these frameworks write is here; none of it runs a command, imports what a file names or unpickles
+anything when it is built (tokenizers open their files, and some loggers their connection). Classes of a user's own are
+added by their full names in an environment variable.
 """
 
 from __future__ import annotations
@@ -89,14 +90,22 @@ _CONFIGURED = {
     "nemo_skymoe.nemo.mixture": ("mixture_data",),
     "nemo_skymoe.nemo.model": ("skywork_layer_spec", "skywork_local_layer_spec"),
     "nemo_skymoe.nemo.learning_rate": ("is_expert_parameter",),
+    "nemo.collections.common.tokenizers.huggingface.auto_tokenizer": ("AutoTokenizer",),
+    "nemo.collections.common.tokenizers.sentencepiece_tokenizer": ("SentencePieceTokenizer",),
+    "nemo.collections.common.tokenizers.tiktoken_tokenizer": ("TiktokenTokenizer",),
+    "nemo.collections.common.tokenizers.bytelevel_tokenizers": ("ByteLevelTokenizer",),
+    "nemo.collections.common.tokenizers.char_tokenizer": ("CharTokenizer",),
+    "nemo.collections.common.tokenizers.word_tokenizer": ("WordTokenizer",),
+    "nemo.collections.common.tokenizers.null_tokenizer": ("NullTokenizer",),
     "transformers.models.auto.tokenization_auto": ("AutoTokenizer",),
 }  # fmt: skip
 CONFIGURED = frozenset(f"{module}.{name}" for module, names in _CONFIGURED.items() for name in names)
 """In `context/io.json`, by their names; beside them the classes of `_PACKAGES`."""
 
 _PACKAGES = re.compile(
-    r"""(
-    nemo_skymoe\.nemo | nemo\.collections\.llm\.(gpt|bert|t5|peft|fn) | nemo\.collections\.common\.tokenizers
+    r"""(?!megatron\.core\.models\.huggingface\. | megatron\.core\.distributed\.fsdp\. | .*\.ModuleSpec$
+    | nemo\.collections\.llm\.gpt\.data\.hf_dataset\.)(
+    nemo_skymoe\.nemo | nemo\.collections\.llm\.(gpt|bert|t5|peft|fn)
     | nemo\.lightning\.(pytorch|io|nemo_logger|resume|data) | nemo\.lightning\.megatron_parallel
     | megatron\.core\.(transformer|optimizer|distributed|models|datasets|dist_checkpointing|enums)
     | megatron\.core\.(model_parallel_config|process_groups_config)
@@ -104,7 +113,16 @@ _PACKAGES = re.compile(
     )(\.\w+)*\._?[A-Z]\w*""",
     re.VERBOSE,
 )
-"""Classes (names that begin with a capital letter) of models, data, tokenizers, strategies, optimizers and callbacks."""
+"""Classes (names that begin with a capital letter) of models, data, strategies, optimizers and callbacks.
+
+Left out are those that download a model or data when they are built, or import what an argument of theirs names.
+"""
+_MEMBERS = re.compile(r"megatron\.core(\.\w+)*\.enums\.[A-Z]\w*\.[A-Za-z]\w*")
+"""Of Megatron's enumerations."""
+_NEVER_BUILT = re.compile(
+    r"megatron\.core\.datasets\..*(?<!Config) | nemo\.collections\.llm\.\w+\.data\..*Dataset", re.VERBOSE
+)
+"""Data modules refer to the class of a dataset. Built by a context it would open files, and unpickle some of them."""
 
 
 def may_be_pickled(name: str) -> bool:
@@ -114,7 +132,22 @@ def may_be_pickled(name: str) -> bool:
 
 def may_be_configured(name: str) -> bool:
     """Whether a context may name it."""
-    return name in CONFIGURED or _PACKAGES.fullmatch(name) is not None or name in _vouched_for()
+    return (
+        name in CONFIGURED
+        or _PACKAGES.fullmatch(name) is not None
+        or _MEMBERS.fullmatch(name) is not None
+        or name in _vouched_for()
+    )
+
+
+def may_be_built(name: str) -> bool:
+    """Whether a context may call it, too."""
+    return may_be_configured(name) and (_NEVER_BUILT.fullmatch(name) is None or name in _vouched_for())
+
+
+def is_vouched_for(name: str) -> bool:
+    """Whether the user has named it in the environment."""
+    return name in _vouched_for()
 
 
 def advice(name: str) -> str:

@@ -11,10 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.checkpoint import allowed_classes, inert_pickle
+from nemo_skymoe.checkpoint.context_graph import Graph, Place, dictionaries
+from nemo_skymoe.checkpoint.inert_pickle import Record
+from nemo_skymoe.checkpoint.torch_file_check import check_call
 from nemo_skymoe.config import ConfigurationError
 
-IO_JSON = "io.json"
+CONTEXT, IO_JSON = "context", "io.json"
 _LARGEST = 1 << 28
+_REMOTE_CODE = "trust_remote_code"
+_WITHOUT_NAMES = ("pathlib", "builtins", "torch")
+"""Modules whose classes take arguments by position."""
 
 
 def check_context(folder: Path) -> None:
@@ -33,42 +39,108 @@ def check_context(folder: Path) -> None:
             raise ValueError(f"{file.stat().st_size:,} bytes")
         content = json.loads(file.read_bytes())
         references = [
-            (one["module"], one["name"]) for one in _dictionaries(content) if {"module", "name"} <= set(one)
+            (one["module"], one["name"]) for one in dictionaries(content) if {"module", "name"} <= set(one)
         ]
-        # In place too: a node need not stand among the objects.
-        nodes = [
-            one for one in _dictionaries(content) if isinstance(one.get("type"), dict) and "items" in one
-        ]
-        found = [_pickle(node, content["objects"]) for node in nodes if _is_artifact(node)]
-        pickles = [path for path in found if path is not None]
     except OSError as reason:
         raise ConfigurationError(f"'{file}' cannot be read: {reason.strerror}") from None
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as reason:
-        raise ConfigurationError(f"'{file}' is damaged: {type(reason).__name__} ({reason})") from None
-    for module, name in dict.fromkeys(references):
+    except (ValueError, TypeError, RecursionError) as reason:
+        raise _damaged(file, reason) from None
+    # Before anything else is looked at: what a file names says best what is wrong with it.
+    for module, name in dict.fromkeys((str(module), str(name)) for module, name in references):
         _check_reference(module, name, file)
-    if any(_runs_code_beside_a_tokenizer(one) for one in _dictionaries(content)):
-        raise ConfigurationError(
-            f"'{file}' sets trust_remote_code, which runs code of the tokenizer's folder: expected a tokenizer without"
-        )
+    try:
+        graph = Graph(content)
+        calls, dictionaries_ = list(graph.calls()), list(graph.dictionaries())
+        pickles = list(graph.artifacts())
+    except (ValueError, TypeError, AttributeError, LookupError) as reason:
+        raise _damaged(file, reason) from None
+    for (module, name), arguments in calls:
+        _check_call(module, name, arguments, file)
+    _check_remote_code(content, [*(arguments for _, arguments in calls), *dictionaries_], file)
     for path in pickles:
         _check_pickle(folder / path)
 
 
-def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:
-    waiting = [value]
+def check_loaded(path: Path) -> None:
+    """Refuse what NeMo is about to load a context from, by what the context names and the weights beside it hold.
+
+    Args:
+        path: A context's folder, its `io.json`, or the folder of a checkpoint without one.
+
+    Raises:
+        ConfigurationError: As `check_context` and `check_checkpoint`.
+    """
+    # The check of weights imports this one.
+    from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
+
+    folder = path if path.is_dir() else path.parent
+    check_context(folder)
+    if folder.name == CONTEXT:
+        check_checkpoint(folder.parent)
+
+
+def _damaged(file: Path, reason: Exception) -> ConfigurationError:
+    return ConfigurationError(f"'{file}' is damaged: {type(reason).__name__} ({reason})")
+
+
+def _check_call(module: str, name: str, arguments: list[tuple[Place, Any]], file: Path) -> None:
+    if not _may_be_built(module, name):
+        raise _refusal(f"{module}.{name}", file)
+    if module.partition(".")[0] not in _WITHOUT_NAMES and not all(
+        isinstance(container[key], str) for (container, key), _ in arguments
+    ):
+        raise ConfigurationError(
+            f"'{file}' is damaged: '{module}.{name}' has arguments without names, expected those that NeMo writes"
+        )
+
+
+def _may_be_built(module: str, name: str) -> bool:
+    if _is_a_callback_here(module, name):
+        return True
+    try:
+        home = _home(module, name)
+    except (ImportError, AttributeError):  # NeMo says so itself
+        home = module, name
+    return all(allowed_classes.may_be_built(".".join(place)) for place in ((module, name), home))
+
+
+def _check_remote_code(content: Any, arguments: list[list[tuple[Place, Any]]], file: Path) -> None:
+    """Refuse the argument that runs code of a tokenizer's folder, and its name where it may become an argument's."""
+    known = set[tuple[int, Any]]()
+    for (container, key), value in (pair for pairs in arguments for pair in pairs):
+        if isinstance(container[key], str) and _REMOTE_CODE in container[key]:
+            known.add((id(container), key))
+            if value is not None and value is not False:
+                raise ConfigurationError(
+                    f"'{file}' sets {_REMOTE_CODE}, which runs code of the tokenizer's folder: expected a tokenizer"
+                    " without"
+                )
+    if any(place not in known for place in _places_of_text(content, _REMOTE_CODE)):
+        raise ConfigurationError(
+            f"'{file}' has {_REMOTE_CODE}, which runs code of a tokenizer's folder, where it is not the name of an"
+            " argument: expected what NeMo writes"
+        )
+
+
+def _places_of_text(content: Any, text: str) -> Iterator[tuple[int, Any]]:
+    """Where a text stands, other than in what fiddle does not read: the texts of paths."""
+    waiting, paths = [content], set[int]()
     while waiting:
         one = waiting.pop()
         if isinstance(one, dict):
-            yield one
-            waiting += one.values()
+            if "type" in one and isinstance(one.get("items"), list):
+                paths |= {id(item) for item in one["items"] if isinstance(item, list)}
+            pairs = [(key, value) for key, value in one.items() if not (key == "paths" and "type" in one)]
+            yield from ((id(one), (key,)) for key, _ in pairs if text in key)
         elif isinstance(one, list):
-            waiting += one
+            pairs = [(key, value) for key, value in enumerate(one) if key or id(one) not in paths]
+        else:
+            continue
+        yield from ((id(one), key) for key, value in pairs if isinstance(value, str) and text in value)
+        waiting += [value for _, value in pairs]
 
 
-def _check_reference(module: Any, name: Any, file: Path) -> None:
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise _refusal(f"{module}.{name}", file)
+def _check_reference(module: str, name: str, file: Path) -> None:
     if _is_a_callback_here(module, name):
         return
     if not _is_allowed(module, name):
@@ -87,6 +159,11 @@ def _home(module: str, name: str) -> tuple[str, str]:
     if not callable(found):
         return module, name
     return getattr(found, "__module__", None) or module, getattr(found, "__qualname__", name)
+
+
+def _split(name: str) -> tuple[str, str]:
+    module, _, last = name.rpartition(".")
+    return module, last
 
 
 def _is_a_callback_here(module: str, name: str) -> bool:
@@ -113,31 +190,17 @@ def _refusal(name: str, file: Path) -> ConfigurationError:
     )
 
 
-def _is_artifact(entry: dict[str, Any]) -> bool:
-    """Whether NeMo takes its one value for the path of a pickle."""
-    return (
-        entry["type"]["module"].partition(".")[0] not in ("fiddle", "builtins", "nemo_run")
-        and len(entry["items"]) == 1
-    )
-
-
-def _pickle(entry: dict[str, Any], objects: dict[str, Any]) -> str | None:
-    """The path; None where the one value is an argument of another kind, which NeMo cannot open."""
-    value = entry["items"][0][1]
-    if value.get("type") == "ref":
-        home = objects[value["key"]].get("type", {})
-        if isinstance(home, dict) and home.get("module") == "pathlib":
-            raise ValueError("a path object in the place of a pickle's path")
-        return None
-    path = value.get("value")
-    return path if isinstance(path, str) else None
-
-
 def _check_pickle(file: Path) -> None:
     if not file.is_file():
         return
+
+    def check(record: Record) -> None:
+        if not allowed_classes.may_be_pickled(record.kind) and not _may_be_built(*_split(record.kind)):
+            raise _refusal(record.kind, file)
+        check_call(record, file)
+
     try:
-        inert_pickle.load(file.read_bytes(), _Allowed(), file)
+        inert_pickle.load(file.read_bytes(), _Allowed(), file, called=check)
     except inert_pickle.NotAllowedError as reason:
         raise ConfigurationError(f"{reason}; {allowed_classes.advice(reason.name)}") from None
 
@@ -148,22 +211,10 @@ class _Allowed:
             return False
         if allowed_classes.may_be_pickled(name):
             return True
-        module, _, last = name.rpartition(".")
+        module, last = _split(name)
         if _is_a_callback_here(module, last):
             return True
         try:
             return _is_allowed(module, last) and _is_allowed(*_home(module, last))
         except (ImportError, AttributeError):
             return False
-
-
-def _runs_code_beside_a_tokenizer(value: dict[str, Any]) -> bool:
-    return any(
-        isinstance(item, list)
-        and len(item) == 2
-        and "trust_remote_code" in str(item[0])
-        and isinstance(item[1], dict)
-        and item[1].get("value", True) not in (False, None)
-        for item in value.get("items", ())
-        if isinstance(value.get("items"), list)
-    )

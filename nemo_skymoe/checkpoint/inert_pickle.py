@@ -49,7 +49,13 @@ class Record:
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
-def load(data: bytes, allowed: Container[str], file: Path, persistent: Any = None) -> Any:
+def load(
+    data: bytes,
+    allowed: Container[str],
+    file: Path,
+    persistent: Any = None,
+    called: Callable[[Record], None] | None = None,
+) -> Any:
     """What a pickle describes.
 
     Args:
@@ -57,21 +63,29 @@ def load(data: bytes, allowed: Container[str], file: Path, persistent: Any = Non
         allowed: Full names of the classes and functions it may refer to.
         file: Where it is from, for messages.
         persistent: What a persistent identifier becomes: a function of it. Without one there may be none.
+        called: Sees every object when it is made, and again whenever it gets a state. A real unpickler makes each of
+            them, also those that the result does not hold.
 
     Raises:
         NotAllowedError: It refers to anything else.
-        ConfigurationError: It is damaged.
+        ConfigurationError: It is damaged, or `called` raised it.
     """
-    return load_next(io.BytesIO(data), allowed, file, persistent)
+    return load_next(io.BytesIO(data), allowed, file, persistent, called)
 
 
-def load_next(stream: io.BytesIO, allowed: Container[str], file: Path, persistent: Any = None) -> Any:
+def load_next(
+    stream: io.BytesIO,
+    allowed: Container[str],
+    file: Path,
+    persistent: Any = None,
+    called: Callable[[Record], None] | None = None,
+) -> Any:
     """As `load`, of the pickle that comes next in a stream of several."""
     try:
-        return _Unpickler(stream, allowed, persistent).load()
+        return _Unpickler(stream, allowed, persistent, called).load()
     except _RefusedError as reason:
         raise NotAllowedError(str(reason), file) from None
-    except MemoryError:  # not for a file's size of data: better seen than taken for damage
+    except (ConfigurationError, MemoryError):  # no memory: better seen than taken for damage
         raise
     except Exception as reason:
         raise ConfigurationError(
@@ -115,9 +129,15 @@ class _Unpickler(pickle._Unpickler):
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES
     }
 
-    def __init__(self, stream: io.BytesIO, allowed: Container[str], persistent: Any):
+    def __init__(
+        self,
+        stream: io.BytesIO,
+        allowed: Container[str],
+        persistent: Any,
+        called: Callable[[Record], None] | None,
+    ):
         super().__init__(stream)
-        self._allowed, self._persistent = allowed, persistent
+        self._allowed, self._persistent, self._called = allowed, persistent, called
 
     def find_class(self, module: str, name: str) -> Global:
         full = f"{module}.{name}"
@@ -150,7 +170,9 @@ class _Unpickler(pickle._Unpickler):
     def _append_record(self, function: Any, arguments: Any) -> None:
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise ValueError("a call of something that is no function")
-        self.stack.append(Record(function.name, arguments))
+        self.stack.append(record := Record(function.name, arguments))
+        if self._called is not None:
+            self._called(record)
 
     def _build(self) -> None:
         state = self.stack.pop()
@@ -161,6 +183,8 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(state, dict):
             state = (earlier if isinstance(earlier, dict) else {}) | state
         self.stack[-1].state = state
+        if self._called is not None:
+            self._called(self.stack[-1])
 
     dispatch |= {
         pickle.REDUCE[0]: _call,

@@ -124,6 +124,112 @@ def test_pickles_within_pickles_are_walked(tmp_path: Path) -> None:
     check_torch_file(saved([io.BytesIO(saved(harmless))]), file, extra_state=True)
 
 
+def dropped_calls(hostile: bytes) -> dict[str, bytes]:
+    """Pickles that call torch's loader on `hostile` and keep nothing of what it returns."""
+    content = pickle.BINBYTES + len(hostile).to_bytes(4, "little") + hostile
+    call = b"ctorch.storage\n_load_from_bytes\n" + content + b"\x85R"
+    key = b"X\x01\x00\x00\x00a"
+    return {
+        "popped": call + b"0N.",
+        "popped with a mark": b"(" + call + b"1N.",
+        "overwritten in the memo": call + b"p0\n0Np0\n0g0\n.",
+        "replaced in a dictionary": b"}" + key + call + b"s" + key + b"Ns.",
+        "an argument of a dropped call": b"cbuiltins\nlist\n" + call + b"\x85R0N.",
+        "a replaced state": b"cargparse\nNamespace\n)R}" + key + call + b"sb}" + key + b"Nsb.",
+    }
+
+
+def test_calls_whose_results_are_dropped_are_walked(tmp_path: Path) -> None:
+    marker, file = tmp_path / "marker", tmp_path / "common.pt"
+    hostile = pickle.dumps(Calls(os.system, f"touch {marker}"))
+    for kind, pickled in dropped_calls(hostile).items():
+        data = archived(pickled, **{"archive/version": b"3\n"})
+        with contextlib.suppress(Exception):
+            torch.load(io.BytesIO(data), weights_only=False)
+        assert marker.exists(), f"{kind} is not hostile"
+        marker.unlink()
+        with pytest.raises(ConfigurationError, match=f"'{file}' refers to 'posix.system'"):
+            check_torch_file(data, file)
+        assert not marker.exists(), kind
+        harmless = saved([1], _use_new_zipfile_serialization=False)
+        check_torch_file(archived(dropped_calls(harmless)[kind]), file)
+
+
+def rewritten(original: bytes, /, **entries: Callable[[bytes], bytes]) -> bytes:
+    """An archive of `torch.save` with some of its entries changed."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(original)) as source, zipfile.ZipFile(written, "w") as archive:
+        for entry in source.infolist():
+            name = entry.filename.partition("/")[2].partition(".")[0].replace("/", "_")
+            archive.writestr(entry.filename, entries.get(name, bytes)(source.read(entry)))
+    return written.getvalue()
+
+
+def test_extra_states_cannot_hide(tmp_path: Path) -> None:
+    """Transformer Engine finds a tensor by its name and unpickles its bytes: both have to be those that are walked."""
+    marker, file = tmp_path / "marker", tmp_path / "common.pt"
+    hostile = pickle.dumps(Calls(os.system, f"touch {marker}  "))
+    as_bytes = torch.frombuffer(bytearray(hostile), dtype=torch.uint8)
+    plain = saved({"_extra_state": as_bytes})
+    name = pickle.BINUNICODE + b"\x0c\0\0\0_extra_state"
+    turned = torch.frombuffer(bytearray(hostile + b"." * (-len(hostile) % 4)), dtype=torch.int32)
+
+    def moved(pickled: bytes) -> bytes:
+        storage = pickled[pickled.index(b"((") + 1 : pickled.index(b"Q") + 1]
+        return pickled[:-2] + b"(" + storage + b"K\x04K%c\x85K\x01\x85tbs." % len(hostile)
+
+    cases = {
+        "by its name": plain,
+        "escaped": rewritten(plain, data=lambda text: text.replace(name, b"S'\\x5fextra_state'\n")),
+        "in unicode": rewritten(plain, data=lambda text: text.replace(name, b"V\\u005fextra_state\n")),
+        "by a call": rewritten(
+            plain, data=lambda text: text.replace(name, b"c__builtin__\nstr\nS'\\x5fextra_state'\n\x85R")
+        ),
+        "turned round": rewritten(
+            saved(
+                {"_extra_state": turned.view(torch.uint8).view(-1, 4).flip(1).reshape(-1).view(torch.int32)}
+            ),
+            byteorder=lambda _: b"big",
+        ),
+        "by a state": rewritten(
+            saved(
+                {"_extra_state": torch.cat([torch.tensor(list(b"\x80\x02N."), dtype=torch.uint8), as_bytes])}
+            ),
+            data=moved,
+        ),
+    }
+    for kind, data in cases.items():
+        [found] = torch.load(io.BytesIO(data), weights_only=False).items()
+        assert found[0] == "_extra_state", kind
+        with contextlib.suppress(Exception):
+            pickle.loads(found[1].numpy().tobytes())
+        assert marker.exists(), f"{kind} is not hostile"
+        marker.unlink()
+        with pytest.raises(ConfigurationError, match=f"'{file}'"):
+            check_torch_file(data, file)
+        assert not marker.exists(), kind
+
+
+def test_links_and_adapters_are_followed_and_end(tmp_path: Path) -> None:
+    marker, elsewhere = tmp_path / "marker", tmp_path / "elsewhere"
+    hostile = pickle.dumps(Calls(os.system, f"touch {marker}"))
+    elsewhere.mkdir()
+    for name in ("linked", "first", "second"):
+        megatron_files.write(tmp_path / name, random_weights(DENSE), torch.float32)
+    (tmp_path / "linked/weights/more").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(tmp_path / "linked")
+    check_checkpoint(tmp_path / "linked")
+    (elsewhere / "state.pt").write_bytes(archived(hostile))
+    with pytest.raises(ConfigurationError, match=r"linked/weights/more/state.pt' refers to 'posix.system'"):
+        check_checkpoint(tmp_path / "linked")
+    for name, base in (("first", "second"), ("second", "first")):
+        described = json.dumps({"model_ckpt_path": str(tmp_path / base)})
+        (tmp_path / name / "weights/adapter_metadata.json").write_text(described)
+    with pytest.raises(ConfigurationError, match="adapters whose base models lead in a circle"):
+        check_checkpoint(tmp_path / "first")
+    assert not marker.exists()
+
+
 def test_archives_that_can_be_read_in_two_ways_are_refused(tmp_path: Path) -> None:
     marker, file = tmp_path / "marker", tmp_path / "common.pt"
     good, bad = pickle.dumps({}, protocol=2), pickle.dumps(Calls(os.system, f"touch {marker}"), protocol=2)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import convert, megatron
+from nemo_skymoe.checkpoint.context_check import check_context
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.logits import megatron_logits
@@ -129,6 +130,7 @@ def test_what_nemo_itself_writes_is_read(checkpoints: Path, tmp_path: Path, kind
         "mixtral": llm.MixtralModel,
     }
     run_ranks(nemo_writes, 1, classes[kind](config, tokenizer=tokenizer), tmp_path)
+    check_context(tmp_path / "context")
     moe = kind in ("skywork-moe", "mixtral")
     architecture = Architecture(
         2, 64, 96, 4, vocab_size=384, num_query_groups=2, kv_channels=24, num_moe_experts=4 if moe else None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.verification.recomputed import Model
+from nemo_skymoe.config import ConfigurationError
 
 
 @dataclass
@@ -46,6 +47,9 @@ def compare(
 
     Args:
         progress: Called with the bytes compared so far.
+
+    Raises:
+        ConfigurationError: `expected` has not all of its tensors.
     """
     result = Comparison()
     for kind, layer, expert in places(architecture):
@@ -59,7 +63,12 @@ def compare(
         except Exception as damage:  # libraries name damage by whatever happens to fail
             result.problems.append(f"{name} cannot be read: {damage}")
             continue
-        ours = expected.tensor(kind, layer, expert)
+        try:
+            ours = expected.tensor(kind, layer, expert)
+        except KeyError as missing:
+            raise ConfigurationError(
+                f"the source has no {missing}, the {name}: expected a complete model"
+            ) from None
         if difference := different(ours, theirs):
             result.problems.append(f"{name}: {difference}")
         result.tensors += 1

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_skymoe.config import ConfigurationError
@@ -83,13 +83,31 @@ class HuggingFaceModel:
 def _placed(folder: Path) -> dict[str, str]:
     """The file of every tensor."""
     index = folder / "model.safetensors.index.json"
-    indexed = json.loads(index.read_text())["weight_map"] if index.is_file() else None
+    indexed = _weight_map(index) if index.is_file() else None
     files = sorted(set(indexed.values()) if indexed else (path.name for path in folder.glob("*.safetensors")))
     placed: dict[str, str] = {}
     for file in files:
-        with safe_open(folder / file, framework="pt") as opened:
-            placed |= dict.fromkeys(opened.keys(), file)
+        try:
+            with safe_open(folder / file, framework="pt") as opened:
+                placed |= dict.fromkeys(opened.keys(), file)
+        except (OSError, SafetensorError) as reason:
+            raise ConfigurationError(f"'{folder / file}' cannot be read as safetensors: {reason}") from None
     if indexed is not None and placed != indexed:
         wrong = sorted(set(placed.items()) ^ set(indexed.items()))
         raise ConfigurationError(f"'{index}' and the files disagree on '{wrong[0][0]}'")
     return placed
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensors and the names of files beside the index."""
+    try:
+        indexed = json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as reason:
+        raise ConfigurationError(f"'{index}' has no weight_map that can be read: {reason!r}") from None
+    if not isinstance(indexed, dict):
+        raise ConfigurationError(f"'{index}' has the weight_map {indexed!r:.100}, expected names of tensors")
+    for file in indexed.values():
+        # By its text alone: whoever made the folder decides where a link leads, but an index stays inside.
+        if not isinstance(file, str) or not file or file in (".", "..") or "/" in file or "\0" in file:
+            raise ConfigurationError(f"'{index}' names the file {file!r}, expected a file in the same folder")
+    return indexed

@@ -103,7 +103,13 @@ def _transformers_logits(folder: Path, token_ids: Tensor) -> Tensor:
     from nemo_skymoe.checkpoint.hf_export.configuration_skywork import SkyworkConfig
     from nemo_skymoe.checkpoint.hf_export.modeling_skywork import SkyworkForCausalLM
 
-    options: dict[str, Any] = {"torch_dtype": torch.float32, "output_loading_info": True}
+    # No code of the folder, and no pickle.
+    options: dict[str, Any] = {
+        "torch_dtype": torch.float32,
+        "output_loading_info": True,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+    }
     kind: Any = AutoModelForCausalLM
     if hf_config.read(folder).family == "skywork":
         # The package's own classes: nothing in the folder is run.

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import hf_config, megatron_options
+from nemo_skymoe.checkpoint import foreign, hf_config, megatron_options
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
+from nemo_skymoe.checkpoint.safetensors_storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
 from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare
 from nemo_skymoe.checkpoint.verification.files import companion_problems, file_problems, written_receipt
@@ -69,9 +70,12 @@ def verify(
 
 
 def _open(folder: Path, config: Path | None = None) -> tuple[HuggingFaceModel | MegatronModel, Description]:
+    foreign.refuse_folder(folder, is_model=True)
+    # The storages refuse what is damaged, pickles, and metadata that would run code.
     if (folder / "config.json").is_file():
+        SafetensorsStorage(folder)
         return HuggingFaceModel(folder), hf_config.read(folder)
-    storage = TorchDistStorage(folder)  # refuses metadata that would run code
+    storage = TorchDistStorage(folder)
     description = megatron_options.describe(folder, storage, config)
     return MegatronModel(folder, description.architecture), description
 
