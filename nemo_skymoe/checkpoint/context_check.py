@@ -61,24 +61,6 @@ def check_context(folder: Path) -> None:
         _check_pickle(folder / path)
 
 
-def check_loaded(path: Path) -> None:
-    """Refuse what NeMo is about to load a context from, by what the context names and the weights beside it hold.
-
-    Args:
-        path: A context's folder, its `io.json`, or the folder of a checkpoint without one.
-
-    Raises:
-        ConfigurationError: As `check_context` and `check_checkpoint`.
-    """
-    # The check of weights imports this one.
-    from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
-
-    folder = path if path.is_dir() else path.parent
-    check_context(folder)
-    if folder.name == CONTEXT:
-        check_checkpoint(folder.parent)
-
-
 def _damaged(file: Path, reason: Exception) -> ConfigurationError:
     return ConfigurationError(f"'{file}' is damaged: {type(reason).__name__} ({reason})")
 

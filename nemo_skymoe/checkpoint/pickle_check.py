@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.context_check import check_context
+from nemo_skymoe.checkpoint.context_check import CONTEXT, check_context
 from nemo_skymoe.checkpoint.reading import are_sizes, member, read_bytes
 from nemo_skymoe.checkpoint.torch_dist_storage import CONFIG, METADATA, WEIGHTS, check_backend, read_metadata
 from nemo_skymoe.checkpoint.torch_file_check import EXTRA_STATE, check_torch_file, read_object
@@ -48,6 +48,21 @@ def check_checkpoint(folder: Path, bases: int = _MOST_BASES) -> None:
             if not bases:
                 raise ConfigurationError(f"'{place}' has adapters whose base models lead in a circle")
             check_checkpoint(base if base.is_dir() else base.parent, bases - 1)
+
+
+def check_loaded(path: Path) -> None:
+    """Refuse what NeMo is about to load a context from, by what the context names and the weights beside it hold.
+
+    Args:
+        path: A context's folder, its `io.json`, or the folder of a checkpoint without one.
+
+    Raises:
+        ConfigurationError: As `check_context` and `check_checkpoint`.
+    """
+    folder = path if path.is_dir() else path.parent
+    check_context(folder)
+    if folder.name == CONTEXT:
+        check_checkpoint(folder.parent)
 
 
 def read_torch_file(file: Path) -> Any:

@@ -4,11 +4,14 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nemo_skymoe.config import ConfigurationError
+
+if TYPE_CHECKING:
+    from nemo_skymoe.launch.stages import Stage
 
 
 def launch(
@@ -48,13 +51,26 @@ def launch(
         sys.stderr
     ):  # what libraries log while they load and check is not part of the answer
         from nemo_skymoe.launch import experiment
-        from nemo_skymoe.launch.stages import stages
 
         made = stages(job)
     if dry_run:
         typer.echo(experiment.dry_run(made), nl=False)
     else:
         experiment.submit(made)
+
+
+def stages(job: Any) -> "list[Stage]":
+    """The stages of a composed job, with the commands of `skymoe` as the tasks of those that are no training."""
+    from nemo_skymoe.commands import tasks
+    from nemo_skymoe.launch.stages import stages
+
+    named = {
+        "conversion": tasks.convert,
+        "upcycle": tasks.upcycle,
+        "plan": tasks.plan,
+        "export": tasks.convert,
+    }
+    return stages(job, named)
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (launch,)

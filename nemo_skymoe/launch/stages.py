@@ -2,7 +2,7 @@
 recipe or an executor decides."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,6 @@ from nemo_skymoe.launch.paths import check_paths
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
 from nemo_skymoe.launch.training import check_recipe, make_recipe, planner_options, run_folder
 from nemo_skymoe.names import unknown
-from nemo_skymoe.nemo import commands
 from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
 from nemo_skymoe.nemo.recipe_check import check_start
 from nemo_skymoe.pipeline.texts import planned
@@ -26,12 +25,8 @@ from nemo_skymoe.recipes.executor_checks import check_executor
 from nemo_skymoe.recipes.executors import EXECUTORS, plugins
 from nemo_skymoe.shell import word
 
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "conversion": commands.convert,
-    "upcycle": commands.upcycle,
-    "plan": commands.plan,
-    "export": commands.convert,
-}
+Tasks = Mapping[str, Callable[..., None]]
+"""The functions that NeMo-Run runs for the stages conversion, upcycle, plan and export, by the stage's name."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +40,15 @@ class Stage:
     plugins: list[run.Plugin]
 
 
-def stages(job: DictConfig) -> list[Stage]:
+def stages(job: DictConfig, tasks: Tasks) -> list[Stage]:
     """The stages of a composed job in their order, each checked as far as that is possible where it is launched.
 
     A stage takes up what those before it write: an upcycling and a training a checkpoint, a training its plan, an
     export the run; unless it is given another.
+
+    Args:
+        job: The composed groups.
+        tasks: The commands of the stages that are no training.
 
     Raises:
         ConfigurationError: A key, a recipe or an executor that there is not, with the nearest one; a value that is
@@ -65,25 +64,27 @@ def stages(job: DictConfig) -> list[Stage]:
     for name in values["stages"]:
         if name in ("conversion", "upcycle"):
             given = {} if checkpoint is None else {"source": checkpoint}
-            found[name] = _command(name, values, given)
+            found[name] = _command(name, tasks[name], values, given)
             checkpoint = found[name].task.output_path
             continue
         recipe = make_recipe(values, checkpoint)
         if name == "plan":
-            found[name] = _command(name, values, planner_options(recipe))
+            found[name] = _command(name, tasks[name], values, planner_options(recipe))
         elif name == "training":
             found[name] = _training(values, recipe, found.get("plan"), checkpoint)
         else:
-            found[name] = _command(name, values, {"source": run_folder(recipe)})
+            found[name] = _command(name, tasks[name], values, {"source": run_folder(recipe)})
     return list(found.values())
 
 
-def _command(name: str, values: dict[str, Any], derived: dict[str, Any]) -> Stage:
+def _command(
+    name: str, command: Callable[..., None], values: dict[str, Any], derived: dict[str, Any]
+) -> Stage:
     """A command of skymoe in one process; `derived` are its options where its group has no others."""
     given = {
         option: value for option, value in values[name].items() if option not in derived or value != MISSING
     }
-    section, command = derived | given, _COMMANDS[name]
+    section = derived | given
     check_missing(name, section)
     task = run.Partial(command)
     set_values(name, task, section)

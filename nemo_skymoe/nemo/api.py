@@ -12,6 +12,7 @@ from nemo.lightning import AutoResume, NeMoLogger, OptimizerModule, Trainer
 from nemo.lightning.pytorch.callbacks import PEFT, ModelTransform
 from nemo.utils import logging
 
+from nemo_skymoe.checkpoint.pickle_check import check_loaded
 from nemo_skymoe.config import SkyworkOptions
 from nemo_skymoe.doctor import require_supported
 from nemo_skymoe.nemo import checks
@@ -99,7 +100,7 @@ def _prepare(
     nemo_cpu.apply()
     optimizer_arguments.apply()
     tensorstore_import.apply()
-    checked_context.apply()
+    checked_context.apply(check_loaded)
     config = getattr(model, "config", None)
     if peft is not None:
         lora_without_te.apply()

@@ -9,7 +9,7 @@ import pytest
 from nemo_run.cli import api
 from pages import PAGES
 
-from nemo_skymoe.nemo import cli  # noqa: F401
+from nemo_skymoe import nemo_cli  # noqa: F401
 from nemo_skymoe.ranks import run_ranks
 
 COMMANDS = [

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from nemo_skymoe.checkpoint.run_folder import last_checkpoint
 from nemo_skymoe.checkpoint.verification.verifier import verify
+from nemo_skymoe.commands.launch import stages
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.launch.composition import STAGES, compose_job
 from nemo_skymoe.launch.experiment import submit
-from nemo_skymoe.launch.stages import stages
 from nemo_skymoe.ranks import RankFailed
 from nemo_skymoe.recipes._scale import SCALES
 from tests.waiting import HANG

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from nemo_skymoe.commands.launch import stages
 from nemo_skymoe.launch.composition import compose_job
 from nemo_skymoe.launch.experiment import dry_run
-from nemo_skymoe.launch.stages import stages
 
 GOLDEN = Path(__file__).with_name("golden")
 REPORT = [

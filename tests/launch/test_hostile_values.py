@@ -10,11 +10,12 @@ import fiddle as fdl
 import nemo_run as run
 import pytest
 
+from nemo_skymoe.commands import tasks as commands
+from nemo_skymoe.commands.launch import stages
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.composition import compose_job
 from nemo_skymoe.launch.experiment import dry_run
-from nemo_skymoe.launch.stages import Stage, stages
-from nemo_skymoe.nemo import commands
+from nemo_skymoe.launch.stages import Stage
 from nemo_skymoe.recipes.executors import a800_slurm, local_torchrun
 
 MARKERS = ("$(touch marker)", "`touch marker`", ";touch marker", "x; touch marker #", "&& touch marker", "| touch marker", "> marker")  # fmt: skip

@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from nemo_skymoe.cli import app
+from nemo_skymoe.commands import tasks as commands
+from nemo_skymoe.commands.launch import stages
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.composition import compose_job
-from nemo_skymoe.launch.stages import stages
-from nemo_skymoe.nemo import commands
 from nemo_skymoe.pipeline.planning import plan
 from nemo_skymoe.recipes import skywork_moe_146b
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_skymoe.commands.launch import stages
 from nemo_skymoe.launch.composition import compose_job
 from nemo_skymoe.launch.experiment import submit
-from nemo_skymoe.launch.stages import stages
 from nemo_skymoe.ranks import RankFailed
 
 

@@ -9,9 +9,9 @@ import torch
 from fakes import random_weights
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.commands.launch import stages
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.composition import compose_job
-from nemo_skymoe.launch.stages import stages
 from nemo_skymoe.nemo import run_numbers, schedule_length
 
 SLURM = ["cluster=a800_slurm", "training.dir=/data/runs"]

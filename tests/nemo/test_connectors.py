@@ -14,8 +14,8 @@ from nemo_run.cli import api
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nemo_skymoe import nemo_cli  # noqa: F401
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.nemo import cli, connectors  # noqa: F401
 from nemo_skymoe.nemo.model import SkyworkModel, SkyworkMoEModel, SkyworkMoETinyConfig, SkyworkTinyConfig
 from nemo_skymoe.ranks import run_ranks
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nemo_skymoe.checkpoint.pickle_check import check_loaded
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import checked_context
 
@@ -55,7 +56,7 @@ def test_every_way_to_a_context_is_checked(tmp_path: Path, unpatched: Callable[.
     assert marker.exists(), "not hostile"
     marker.unlink()
 
-    assert checked_context.apply() and not checked_context.apply()
+    assert checked_context.apply(check_loaded) and not checked_context.apply(check_loaded)
     assert io.load_context(good).lr == io.load(good / "context").lr == 0.5
     ways: dict[str, Callable[[Path], Any]] = {
         "load_context": io.load_context,

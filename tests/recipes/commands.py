@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.nemo import cli  # noqa: F401
+from nemo_skymoe import nemo_cli  # noqa: F401
 from nemo_skymoe.ranks import run_ranks
 from nemo_skymoe.report.curves import read_curves
 

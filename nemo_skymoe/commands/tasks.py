@@ -40,11 +40,11 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _sources(source: str, further_sources: Optional[dict[str, str]] = None) -> list[str]:
+def _sources(source: str, further_sources: dict[str, str] | None = None) -> list[str]:
     return [f"base={source}", *(f"{name}={folder}" for name, folder in (further_sources or {}).items())]
 
 
-def _experts(expert_source: Optional[dict[str, int]] = None) -> Optional[str]:
+def _experts(expert_source: dict[str, int] | None = None) -> str | None:
     return ",".join(f"{name}:{count}" for name, count in (expert_source or {}).items()) or None
 
 

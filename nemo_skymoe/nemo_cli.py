@@ -15,7 +15,9 @@ unified_memory.apply()  # before the recipes import Megatron
 
 from nemo.collections import llm  # noqa: E402
 
-from nemo_skymoe.nemo import commands, failure  # noqa: E402, F401
+from nemo_skymoe.checkpoint.pickle_check import check_loaded  # noqa: E402
+from nemo_skymoe.commands import tasks  # noqa: E402, F401
+from nemo_skymoe.nemo import failure  # noqa: E402
 from nemo_skymoe.nemo.options import check_overrides, refuse_secrets  # noqa: E402
 from nemo_skymoe.recipes import executors, skywork_13b, skywork_moe_146b  # noqa: E402
 
@@ -24,7 +26,7 @@ for module in {recipe.module for recipe in RECIPES}:
 # The name of a recipe is its model's in `nemo llm import model=...`, where no recipe is looked for.
 for published in (skywork_13b, skywork_moe_146b):
     run.cli.factory(published.model, target=llm.import_ckpt, target_arg="model", name=published.NAME)
-checked_context.apply()
+checked_context.apply(check_loaded)
 torchrun_executor.apply()
 failure.install()
 
