@@ -72,10 +72,12 @@ def as_plain(
     }
 
     def call(**options: Any) -> None:
-        made = {}
-        for name, way in ways.items():
-            if values := {option: options[option] for option in way.by if option in options}:
-                made[name] = way.make(**values)
+        bound = signature.bind(**options)
+        bound.apply_defaults()
+        made = {
+            name: way.make(**{option: bound.arguments[option] for option in way.by})
+            for name, way in ways.items()
+        }
         command.run(command.options(**made, **(fixed or {})))
 
     parameters = [
@@ -83,6 +85,7 @@ def as_plain(
         for way in ways.values()
         for option, (annotation, default) in way.by.items()
     ]
+    signature = inspect.Signature(parameters, return_annotation=None)
     call.__module__ = module
     return _signed(call, command, parameters)
 

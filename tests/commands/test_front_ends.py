@@ -62,6 +62,11 @@ def test_the_plain_function_has_real_annotations_and_its_own_names() -> None:
     )
     optional = as_plain(PAINT, module="somewhere")
     assert inspect.signature(optional).parameters["frame"].annotation == Optional[str]  # noqa: UP045
+    plain()(canvas="a.png", frame_path="b.png")
+    assert painted.pop() == PaintOptions(canvas=Path("a.png"), frame=Path("b.png"), json=True)
+    for options in ({"canvas": "a.png"}, {"canvas": "a.png", "frame_path": "b.png", "green": 0.5}):
+        with pytest.raises(TypeError):
+            plain()(**options)
     for gilded, frame in ((False, "b.png"), (True, "b.png.gold")):
         plain()(canvas="a.png", frame_path="b.png", red=0.125, gilded=gilded)
         expected = PaintOptions(canvas=Path("a.png"), frame=Path(frame), red=0.125, json=True)

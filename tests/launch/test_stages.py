@@ -10,9 +10,10 @@ import pytest
 import yaml
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
+from nemo_skymoe.commands.launch import stages
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.composition import GROUPS, compose_job
-from nemo_skymoe.launch.stages import Stage, _plan_of, stages
+from nemo_skymoe.launch.stages import Stage, _plan_of
 from nemo_skymoe.nemo.pipeline import written_plan
 from nemo_skymoe.recipes.registry import RECIPES
 
