@@ -19,6 +19,7 @@ from nemo_skymoe.checkpoint.pickle_check import check_loaded  # noqa: E402
 from nemo_skymoe.commands import tasks  # noqa: E402, F401
 from nemo_skymoe.nemo import failure  # noqa: E402
 from nemo_skymoe.nemo.options import check_overrides, refuse_secrets  # noqa: E402
+from nemo_skymoe.nemo.recipe_check import check_made, plan_of  # noqa: E402
 from nemo_skymoe.recipes import executors, skywork_13b, skywork_moe_146b  # noqa: E402
 
 for module in {recipe.module for recipe in RECIPES}:
@@ -48,10 +49,13 @@ def _guarded(upstream: Any) -> Any:
 def _known(upstream: Any) -> Any:
     @functools.wraps(upstream)
     def parse_fn(self: Any, fn: Any, args: list[str], **defaults: Any) -> Any:
-        """An unknown option of a recipe is refused with the nearest one, instead of with the whole recipe."""
-        if str(self.factory or "").partition("(")[0] in {recipe.name for recipe in RECIPES}:
-            check_overrides(upstream(self, fn, [], **defaults), args)
-        return upstream(self, fn, args, **defaults)
+        """A recipe's unknown option is refused with the nearest one, and what it would refuse in training here already."""
+        if str(self.factory or "").partition("(")[0] not in {recipe.name for recipe in RECIPES}:
+            return upstream(self, fn, args, **defaults)
+        check_overrides(upstream(self, fn, [], **defaults), args)
+        made = upstream(self, fn, args, **defaults)
+        check_made(made, plan_of(made))
+        return made
 
     return parse_fn
 

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
@@ -19,7 +19,7 @@ from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_v
 from nemo_skymoe.launch.training import check_recipe, make_recipe, planner_options, run_folder
 from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
-from nemo_skymoe.nemo.recipe_check import check_start
+from nemo_skymoe.nemo.recipe_check import check_start, plan_of
 from nemo_skymoe.pipeline.texts import planned
 from nemo_skymoe.recipes.executor_checks import check_executor
 from nemo_skymoe.recipes.executors import EXECUTORS, plugins
@@ -124,8 +124,7 @@ def _training(values: dict[str, Any], recipe: Any, planning: Stage | None, check
         recipe.pipeline = run.Config(written_plan, file=planning.task.output_path)
         plan = _plan_of(planning.task)
     else:
-        given: Any = getattr(recipe, "pipeline", None)
-        plan = None if given is None else cast(PipelinePlan, fdl.build(given))
+        plan = plan_of(recipe)
     layout = check_recipe(recipe, plan)
     trainer = recipe.trainer
     executor, chosen = _executor(values["cluster"], trainer.num_nodes, trainer.devices)

@@ -2,6 +2,7 @@
 # No `from __future__ import annotations`: NeMo-Run reads these signatures.
 
 import logging as python_logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -104,7 +105,10 @@ def _prepare(
     config = getattr(model, "config", None)
     if peft is not None:
         lora_without_te.apply()
-    checks.check_training(model, trainer, optim, pipeline, peft, data)
+    started = os.environ.get("WORLD_SIZE")
+    checks.check_training(
+        model, trainer, optim, pipeline, peft, data, started=None if started is None else int(started)
+    )
     checks.check_warm_start(resume, config)
     checks.check_what_is_unpickled(resume, trainer, data)
     trainer.callbacks.append(ScheduleOfThisRun(checks.optimizer_of(model, optim)))

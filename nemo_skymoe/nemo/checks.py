@@ -3,7 +3,6 @@
 import copy
 import functools
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,13 @@ from nemo_skymoe.nemo.schedule_length import check_early_end, follow_max_steps
 
 
 def check_training(
-    model: Any, trainer: Any, optim: Any = None, pipeline: Any = None, peft: Any = None, data: Any = None
+    model: Any,
+    trainer: Any,
+    optim: Any = None,
+    pipeline: Any = None,
+    peft: Any = None,
+    data: Any = None,
+    started: int | None = None,
 ) -> None:
     """Make every check that takes no file: those that a submission and a dry run can make of a training too.
 
@@ -32,6 +37,7 @@ def check_training(
         model: What has the model's `config`, and `optim` where the training is given no other.
         optim: The optimizer that replaces the model's own.
         data: Has the sizes of sequence and batch.
+        started: Ranks that were started; None where none was yet.
 
     Raises:
         ConfigurationError: The first thing that cannot work, by its option.
@@ -41,7 +47,7 @@ def check_training(
     check_steps(trainer)
     check_numbers(config, trainer, data, used)
     check_early_end(trainer)
-    check_world_size(trainer)
+    check_world_size(trainer, started)
     check_batches(trainer, data)
     if pipeline is not None:
         pipeline.apply(model, trainer)
@@ -87,12 +93,11 @@ def check_parallel_sizes(config: Any, strategy: Any) -> None:
     probe.check_training()
 
 
-def check_world_size(trainer: Any) -> None:
+def check_world_size(trainer: Any, started: int | None = None) -> None:
     """Refuse a number of ranks that the parallel sizes do not divide, or another than was started."""
     strategy = trainer.strategy
     world = trainer.num_devices * trainer.num_nodes
-    started = int(os.environ.get("WORLD_SIZE", str(world)))
-    if started != world:
+    if started not in (None, world):
         raise ConfigurationError(
             f"trainer.devices x trainer.num_nodes is {world} ranks, {started} were started: set trainer.devices or"
             " the executor's ntasks_per_node"

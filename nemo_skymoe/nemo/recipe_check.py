@@ -41,6 +41,18 @@ def check_made(recipe: Any, plan: PipelinePlan | None) -> Any:
     return trainer
 
 
+def plan_of(recipe: Any) -> PipelinePlan | None:
+    """The pipeline plan of a recipe; None without one, or where its file is not on this machine.
+
+    Raises:
+        ConfigurationError: The file is no plan.
+    """
+    given = fdl.ordered_arguments(recipe).get("pipeline")
+    if given is None or ((file := getattr(given, "file", None)) is not None and not Path(file).is_file()):
+        return None
+    return built(given, "pipeline")
+
+
 def check_start(recipe: Any, local: bool, written_before: bool) -> None:
     """Check the checkpoint to start from, if it is on this machine, as the training would.
 
@@ -65,6 +77,8 @@ def built(part: Any, name: str) -> Any:
     Raises:
         ConfigurationError: Whatever is raised on the way, in one sentence with the option `name`.
     """
+    if not isinstance(part, fdl.Buildable):
+        return part
     try:
         return fdl.build(part)
     except ConfigurationError as refused:  # Fiddle adds a paragraph on what it was building

@@ -33,8 +33,7 @@ def trainer(devices: int, **sizes: int) -> Any:
     return SimpleNamespace(num_devices=devices, num_nodes=1, strategy=SimpleNamespace(**(defaults | sizes)))
 
 
-def test_a_world_that_the_sizes_do_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_a_world_that_the_sizes_do_not_divide_is_refused() -> None:
     checks.check_world_size(trainer(4, tensor_model_parallel_size=2))
     with pytest.raises(
         ConfigurationError, match=r"is 3 ranks, expected a multiple of tensor_model_parallel_size=2"
@@ -50,10 +49,9 @@ def test_a_world_that_the_sizes_do_not_divide_is_refused(monkeypatch: pytest.Mon
             checks.check_world_size(trainer(2, **sizes))
 
 
-def test_another_world_than_was_started_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
+def test_another_world_than_was_started_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="is 2 ranks, 4 were started"):
-        checks.check_world_size(trainer(2))
+        checks.check_world_size(trainer(2), started=4)
 
 
 @pytest.mark.parametrize(

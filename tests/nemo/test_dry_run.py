@@ -1,0 +1,49 @@
+"""`nemo llm pretrain --dryrun` and a submission refuse what the training would refuse, with a non-zero exit."""
+
+import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from nemo_run.cli import api
+
+from nemo_skymoe import nemo_cli  # noqa: F401
+from nemo_skymoe.ranks import run_ranks
+
+MOE, DENSE = "skywork_moe_146b(scale=toy)", "skywork_13b(scale=toy)"
+CASES = (
+    (MOE, [], None),
+    (DENSE, ["trainer.max_steps=7"], None),
+    (MOE, ["trainer.max_steps=-5"], "trainer.max_steps is -5, expected a whole number of optimizer steps"),
+    (MOE, ["model.config.moe_router_topk=0"], "moe_router_topk is 0, expected a whole number above 0"),
+    (
+        MOE,
+        ["trainer.strategy.tensor_model_parallel_size=3"],
+        "expected a multiple of tensor_model_parallel_size=3",
+    ),
+    (MOE, ["trainer.num_nodes=0"], "num_nodes is 0"),
+    (DENSE, ["data.global_batch_size=0"], "global_batch_size is 0"),
+)
+
+
+def dry_runs(folder: Path) -> list[tuple[int, str]]:
+    found = []
+    for factory, overrides, _ in CASES:
+        sys.argv = ["nemo", "llm", "pretrain", "--factory", factory, "--dryrun", *overrides]
+        said = io.StringIO()
+        with redirect_stdout(said), redirect_stderr(said):
+            try:
+                api.create_cli()(standalone_mode=True)
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        found.append((code, " ".join(said.getvalue().split())))
+    return found
+
+
+def test_a_dry_run_refuses_what_the_training_would(tmp_path: Path) -> None:
+    (found,) = run_ranks(dry_runs, 1, tmp_path, env={"NEMORUN_HOME": str(tmp_path)})
+    for (factory, overrides, message), (code, said) in zip(CASES, found, strict=True):
+        case = f"{factory} {overrides}: {said[-400:]}"
+        assert (code == 0) == (message is None), case
+        assert message is None or message in said, case
