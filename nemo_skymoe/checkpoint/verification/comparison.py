@@ -43,6 +43,11 @@ def _is_moe(frequency: int | tuple[int, ...], layer: int) -> bool:
     return layer % frequency == 0 if isinstance(frequency, int) else frequency[layer] == 1
 
 
+def said(reason: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(reason).split()) or type(reason).__name__
+
+
 def compare(
     expected: Model, found: Model, architecture: Architecture, progress: Callable[[int], None] | None = None
 ) -> Comparison:
@@ -64,7 +69,7 @@ def compare(
             result.problems.append(f"{name}: {missing} is missing")
             continue
         except Exception as damage:  # libraries name damage by whatever happens to fail
-            result.problems.append(f"{name} cannot be read: {damage}")
+            result.problems.append(f"{name} cannot be read: {said(damage)}")
             continue
         try:
             ours = expected.tensor(kind, layer, expert)

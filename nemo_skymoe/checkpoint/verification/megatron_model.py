@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -150,7 +151,13 @@ class MegatronModel:
         place = self._metadata.storage_data[index]
         with open(self.folder / place.relative_path, "rb") as file:
             file.seek(place.offset)
-            tensor = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+            stored = io.BytesIO(file.read(place.length))
+        try:
+            tensor = torch.load(stored, map_location="cpu", weights_only=True)
+        except UnpicklingError:  # at length, torch would say how to load it unsafely
+            raise ConfigurationError(
+                f"'{place.relative_path}' has no tensor where the metadata says that '{index.fqn}' is, at byte {place.offset:,}"
+            ) from None
         self._payload = index, tensor
         return tensor
 

@@ -13,7 +13,7 @@ from nemo_skymoe.checkpoint.receipt import RECEIPT
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.safetensors_storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
-from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare
+from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare, said
 from nemo_skymoe.checkpoint.verification.files import companion_problems, file_problems, written_receipt
 from nemo_skymoe.checkpoint.verification.hugging_face_model import HuggingFaceModel
 from nemo_skymoe.checkpoint.verification.megatron_model import MegatronModel
@@ -65,7 +65,7 @@ def verify(
     try:
         found, description = _open(target)
     except Exception as problem:  # of a damaged folder; libraries raise whatever happens to fail
-        return Comparison(problems=[f"'{target}' cannot be read: {problem}", *file_problems(target)])
+        return Comparison(problems=[f"'{target}' cannot be read: {said(problem)}", *file_problems(target)])
     result = Comparison(problems=_described(expected, description))
     recomputed = models["base"] if upcycling is None else Recomputed(models, upcycling)
     compared = compare(recomputed, found, expected.architecture, _counted(expected, progress))
