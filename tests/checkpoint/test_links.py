@@ -89,7 +89,7 @@ def test_parts_of_a_nemo_checkpoint_may_lie_elsewhere(nemo: Path, tmp_path: Path
 
 
 def test_verify_follows_the_links_of_a_written_checkpoint(source: Path, nemo: Path, tmp_path: Path) -> None:
-    """Its parts on another disk, itself as the last of a run, or the folder of its weights; a loop is not entered."""
+    """Its parts on another disk, itself as the last of a run, or the folder of its weights."""
     (tmp_path / "link").symlink_to("nemo")
     apart = [linked(nemo, tmp_path / f"disk {part}", [Path(part)]) for part in ("weights", "context")]
     weights = [Path("weights") / file.name for file in (nemo / "weights").iterdir()]
@@ -102,6 +102,12 @@ def test_verify_follows_the_links_of_a_written_checkpoint(source: Path, nemo: Pa
     for place in places:
         found = skymoe("verify", source, place)
         assert (found.exit_code, "every bit as expected" in found.stdout) == (0, True), found.output
+
+
+def test_verify_says_what_is_there_and_what_is_not_through_links(
+    source: Path, nemo: Path, tmp_path: Path
+) -> None:
+    apart = [linked(nemo, tmp_path / f"disk {part}", [Path(part)]) for part in ("weights", "context")]
     (stray := apart[0] / "weights" / "stray").write_text("x")
     found = skymoe("verify", source, apart[0])
     assert found.exit_code == 1 and "'weights/stray' was not written with the rest" in found.output
@@ -111,12 +117,21 @@ def test_verify_follows_the_links_of_a_written_checkpoint(source: Path, nemo: Pa
     found = skymoe("verify", source, apart[0])
     assert found.exit_code == 1 and "'weights/__0_0.distcp' is missing" in found.output
     (tmp_path / "away").rename(damaged)
-    for link, leads in (("weights/loop", ".."), ("all", "/")):
+    for link, leads in (("weights/loop", ".."), ("all", "/"), ("self", "self"), ("weights/none", "nowhere")):
         (apart[0] / link).symlink_to(leads)
         found = skymoe("verify", source, apart[0])
         assert found.exit_code == 1 and f"'{link}' was not written with the rest" in found.output
         assert found.output.count("was not written") == 1
         (apart[0] / link).unlink()
+    for leads in (".", "LICENSE", "nowhere"):
+        (apart[1] / "context/tokenizer/LICENSE").rename(tmp_path / "LICENSE")
+        (apart[1] / "context/tokenizer/LICENSE").symlink_to(leads)
+        found = skymoe("verify", source, apart[1])
+        assert found.exit_code in (1, 2) and "LICENSE'" in found.output, found.output
+        assert found.exception.__class__ is SystemExit
+        (apart[1] / "context/tokenizer/LICENSE").unlink()
+        (tmp_path / "LICENSE").rename(apart[1] / "context/tokenizer/LICENSE")
+    assert skymoe("verify", source, apart[1]).exit_code == 0
 
 
 def test_verify_says_which_checkpoint_it_would_take(source: Path, nemo: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The files of a written checkpoint against the checksums in its receipt: headers, indices, and all beside tensors."""
 
 import hashlib
-import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,24 +29,25 @@ def file_problems(folder: Path) -> list[str]:
     listed = written_receipt(folder)["files"]
     written_to = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
     present = {*_present(folder, "", written_to)} - {RECEIPT}
-    problems = [f"'{name}' is missing" for name in sorted(listed.keys() - present)]
+    there = {name for name in listed if (folder / name).is_file()}
+    problems = [f"'{name}' is missing" for name in sorted(listed.keys() - there)]
     problems += [f"'{name}' was not written with the rest" for name in sorted(present - listed.keys())]
-    for name in sorted(listed.keys() & present):
+    for name in sorted(there):
         problems += _file_problems(folder / name, name, listed[name])
     return problems
 
 
 def _present(folder: Path, name: str, written_to: Collection[str]) -> Iterator[str]:
-    """The files below `folder / name`, by their names in `folder`.
+    """The files and links below `folder / name`, by their names in `folder`.
 
-    Links are followed to the files and folders that were written. Any other link to a folder is itself what is there:
-    it may lead back to where it lies, or to a whole disk.
+    A link is followed to a folder that was written to. Any other is itself what is there: it may lead nowhere, back to
+    where it lies, or to a whole disk.
     """
-    for entry in os.scandir(folder / name):
-        inner = f"{name}/{entry.name}" if name else entry.name
-        if entry.is_dir() and (inner in written_to or not entry.is_symlink()):
+    for path in (folder / name).iterdir():
+        inner = f"{name}/{path.name}" if name else path.name
+        if path.is_dir() and (inner in written_to or not path.is_symlink()):
             yield from _present(folder, inner, written_to)
-        elif entry.is_dir() or entry.is_file():
+        else:
             yield inner
 
 
