@@ -157,7 +157,8 @@ def _nemo_options(context: Path) -> dict[str, Any]:
     except OSError as reason:
         raise ConfigurationError(f"'{file}' cannot be read: {reason.strerror}") from reason
     except (yaml.YAMLError, ValueError, RecursionError) as reason:
-        raise ConfigurationError(f"'{file}' is not YAML of plain values: {reason}") from reason
+        said = " ".join(str(reason).split())
+        raise ConfigurationError(f"'{file}' is not YAML of plain values: {said}") from None
     config = model.get("config") if isinstance(model, dict) else None
     if not isinstance(config, dict):
         raise ConfigurationError(f"'{file}' has no 'config': expected what NeMo writes of a model")

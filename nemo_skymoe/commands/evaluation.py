@@ -9,24 +9,34 @@ import typer
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Folder of an exported model, whose modeling files are run.")],
+    model: Annotated[
+        Path,
+        typer.Argument(help="Folder of an exported model; the package's own modeling files in it are run."),
+    ],
     tasks: Annotated[
-        str, typer.Option(help="table1, or tasks of lm-evaluation-harness and YAML files, with commas.")
+        str, typer.Option(help="table1, or names of the harness' tasks and YAML files, separated by commas.")
     ] = "table1",
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Shots, for tasks by their names.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task, for a trial.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; by default the checkpoint's.")] = "auto",
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run the programs that the model writes (HumanEval).")
+        bool,
+        typer.Option(
+            "--allow-code",
+            help="Run the programs that the model writes (HumanEval), and functions and templates of YAML files.",
+        ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Benchmark an exported model.
 
-    By lm-evaluation-harness (pip install -e '.[nemo,eval]'). table1 has the report's six, with its figures beside
-    ours: C-Eval, CMMLU, MMLU and GSM8K with 5 shots, MATH with 4, HumanEval with none; the shots are ours, the report
-    names none.
+    This needs lm-evaluation-harness (pip install -e '.[nemo,eval]'). table1 are the report's six benchmarks, with its
+    figures beside yours: C-Eval, CMMLU, MMLU and GSM8K with 5 shots, MATH with 4, HumanEval with none. The shots are
+    ours, since the report names none.
+
+    Modeling files are run only if they are the package's own, byte for byte. Other code that a model names is
+    refused, unless its class is named in the environment variable SKYMOE_ALLOWED_CLASSES.
     """
     from dataclasses import asdict
 

@@ -24,6 +24,7 @@ from nemo_skymoe.checkpoint.hf_config import from_hf_config
 from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
 from nemo_skymoe.checkpoint.tensors import model_keys
 from nemo_skymoe.checkpoint.upcycling import Upcycling
+from nemo_skymoe.checkpoint.verification.verifier import verify
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.ranks import run_ranks
@@ -138,6 +139,64 @@ def test_commands(tmp_path: Path) -> None:
     assert "--repair writes" in skymoe("convert", source, tmp_path / "nemo", "--to", "nemo").output
     assert skymoe("convert", source, tmp_path / "nemo", "--to", "nemo", "--repair").exit_code == 0
     assert expected == {file: file.read_bytes() for file in (tmp_path / "nemo").rglob("*") if file.is_file()}
+
+
+PATTERNS: tuple[tuple[int | tuple[int, ...], int], ...] = (
+    ((0, 1, 1), 1),
+    ((1, 0, 0), 2),
+    (2, 1),
+)
+"""`moe_layer_freq` of three layers, with the number of dense ones among them."""
+
+
+def flipped(folder: Path, tensor: torch.Tensor) -> tuple[Path, bytes]:
+    """Change the last byte of a tensor in the one file that has it; returns the file, and what it had before."""
+    part = tensor.contiguous().numpy().tobytes()
+    [file] = [file for file in folder.rglob("*") if file.is_file() and part in file.read_bytes()]
+    before = file.read_bytes()
+    place = before.index(part) + len(part) - 1
+    file.write_bytes(before[:place] + bytes([before[place] ^ 1]) + before[place + 1 :])
+    return file, before
+
+
+@pytest.mark.parametrize(("frequency", "dense"), PATTERNS, ids=str)
+def test_verify_knows_every_layer(frequency: int | tuple[int, ...], dense: int, tmp_path: Path) -> None:
+    """Six tensors of attention and norms in every layer; three of a dense MLP, or 13 of a router and 4 experts."""
+    sizes = replace(FIRST_DENSE, moe_layer_freq=frequency)
+    tensors = 3 + 3 * 6 + dense * 3 + (3 - dense) * 13
+    source = made(tmp_path / "hf", sizes)
+    nemo = converted(source, tmp_path / "nemo", "nemo", layer_spec="local")
+    back = converted(nemo, tmp_path / "back", "hf")
+    for base, target in ((source, nemo), (nemo, back), (source, back)):
+        found = verify({"base": base}, target)
+        assert (found.problems, found.tensors) == ([], tensors), (base.name, target.name)
+    stored = load_file(source / "model.safetensors")
+    mlp, expert = (
+        min(layer for layer in range(3) if sizes.moe_layers[layer] is moe) for moe in (False, True)
+    )
+    for name, kind in (
+        (f"model.layers.{mlp}.mlp.down_proj.weight", f"down of layer {mlp}: "),
+        (
+            f"model.layers.{expert}.block_sparse_moe.experts.3.w2.weight",
+            f"down of layer {expert}, expert 3: ",
+        ),
+    ):
+        for target in (nemo, back):
+            file, before = flipped(target, stored[name])
+            first, *others = verify({"base": source}, target).problems
+            assert first.startswith(
+                f"{kind}1 of 128 elements differ" if "expert" in kind else f"{kind}1 of 384"
+            )
+            assert len(others) == 1 and "is not what was written" in others[0]
+            file.write_bytes(before)
+
+
+def test_a_dense_model_is_upcycled_in_every_layer_and_verified(tmp_path: Path) -> None:
+    """Upcycling makes an MoE of every layer: six tensors, a router and 4 experts in each of three."""
+    source = made(tmp_path / "hf", replace(FIRST_DENSE, num_moe_experts=None))
+    for to in ("hf", "nemo"):
+        found = verify({"base": source}, converted(source, tmp_path / f"moe {to}", to, Upcycling(4)))
+        assert (found.problems, found.tensors) == ([], 3 + 3 * (6 + 13))
 
 
 def test_dense_layers_named_wrongly_are_refused(tmp_path: Path) -> None:

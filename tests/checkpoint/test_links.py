@@ -88,6 +88,68 @@ def test_parts_of_a_nemo_checkpoint_may_lie_elsewhere(nemo: Path, tmp_path: Path
         assert skymoe("inspect", place).exit_code == 0
 
 
+def test_verify_follows_the_links_of_a_written_checkpoint(source: Path, nemo: Path, tmp_path: Path) -> None:
+    """Its parts on another disk, itself as the last of a run, or the folder of its weights."""
+    (tmp_path / "link").symlink_to("nemo")
+    apart = [linked(nemo, tmp_path / f"disk {part}", [Path(part)]) for part in ("weights", "context")]
+    weights = [Path("weights") / file.name for file in (nemo / "weights").iterdir()]
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step=1-last").symlink_to(nemo)
+    places = (
+        *(tmp_path / "link", *apart, linked(nemo, tmp_path / "disk files", weights)),
+        *(tmp_path / "run", nemo / "weights", apart[0] / "weights"),
+    )
+    for place in places:
+        found = skymoe("verify", source, place)
+        assert (found.exit_code, "every bit as expected" in found.stdout) == (0, True), found.output
+
+
+def test_verify_says_what_is_there_and_what_is_not_through_links(
+    source: Path, nemo: Path, tmp_path: Path
+) -> None:
+    apart = [linked(nemo, tmp_path / f"disk {part}", [Path(part)]) for part in ("weights", "context")]
+    (stray := apart[0] / "weights" / "stray").write_text("x")
+    found = skymoe("verify", source, apart[0])
+    assert found.exit_code == 1 and "'weights/stray' was not written with the rest" in found.output
+    stray.unlink()
+    damaged = tmp_path / "disk weights/weights/__0_0.distcp"
+    damaged.rename(tmp_path / "away")
+    found = skymoe("verify", source, apart[0])
+    assert found.exit_code == 1 and "'weights/__0_0.distcp' is missing" in found.output
+    (tmp_path / "away").rename(damaged)
+    for link, leads in (("weights/loop", ".."), ("all", "/"), ("self", "self"), ("weights/none", "nowhere")):
+        (apart[0] / link).symlink_to(leads)
+        found = skymoe("verify", source, apart[0])
+        assert found.exit_code == 1 and f"'{link}' was not written with the rest" in found.output
+        assert found.output.count("was not written") == 1
+        (apart[0] / link).unlink()
+    for leads in (".", "LICENSE", "nowhere"):
+        (apart[1] / "context/tokenizer/LICENSE").rename(tmp_path / "LICENSE")
+        (apart[1] / "context/tokenizer/LICENSE").symlink_to(leads)
+        found = skymoe("verify", source, apart[1])
+        assert found.exit_code in (1, 2) and "LICENSE'" in found.output, found.output
+        assert found.exception.__class__ is SystemExit
+        (apart[1] / "context/tokenizer/LICENSE").unlink()
+        (tmp_path / "LICENSE").rename(apart[1] / "context/tokenizer/LICENSE")
+    assert skymoe("verify", source, apart[1]).exit_code == 0
+
+
+def test_verify_says_which_checkpoint_it_would_take(source: Path, nemo: Path, tmp_path: Path) -> None:
+    """The hub's folder of a model and a run without checkpoints, as target and as source, as on every command."""
+    snapshot = tmp_path / "hub/models--a--b/snapshots/rev"
+    shutil.copytree(source, snapshot)
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    for arguments in ((source, tmp_path / "hub"), (tmp_path / "hub", nemo), (snapshot.parents[1], nemo)):
+        refused = skymoe("verify", *arguments)
+        assert refused.exit_code == 2 and f"give the one in it that you mean, '{snapshot}'" in refused.output
+    refused = skymoe("verify", source, tmp_path / "empty")
+    assert refused.exit_code == 2 and "the run has not saved a checkpoint yet" in refused.output
+    for arguments in ((source, tmp_path / "nowhere"), (tmp_path / "nowhere", nemo)):
+        refused = skymoe("verify", *arguments)
+        assert refused.exit_code == 2 and f"'{tmp_path / 'nowhere'}'" in refused.output, refused.output
+        assert refused.exception.__class__ is SystemExit and len(refused.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("target", ["nowhere/at/all", "itself"])
 def test_a_link_that_leads_nowhere_is_named(target: str, source: Path, nemo: Path, tmp_path: Path) -> None:
     def broken(link: Path) -> Path:

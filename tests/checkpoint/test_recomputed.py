@@ -12,7 +12,8 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.tensors import MLP_KINDS, Key, Weights
 from nemo_skymoe.checkpoint.upcycled import Upcycled
 from nemo_skymoe.checkpoint.upcycling import Upcycling
-from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare, different
+from nemo_skymoe.checkpoint.verification.bits import different
+from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare
 from nemo_skymoe.checkpoint.verification.recomputed import Recomputed
 
 SIZES = Architecture(2, 32, 48, 4, vocab_size=40, num_query_groups=2)

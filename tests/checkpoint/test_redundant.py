@@ -22,6 +22,10 @@ from nemo_skymoe.checkpoint.logits import megatron_logits
 from nemo_skymoe.checkpoint.nemo_context import context_files
 from nemo_skymoe.checkpoint.tensors import Key
 from nemo_skymoe.checkpoint.upcycling import Upcycling
+from nemo_skymoe.checkpoint.verification.hugging_face_model import HuggingFaceModel
+from nemo_skymoe.checkpoint.verification.logits import compare_logits, logits_of
+from nemo_skymoe.checkpoint.verification.megatron_model import MegatronModel
+from nemo_skymoe.checkpoint.verification.verifier import verify
 from nemo_skymoe.config import ConfigurationError
 
 TIED = Architecture(1, 16, 8, 2, vocab_size=40, tied_embeddings=True)
@@ -153,3 +157,59 @@ def test_megatron_computes_with_a_head_that_stands_for_both(tmp_path: Path):
         opened("nemo", tmp_path / stored, stored, tied=True, change=0.0)
         logits.append(megatron_logits(tmp_path / stored, torch.arange(8)[None]))
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2]) and logits[0].std() > 0
+
+
+@pytest.mark.parametrize("form", ["hf", "nemo"])
+def test_verify_takes_a_head_for_the_embedding_that_it_is_tied_to(form: str, tmp_path: Path):
+    """Embedding, one layer of two norms, four projections and an MLP of three, final norm: no head is counted."""
+    for stored in STORED:
+        source = opened(form, tmp_path / stored, stored, tied=True, change=0.0)
+        for to in ("hf", "nemo"):
+            spec = "local" if to == "nemo" else None
+            for upcycling, tensors in ((None, 1 + 9 + 1), (Upcycling(2), 1 + 6 + 1 + 2 * 3 + 1)):
+                target = tmp_path / f"{stored} {to} {tensors}"
+                convert.plan({"base": source}, TargetOptions(to, layer_spec=spec), upcycling).run(target)
+                found = verify({"base": tmp_path / stored}, target)
+                assert (found.problems, found.tensors) == ([], tensors), (stored, to)
+
+
+@pytest.mark.parametrize("form", ["hf", "nemo"])
+def test_a_copy_in_a_written_model_is_its_embedding_or_a_problem(form: str, tmp_path: Path):
+    """As when somebody saves the target again with both."""
+    for stored, change in (("both", 0.0), ("head", 0.0), ("both", 1.0)):
+        folder = tmp_path / f"{stored} {change}"
+        if change:
+            with pytest.raises(ConfigurationError, match="differs from"):
+                opened(form, folder, stored, tied=True, change=change)
+        else:
+            opened(form, folder, stored, tied=True, change=change)
+        model = HuggingFaceModel(folder, TIED) if form == "hf" else MegatronModel(folder, TIED)
+        if change:
+            with pytest.raises(
+                ConfigurationError, match=r"'(lm_head|module\.output_layer)\.weight' .* differs from"
+            ):
+                model.tensor("embedding")
+            continue
+        assert torch.equal(
+            model.tensor("embedding"), torch.arange(40 * 16, dtype=torch.float32).reshape(40, 16)
+        )
+        assert not [problem for problem in model.problems() if "head" in problem or "output" in problem]
+
+
+def test_transformers_computes_with_a_head_that_stands_for_both(tmp_path: Path):
+    (tmp_path / "text").write_bytes(bytes(range(30)))
+    token_ids = torch.arange(8)[None]
+    for family in ("llama", "skywork"):
+        logits = []
+        for stored in STORED:
+            folder = tmp_path / family / stored
+            folder.parent.mkdir(exist_ok=True)
+            opened("hf", folder, stored, tied=True, change=0.0)
+            (folder / "config.json").write_text(json.dumps(to_hf_config(replace(DESCRIPTION, family=family))))
+            logits.append(logits_of(folder, token_ids))
+        assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+        assert logits[0].std() > 0
+    source = convert.open_source(tmp_path / "llama" / "head")
+    convert.plan({"base": source}, TargetOptions("hf")).run(tmp_path / "out")
+    found = compare_logits(tmp_path / "llama" / "head", tmp_path / "out", tmp_path / "text")
+    assert found.preserved and found.relative == 0.0

@@ -3,10 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint.verification.bits import different
 from nemo_skymoe.checkpoint.verification.recomputed import Model
 from nemo_skymoe.config import ConfigurationError
 
@@ -29,7 +27,7 @@ def places(architecture: Architecture) -> Iterator[tuple[str, int | None, int | 
         for kind in ("attention_norm", "query", "key", "value", "attention_output", "mlp_norm"):
             yield kind, layer, None
         experts: list[int | None] = [None]
-        if architecture.num_moe_experts is not None:
+        if architecture.num_moe_experts is not None and _is_moe(architecture.moe_layer_freq, layer):
             yield "router", layer, None
             experts = list(range(architecture.num_moe_experts))
         for expert in experts:
@@ -38,6 +36,16 @@ def places(architecture: Architecture) -> Iterator[tuple[str, int | None, int | 
     yield "final_norm", None, None
     if not architecture.tied_embeddings:
         yield "output", None, None
+
+
+def _is_moe(frequency: int | tuple[int, ...], layer: int) -> bool:
+    """Megatron's `moe_layer_freq`, read a second time: every n-th layer from the first on, or a 1 for every MoE layer."""
+    return layer % frequency == 0 if isinstance(frequency, int) else frequency[layer] == 1
+
+
+def said(reason: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(reason).split()) or type(reason).__name__
 
 
 def compare(
@@ -61,7 +69,7 @@ def compare(
             result.problems.append(f"{name}: {missing} is missing")
             continue
         except Exception as damage:  # libraries name damage by whatever happens to fail
-            result.problems.append(f"{name} cannot be read: {damage}")
+            result.problems.append(f"{name} cannot be read: {said(damage)}")
             continue
         try:
             ours = expected.tensor(kind, layer, expert)
@@ -76,19 +84,3 @@ def compare(
         if progress is not None:
             progress(result.bytes)
     return result
-
-
-def different(expected: Tensor, found: Tensor) -> str:
-    """How two tensors differ in any bit, or nothing. Equal NaNs are equal."""
-    if expected.dtype != found.dtype or expected.shape != found.shape:
-        return f"{list(found.shape)} of {found.dtype}, expected {list(expected.shape)} of {expected.dtype}"
-    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.itemsize]
-    unequal = expected.contiguous().view(width) != found.contiguous().view(width)
-    count = int(unequal.sum())
-    if not count:
-        return ""
-    first = tuple(unequal.nonzero()[0].tolist())
-    return (
-        f"{count} of {expected.numel()} elements differ, the first at {list(first)}:"
-        f" {found[first].item()}, expected {expected[first].item()}"
-    )

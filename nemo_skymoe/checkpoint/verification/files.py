@@ -1,8 +1,8 @@
 """The files of a written checkpoint against the checksums in its receipt: headers, indices, and all beside tensors."""
 
 import hashlib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_skymoe.checkpoint.companions import companion_names, find_companions
@@ -27,14 +27,28 @@ def written_receipt(folder: Path) -> dict[str, Any]:
 def file_problems(folder: Path) -> list[str]:
     """Files that are missing, unknown, or not those that were written."""
     listed = written_receipt(folder)["files"]
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {
-        RECEIPT
-    }
-    problems = [f"'{name}' is missing" for name in sorted(listed.keys() - present)]
+    written_to = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
+    present = {*_present(folder, "", written_to)} - {RECEIPT}
+    there = {name for name in listed if (folder / name).is_file()}
+    problems = [f"'{name}' is missing" for name in sorted(listed.keys() - there)]
     problems += [f"'{name}' was not written with the rest" for name in sorted(present - listed.keys())]
-    for name in sorted(listed.keys() & present):
+    for name in sorted(there):
         problems += _file_problems(folder / name, name, listed[name])
     return problems
+
+
+def _present(folder: Path, name: str, written_to: Collection[str]) -> Iterator[str]:
+    """The files and links below `folder / name`, by their names in `folder`.
+
+    A link is followed to a folder that was written to. Any other is itself what is there: it may lead nowhere, back to
+    where it lies, or to a whole disk.
+    """
+    for path in (folder / name).iterdir():
+        inner = f"{name}/{path.name}" if name else path.name
+        if path.is_dir() and (inner in written_to or not path.is_symlink()):
+            yield from _present(folder, inner, written_to)
+        else:
+            yield inner
 
 
 def companion_problems(source: Path, target: Path) -> tuple[int, list[str]]:

@@ -7,8 +7,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint.verification.bits import different
 from nemo_skymoe.config import ConfigurationError
 
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BESIDE_WEIGHTS = ("inv_freq", "_scale")
 
@@ -18,26 +21,46 @@ class HuggingFaceModel:
 
     Args:
         folder: With `model.safetensors.index.json`, or a single safetensors file.
+        architecture: It says whether embedding and head are tied, so that either may be stored, or both.
 
     Raises:
         ConfigurationError: The index and the files disagree.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, architecture: Architecture):
         self.folder = folder
+        self._tied = architecture.tied_embeddings
         self._files = _placed(folder)
         self._read: set[str] = {name for name in self._files if name.endswith(_BESIDE_WEIGHTS)}
+
+    @property
+    def head_stands_for_both(self) -> bool:
+        """Whether the embedding is tied to the head, and the head is the one that is stored."""
+        return self._tied and f"{_EMBEDDING}.weight" not in self._files and f"{_HEAD}.weight" in self._files
 
     def tensor(self, kind: str, layer: int | None = None, expert: int | None = None) -> Tensor:
         """One matrix or vector.
 
         Raises:
             KeyError: The folder has none of that name.
+            ConfigurationError: It is a tied embedding, and stored twice with different values.
         """
+        if layer is None and kind == "embedding" and self._tied:
+            return self._tied_embedding()
         if layer is None:
-            outside = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "output": "lm_head"}
+            outside = {"embedding": _EMBEDDING, "final_norm": "model.norm", "output": _HEAD}
             return self._stored(outside[kind])
         return self._of_layer(f"model.layers.{layer}.", kind, expert)
+
+    def _tied_embedding(self) -> Tensor:
+        if not {f"{_EMBEDDING}.weight", f"{_HEAD}.weight"} <= self._files.keys():
+            return self._stored(_EMBEDDING, _HEAD)
+        embedding, head = self._stored(_EMBEDDING), self._stored(_HEAD)
+        if difference := different(embedding, head):
+            raise ConfigurationError(
+                f"'{_HEAD}.weight' in '{self.folder}' differs from '{_EMBEDDING}.weight', to which it is tied: {difference}"
+            )
+        return embedding
 
     def _of_layer(self, layer: str, kind: str, expert: int | None) -> Tensor:
         theirs = f"{layer}mlp.moe."

@@ -12,6 +12,7 @@ from nemo_skymoe.checkpoint import convert, hf_config
 from nemo_skymoe.checkpoint.convert import Source
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.verification.files import written_receipt
+from nemo_skymoe.checkpoint.verification.hugging_face_model import HuggingFaceModel
 from nemo_skymoe.config import ConfigurationError
 
 TOLERANCE = 1e-5
@@ -40,14 +41,14 @@ def compare_logits(source: Path, target: Path, text: Path, config: Path | None =
 
     Args:
         source: The base.
-        target: Written by skymoe.
+        target: Written by skymoe, or the folder of a run whose last checkpoint was.
         text: UTF-8; read by the source's tokenizer, or byte by byte where it has none.
         config: As for `verify`.
 
     Raises:
         ConfigurationError: The text is empty, or its tokens are not of this vocabulary.
     """
-    opened = convert.open_source(source, config)
+    opened, target = convert.open_source(source, config), checkpoint_of(target)
     token_ids = tokens_of(text, opened)
     expected = logits_of(checkpoint_of(source), token_ids, config)
     difference = (logits_of(target, token_ids) - expected).abs().max() / expected.abs().max()
@@ -111,12 +112,20 @@ def _transformers_logits(folder: Path, token_ids: Tensor) -> Tensor:
         "use_safetensors": True,
     }
     kind: Any = AutoModelForCausalLM
-    if hf_config.read(folder).family == "skywork":
+    description = hf_config.read(folder)
+    if description.family == "skywork":
         # The package's own classes: nothing in the folder is run.
         kind, options["config"] = SkyworkForCausalLM, SkyworkConfig.from_pretrained(folder)
     model, loaded = kind.from_pretrained(folder, **options)
-    if loaded["missing_keys"]:
+    missing = set(loaded["missing_keys"])
+    stored = HuggingFaceModel(folder, description.architecture)
+    if stored.head_stands_for_both:
+        # transformers looks for the embedding alone, and leaves it empty or random.
+        model.get_input_embeddings().weight = torch.nn.Parameter(stored.tensor("embedding").float())
+        model.tie_weights()
+        missing -= {"model.embed_tokens.weight", "lm_head.weight"}
+    if missing:
         raise ConfigurationError(
-            f"transformers does not find '{min(loaded['missing_keys'])}' in '{folder}': its logits cannot be computed"
+            f"transformers does not find '{min(missing)}' in '{folder}': its logits cannot be computed"
         )
     return model.eval()(token_ids).logits.float()

@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint.verification.bits import different
 from nemo_skymoe.config import ConfigurationError
 
+_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _LAYER_NAMES = {
     "attention_norm": ("self_attention.linear_qkv.layer_norm_weight",),
     "attention_output": ("self_attention.linear_proj.weight",),
@@ -28,7 +31,7 @@ class MegatronModel:
     Args:
         folder: With `.metadata`, or `weights/.metadata`. The metadata is a pickle: check the folder with
             `TorchDistStorage`, which refuses all but tensors, before it is opened here.
-        architecture: Heads and vocabulary, which shapes alone do not tell.
+        architecture: Heads, vocabulary, and whether embedding and head are tied, which shapes alone do not tell.
     """
 
     def __init__(self, folder: Path, architecture: Architecture):
@@ -53,6 +56,7 @@ class MegatronModel:
 
         Raises:
             KeyError: The checkpoint has none of that name.
+            ConfigurationError: It is a tied embedding, and stored twice with different values.
         """
         if layer is None:
             return self._of_model(kind)
@@ -67,19 +71,32 @@ class MegatronModel:
         return self._stored(_LAYER_NAMES[kind], layer)
 
     def _of_model(self, kind: str) -> Tensor:
-        names = {
-            "embedding": "embedding.word_embeddings.weight",
-            "final_norm": "decoder.final_layernorm.weight",
-            "output": "output_layer.weight",
-        }
-        tensor = self._gathered(self._prefix + names[kind], ())
         if kind == "final_norm":
-            return tensor
+            return self._gathered(f"{self._prefix}decoder.final_layernorm.weight", ())
+        embedding, head = (self._prefix + name for name in (_EMBEDDING, _HEAD))
+        if kind == "embedding" and self.architecture.tied_embeddings:
+            tensor = self._tied_embedding(embedding, head)
+        else:
+            tensor = self._gathered(embedding if kind == "embedding" else head, ())
         vocabulary = self.architecture.vocab_size
         padding = tensor[vocabulary:].contiguous().view(torch.uint8)
         if padding.any():
             self._padding.append(f"{kind}: rows from {vocabulary} are padding, expected zeros")
         return tensor[:vocabulary]
+
+    def _tied_embedding(self, embedding: str, head: str) -> Tensor:
+        """The one that is stored; where both are, they are the same."""
+        if head not in self._sizes:
+            return self._gathered(embedding, ())
+        copy = self._gathered(head, ())
+        if embedding not in self._sizes:
+            return copy
+        tensor = self._gathered(embedding, ())
+        if difference := different(tensor, copy):
+            raise ConfigurationError(
+                f"'{head}' in '{self.folder}' differs from '{embedding}', to which it is tied: {difference}"
+            )
+        return tensor
 
     def _of_attention(self, kind: str, layer: int) -> Tensor:
         """Group by group: the group's query heads, its key, its value."""
@@ -134,7 +151,13 @@ class MegatronModel:
         place = self._metadata.storage_data[index]
         with open(self.folder / place.relative_path, "rb") as file:
             file.seek(place.offset)
-            tensor = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+            stored = io.BytesIO(file.read(place.length))
+        try:
+            tensor = torch.load(stored, map_location="cpu", weights_only=True)
+        except UnpicklingError:  # at length, torch would say how to load it unsafely
+            raise ConfigurationError(
+                f"'{place.relative_path}' has no tensor where the metadata says that '{index.fqn}' is, at byte {place.offset:,}"
+            ) from None
         self._payload = index, tensor
         return tensor
 

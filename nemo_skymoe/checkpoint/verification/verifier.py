@@ -9,10 +9,11 @@ from typing import Any
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import foreign, hf_config, megatron_options
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.receipt import RECEIPT
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.safetensors_storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
-from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare
+from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare, said
 from nemo_skymoe.checkpoint.verification.files import companion_problems, file_problems, written_receipt
 from nemo_skymoe.checkpoint.verification.hugging_face_model import HuggingFaceModel
 from nemo_skymoe.checkpoint.verification.megatron_model import MegatronModel
@@ -29,6 +30,8 @@ _SAME = (
     "pad_token_id",
 )
 """What conversion must not change of a description."""
+_TELLING = ("config.json", "weights", ".metadata")
+"""Names by which a checkpoint of each form is known."""
 
 
 def verify(
@@ -41,14 +44,17 @@ def verify(
 
     Args:
         sources: Folders by name, "base" among them, as they were given to the conversion.
-        target: Written by `skymoe convert` or `skymoe upcycle`; its receipt names the options, nothing else of it
-            is taken at its word.
+        target: Written by `skymoe convert` or `skymoe upcycle`, or the folder of a run, which stands for its last
+            checkpoint; the receipt in it names the options, nothing else of it is taken at its word.
         config: A config.json that describes a Megatron source which does not do so itself.
         progress: Called with the bytes compared, their sum, and a word.
 
     Raises:
         ConfigurationError: There is no receipt, or the sources are not those that it names.
     """
+    target = checkpoint_of(target)
+    if not (target / RECEIPT).is_file():
+        _refuse_what_is_no_checkpoint(target)
     upcycling = written_receipt(target)["job"]["upcycling"]
     _check_names(sources, upcycling)
     models: dict[str, Any] = {}
@@ -59,7 +65,7 @@ def verify(
     try:
         found, description = _open(target)
     except Exception as problem:  # of a damaged folder; libraries raise whatever happens to fail
-        return Comparison(problems=[f"'{target}' cannot be read: {problem}", *file_problems(target)])
+        return Comparison(problems=[f"'{target}' cannot be read: {said(problem)}", *file_problems(target)])
     result = Comparison(problems=_described(expected, description))
     recomputed = models["base"] if upcycling is None else Recomputed(models, upcycling)
     compared = compare(recomputed, found, expected.architecture, _counted(expected, progress))
@@ -70,14 +76,23 @@ def verify(
 
 
 def _open(folder: Path, config: Path | None = None) -> tuple[HuggingFaceModel | MegatronModel, Description]:
-    foreign.refuse_folder(folder, is_model=True)
+    _refuse_what_is_no_checkpoint(folder)
     # The storages refuse what is damaged, pickles, and metadata that would run code.
     if (folder / "config.json").is_file():
         SafetensorsStorage(folder)
-        return HuggingFaceModel(folder), hf_config.read(folder)
+        description = hf_config.read(folder)
+        return HuggingFaceModel(folder, description.architecture), description
     storage = TorchDistStorage(folder)
     description = megatron_options.describe(folder, storage, config)
     return MegatronModel(folder, description.architecture), description
+
+
+def _refuse_what_is_no_checkpoint(folder: Path) -> None:
+    foreign.refuse_path(folder)
+    is_model = any((folder / name).exists() for name in _TELLING)
+    foreign.refuse_folder(folder, is_model=is_model)
+    if not is_model:
+        foreign.refuse_folder_of_models(folder, _TELLING)
 
 
 def _check_names(sources: Mapping[str, Path], upcycling: Mapping[str, Any] | None) -> None:
