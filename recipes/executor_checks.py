@@ -6,6 +6,7 @@ and saved configurations.
 
 import functools
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,7 @@ def check_executor(executor: Any, section: str = "") -> None:
                 f"{section}env_vars names {name} and has no value, expected it in the environment: export {name}"
             )
     if isinstance(executor, run.SlurmExecutor):
+        _check_numbers(executor, section)
         _check_slurm(executor, section)
 
 
@@ -90,6 +92,34 @@ def _check_slurm(executor: Any, section: str) -> None:
     if "/" in (executor.job_name_prefix or executor.account):
         name = "job_name_prefix" if executor.job_name_prefix else "account"
         raise ConfigurationError(f"{section}{name} has a /, expected none: the names of logs begin with it")
+
+
+def slurm_seconds(time: str) -> int:
+    """A time of SLURM's in seconds: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
+
+    Raises:
+        ConfigurationError: It has none of these forms.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(time))
+    if match is None:
+        raise ConfigurationError(f"time is {time!r}, expected SLURM's form, such as 24:00:00 or 7-00:00:00")
+    days, *rest = match.groups()
+    parts = [int(part) for part in rest if part is not None]
+    if days is None and len(parts) < 3:
+        parts = [0, *parts]
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _check_numbers(executor: Any, section: str) -> None:
+    if executor.retries is not None and (type(executor.retries) is not int or executor.retries < 0):
+        raise ConfigurationError(
+            f"{section}retries is {executor.retries!r}, expected a whole number of at least 0"
+        )
+    try:
+        slurm_seconds(executor.time)
+    except ConfigurationError as refused:
+        raise ConfigurationError(f"{section}{refused}") from None
 
 
 def _plain(executor: Any) -> Iterator[tuple[str, str]]:

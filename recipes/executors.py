@@ -1,7 +1,6 @@
 """Where recipes run: SLURM nodes of 8 A800, or torchrun here. `run.executor=a800_slurm`, `run.executor=local_torchrun`."""
 
 import os
-import re
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -151,7 +150,7 @@ class RequeuePlugin(run.Plugin):
         """Add it to the batch script; a run that has reached its last step finds nothing to do and is not requeued again."""
         if isinstance(executor, run.SlurmExecutor):
             near = self.saving_seconds + 60  # SLURM sends the signal up to a minute early
-            if _seconds(executor.time) <= near:
+            if executor_checks.slurm_seconds(executor.time) <= near:
                 raise ConfigurationError(
                     f"time is {executor.time}, expected more than saving_seconds ({self.saving_seconds}) and a minute"
                 )
@@ -169,19 +168,6 @@ requeue_if_stopped() {{
 trap requeue_if_stopped EXIT"""
 
 
-def _seconds(time: str) -> int:
-    """Of SLURM's time: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
-    if match is None:
-        raise ConfigurationError(f"time is {time!r}, expected SLURM's form, such as 24:00:00 or 7-00:00:00")
-    days, *rest = match.groups()
-    parts = [int(part) for part in rest if part is not None]
-    if days is None and len(parts) < 3:
-        parts = [0, *parts]
-    hours, minutes, seconds = (*parts, 0, 0)[:3]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
 def plugins(
     preemption: bool = True, fault_tolerance: bool = False, saving_seconds: int = SAVING_SECONDS
 ) -> list[run.Plugin]:
@@ -195,11 +181,16 @@ def plugins(
         saving_seconds: What saving a checkpoint may take.
 
     Raises:
-        ConfigurationError: `fault_tolerance` without nvidia-resiliency-ext, which NeMo's containers have.
+        ConfigurationError: `fault_tolerance` without nvidia-resiliency-ext, which NeMo's containers have; or
+            `saving_seconds` that is no time.
     """
     if fault_tolerance and not HAVE_RES:
         raise ConfigurationError(
             "fault_tolerance needs nvidia-resiliency-ext on the machine that launches: not found"
+        )
+    if type(saving_seconds) is not int or saving_seconds < 1:
+        raise ConfigurationError(
+            f"saving_seconds is {saving_seconds!r}, expected a whole number of at least 1"
         )
     chosen: list[run.Plugin] = []
     if preemption:

@@ -139,8 +139,8 @@ def _executor(cluster: dict[str, Any], nodes: int, gpus_per_node: int | None) ->
     """Executor and plugins; without `gpus_per_node` one plain process on one node."""
     section = dict(cluster)
     name = section.pop("executor", MISSING)
-    if name not in EXECUTORS:
-        raise unknown("cluster.executor", name, EXECUTORS)
+    if not isinstance(name, str) or name not in EXECUTORS:
+        raise unknown("cluster.executor", str(name), EXECUTORS)
     for size in ("nodes", "gpus_per_node"):
         if size in section:
             raise ConfigurationError(

@@ -12,6 +12,8 @@ from nemo_skymoe.option_values import finite, is_a
 
 _SIZES = ("tensor_model", "pipeline_model", "context", "expert_model")
 _OPTIONAL = ("expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size")
+_OPTIMIZERS = ("adam", "sgd")
+"""Megatron's."""
 _BATCH = ("seq_length", "global_batch_size", "micro_batch_size")
 
 
@@ -40,6 +42,9 @@ def check_numbers(config: Any, trainer: Any, data: Any = None, optim: Any = None
         raise ConfigurationError(
             f"trainer.log_every_n_steps is {logged!r}, expected a whole number, 0 for never"
         )
+    workers = getattr(data, "num_workers", None)
+    if workers is not None and (not is_a(workers, int) or workers < 0):
+        raise ConfigurationError(f"data.num_workers is {workers!r}, expected a whole number, 0 for none")
     _check_rates(optim)
 
 
@@ -64,6 +69,9 @@ def _check_rates(optim: Any) -> None:
     config = getattr(optim, "config", None)
     if config is None:
         return
+    kind = getattr(config, "optimizer", "adam")
+    if kind not in _OPTIMIZERS:
+        raise ConfigurationError(f"optim.config.optimizer is {kind!r}, expected {' or '.join(_OPTIMIZERS)}")
     peak: Any = getattr(config, "lr", None)
     least: Any = getattr(config, "min_lr", None)
     if not finite(peak) or peak <= 0:

@@ -66,6 +66,12 @@ REFUSED = {
     "save_top_k=-5": "training.log.ckpt.save_top_k=-5",
     "similarity_interval is -1": "training.similarity_interval=-1",
     "training.recipe None is unknown": "training.recipe=null",
+    "optim.config.optimizer is 'adamm', expected adam or sgd": "training.optim.config.optimizer=adamm",
+    "data.num_workers is -1, expected a whole number": "training.data.num_workers=-1",
+    "cluster.retries is -1, expected a whole number of at least 0": "cluster.retries=-1",
+    "saving_seconds is -1, expected a whole number of at least 1": "cluster.saving_seconds=-1",
+    "time is 'soon', expected SLURM's form": "cluster.time=soon",
+    "cluster.executor .* is unknown": "cluster.executor={_target_: os.system}",
 }  # fmt: skip
 
 

@@ -151,6 +151,6 @@ def test_a_job_whose_end_is_as_near_as_the_signal_is_requeued(time: str, seconds
 
 @pytest.mark.parametrize("time", ["soon", "1:2:3:4", "11:00"])
 def test_a_time_limit_that_leaves_no_time_is_refused(time: str) -> None:
-    executor = fdl.build(a800_slurm(**{**SITE, "time": time}))
     with pytest.raises(ConfigurationError, match=f"time is '?{time}'?, expected"):
+        executor = fdl.build(a800_slurm(**{**SITE, "time": time}))
         executors.RequeuePlugin(saving_seconds=600).setup(None, executor)
