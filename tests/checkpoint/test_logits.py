@@ -9,6 +9,7 @@ import pytest
 import torch
 from megatron_files import NANS, bits
 from safetensors.torch import load_file
+from test_fp8 import fp8_release
 from torch import Tensor
 
 from nemo_skymoe.checkpoint import convert
@@ -16,6 +17,7 @@ from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.logits import megatron_logits
 from nemo_skymoe.checkpoint.upcycling import BASE, Upcycling
 from nemo_skymoe.checkpoint.verification.logits import compare_logits
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.ranks import run_ranks
 
 TEXT = torch.tensor(list(Path(__file__).read_bytes()[:256])).view(2, 128)
@@ -132,3 +134,14 @@ def test_the_folder_of_a_run_has_the_logits_of_its_last_checkpoint(tmp_path: Pat
     exported = converted(tmp_path / "run", tmp_path / "exported", "hf")
     found = compare_logits(tmp_path / "run", exported, Path(__file__))
     assert found.preserved and found.problem is None
+
+
+def test_transformers_is_not_given_what_it_would_compute_wrongly(tmp_path: Path) -> None:
+    """8 bits, whose scales it would leave out; with the configuration of the quantisation, and without."""
+    fp8_release(tmp_path / "fp8")
+    converted(tmp_path / "fp8", tmp_path / "out", "hf")
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    for settings in (config, {name: value for name, value in config.items() if "quant" not in name}):
+        (tmp_path / "fp8" / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(ConfigurationError, match=r"'.*fp8' holds weights of 8 bits, which .* --to hf"):
+            compare_logits(tmp_path / "fp8", tmp_path / "out", Path(__file__))

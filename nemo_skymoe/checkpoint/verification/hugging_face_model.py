@@ -34,6 +34,11 @@ class HuggingFaceModel:
         self._read: set[str] = {name for name in self._files if name.endswith(_BESIDE_WEIGHTS)}
 
     @property
+    def has_eight_bits(self) -> bool:
+        """Whether some weights are stored in 8 bits, each with a scale beside it."""
+        return any(f"{name}_scale" in self._files for name in self._files)
+
+    @property
     def head_stands_for_both(self) -> bool:
         """Whether the embedding is tied to the head, and the head is the one that is stored."""
         return self._tied and f"{_EMBEDDING}.weight" not in self._files and f"{_HEAD}.weight" in self._files

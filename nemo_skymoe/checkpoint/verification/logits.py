@@ -89,7 +89,11 @@ def _encode(content: bytes, folder: Path | None) -> list[int]:
 
 
 def logits_of(folder: Path, token_ids: Tensor, config: Path | None = None) -> Tensor:
-    """Logits [1, tokens, vocabulary] in float32: by transformers, or by Megatron for its own formats."""
+    """Logits [1, tokens, vocabulary] in float32: by transformers, or by Megatron for its own formats.
+
+    Raises:
+        ConfigurationError: The weights have names, or a form of 8 bits, that transformers does not load.
+    """
     if convert.form_of(folder) == "hf":
         return _transformers_logits(folder, token_ids)
     from nemo_skymoe.checkpoint.logits import megatron_logits
@@ -104,6 +108,13 @@ def _transformers_logits(folder: Path, token_ids: Tensor) -> Tensor:
     from nemo_skymoe.checkpoint.hf_export.configuration_skywork import SkyworkConfig
     from nemo_skymoe.checkpoint.hf_export.modeling_skywork import SkyworkForCausalLM
 
+    description = hf_config.read(folder)
+    stored = HuggingFaceModel(folder, description.architecture)
+    if stored.has_eight_bits:
+        raise ConfigurationError(
+            f"'{folder}' holds weights of 8 bits, which transformers does not compute with here: convert it with --to hf,"
+            " which widens them, and compare the logits of that result"
+        )
     # No code of the folder, and no pickle.
     options: dict[str, Any] = {
         "torch_dtype": torch.float32,
@@ -112,13 +123,11 @@ def _transformers_logits(folder: Path, token_ids: Tensor) -> Tensor:
         "use_safetensors": True,
     }
     kind: Any = AutoModelForCausalLM
-    description = hf_config.read(folder)
     if description.family == "skywork":
         # The package's own classes: nothing in the folder is run.
         kind, options["config"] = SkyworkForCausalLM, SkyworkConfig.from_pretrained(folder)
     model, loaded = kind.from_pretrained(folder, **options)
     missing = set(loaded["missing_keys"])
-    stored = HuggingFaceModel(folder, description.architecture)
     if stored.head_stands_for_both:
         # transformers looks for the embedding alone, and leaves it empty or random.
         model.get_input_embeddings().weight = torch.nn.Parameter(stored.tensor("embedding").float())
