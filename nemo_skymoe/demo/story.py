@@ -45,7 +45,7 @@ def run(output: Path, quick: bool = False) -> Path:
     story = Story(output.resolve(), *(QUICK_STEPS if quick else STEPS))
     _clear(story.output, console)
     console.print(
-        "[bold]Skywork-MoE on a laptop[/]: a dense model is trained, upcycled, and continued as an MoE"
+        "[bold]Skywork-MoE on a laptop[/]: a dense model, upcycled and continued as an MoE"
     )
     begin = time.monotonic()
     with _corpus(story, console):
