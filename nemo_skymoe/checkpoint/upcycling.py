@@ -1,8 +1,7 @@
 """The options of upcycling. Plain values: no torch."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.config import ConfigurationError
@@ -118,10 +117,6 @@ class Upcycling:
             )
         experts = dense.with_experts(self.num_experts * parts, self.moe_router_topk)
         return replace(experts, ffn_hidden_size=dense.ffn_hidden_size // parts)
-
-    def as_job(self) -> dict[str, Any]:
-        """What identifies the result, for receipts."""
-        return asdict(self)
 
 
 def parse_expert_source(text: str) -> tuple[tuple[str, int], ...]:

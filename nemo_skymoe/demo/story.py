@@ -44,9 +44,7 @@ def run(output: Path, quick: bool = False) -> Path:
     console = Console()
     story = Story(output.resolve(), *(QUICK_STEPS if quick else STEPS))
     _clear(story.output, console)
-    console.print(
-        "[bold]Skywork-MoE on a laptop[/]: a dense model, upcycled and continued as an MoE"
-    )
+    console.print("[bold]Skywork-MoE on a laptop[/]: a dense model, upcycled and continued as an MoE")
     begin = time.monotonic()
     with _corpus(story, console):
         console.print("  NeMo loads meanwhile, about 20 s; its first steps tell the time left")

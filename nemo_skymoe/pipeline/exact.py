@@ -19,8 +19,15 @@ def exact_cuts(table: StageTable) -> Cuts:
 
     For a bound T on the slowest stage, `cheapest_cuts` finds the least sum, which falls as T grows. Only stage times
     need be tried as T, and an interval of them is left out when even its smallest T with its smallest sum does not
-    beat the best layout found. Raises ConfigurationError, naming what is missing, where no layout fits.
+    beat the best layout found.
+
+    Raises:
+        ConfigurationError: There are virtual stages, or no layout fits, with what is missing.
     """
+    if table.problem.virtual_stages > 1:
+        raise ConfigurationError(
+            f"virtual_stages is {table.problem.virtual_stages}, expected 1 for an exact plan"
+        )
     best = cheapest_cuts(table.time)
     if best is None:
         raise ConfigurationError(_what_is_missing(table))

@@ -159,17 +159,6 @@ class Layout:
         """Bytes left under the limit; negative where a stage does not fit."""
         return [self.problem.memory_limit - memory for memory in self.memory]
 
-    @property
-    def estimate(self) -> float:
-        """Seconds of a step without the tail, by closed form; the planner's objective.
-
-        (m - 1) max t + sum t for 1F1B; with v virtual stages m max t + (sum t - max t) / v, which is the same for
-        v = 1 and, as that one, exact for stages that are all alike.
-        """
-        slowest = max(self.times)
-        filling = (sum(self.times) - slowest) / self.problem.virtual_stages
-        return self.problem.micro_batches * slowest + filling
-
     def to_megatron_layout(self) -> str:
         """Megatron's `pipeline_model_parallel_layout`, for example `Et*4|(t*5|)*10t*4L`."""
         names = ["".join(_LETTERS[block.kind] for block in chunk.blocks) for chunk in self.chunks]

@@ -17,21 +17,10 @@ _PLACED = 16
 _LAST_STAGES = 7
 
 
-def exact_layout(problem: PipelineProblem) -> Layout:
-    """The 1F1B layout with the least `Layout.estimate` that fits; layers recompute only where memory binds.
-
-    Raises ConfigurationError, saying what is missing and by how much, where no layout fits.
-    """
-    if problem.virtual_stages > 1:
-        raise ConfigurationError(f"virtual_stages is {problem.virtual_stages}, expected 1 for an exact plan")
-    table = StageTable(problem)
-    return _layout(table, exact_cuts(table))
-
-
 def best_layout(problem: PipelineProblem) -> Layout:
     """The layout with the shortest simulated step among those tried; layers recompute only where memory binds.
 
-    1F1B starts from the exact minimum of `Layout.estimate`; interleaved 1F1B is `heuristic_interleaved_layout`.
+    1F1B starts from the cuts of `exact_cuts`; interleaved 1F1B is `heuristic_interleaved_layout`.
     Raises ConfigurationError, saying what is missing and by how much, where no layout fits.
     """
     if problem.virtual_stages > 1:

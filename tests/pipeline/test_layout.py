@@ -9,11 +9,12 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.pipeline.baselines import balanced_layout, even_layout
 from nemo_skymoe.pipeline.layout import Chunk, Layout
 from nemo_skymoe.pipeline.problem import Block, PipelineProblem
 from nemo_skymoe.pipeline.schedule import stage_order
 from tests.cases import every
+from tests.pipeline.baselines import balanced_layout, even_layout
+from tests.pipeline.objective import estimate
 from tests.pipeline.random_problems import all_cuts, random_problem
 
 LAYER = Block("layer", 1.0, 2.0, weights=10.0, activations=8.0, checkpoint=1.0, recompute=0.75, working=0.5)
@@ -67,7 +68,7 @@ def test_times_memory_and_slack_of_stages():
     layout = Layout(problem(4, 3, transfer=0.125), (0, 2, 4, 6), (0, 1, 0))
     assert layout.times == [3.75 + 0.125, 6.0 + 0.75 + 0.25, 4.5 + 0.125]
     assert layout.slack == [7.0 - 3.875, 0.0, 7.0 - 4.625]
-    assert layout.estimate == 7 * 7.0 + 3.875 + 7.0 + 4.625
+    assert estimate(layout) == 7 * 7.0 + 3.875 + 7.0 + 4.625
     assert (layout.layers, layout.recomputed_layers) == ([1, 2, 1], [0, 1, 0])
     assert layout.recompute == ((0,), (1,), (0,))
     first = 30 + 2 * 9 + max(1 + 3, 9 + 0.5)

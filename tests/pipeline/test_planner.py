@@ -12,13 +12,14 @@ import pytest
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.pipeline import exact, planner
-from nemo_skymoe.pipeline.baselines import balanced_layout, even_layout
 from nemo_skymoe.pipeline.layout import Layout
-from nemo_skymoe.pipeline.planner import best_layout, exact_layout, heuristic_interleaved_layout
+from nemo_skymoe.pipeline.planner import best_layout, heuristic_interleaved_layout
 from nemo_skymoe.pipeline.problem import Block, PipelineProblem
 from nemo_skymoe.pipeline.simulator import simulate, simulated_durations
 from nemo_skymoe.pipeline.task_graph import TaskGraph
 from tests.cases import every
+from tests.pipeline.baselines import balanced_layout, even_layout
+from tests.pipeline.objective import estimate, exact_layout
 from tests.pipeline.random_problems import Enumerated, all_cuts, all_layouts, limited, random_problem
 
 GB = 1e9
@@ -41,10 +42,10 @@ def least_memory(layouts: list[Enumerated], recomputation: bool) -> float:
 def check(problem: PipelineProblem, layouts: list[Enumerated]) -> Layout:
     """The exact planner finds the optimum, and no stage could do with one recomputed layer less."""
     found, expected = exact_layout(problem), best(layouts, problem.memory_limit)
-    assert found.estimate == pytest.approx(expected.estimate, rel=1e-9)
+    assert estimate(found) == pytest.approx(expected.estimate, rel=1e-9)
     assert max(found.memory) <= problem.memory_limit
     (same,) = (one for one in layouts if (one.cuts, one.recomputed) == (found.cuts, found.recomputed))
-    assert found.estimate == pytest.approx(same.estimate, rel=1e-9)
+    assert estimate(found) == pytest.approx(same.estimate, rel=1e-9)
     assert max(found.memory) == pytest.approx(same.memory, rel=1e-9)
     for stage, count in enumerate(found.recomputed):
         fewer = (*found.recomputed[:stage], count - 1, *found.recomputed[stage + 1 :])
