@@ -3,6 +3,7 @@
 import functools
 import importlib
 import sys
+from difflib import get_close_matches
 from typing import Any
 
 import nemo_run as run
@@ -17,6 +18,7 @@ from nemo.collections import llm  # noqa: E402
 
 from nemo_skymoe.checkpoint.pickle_check import check_loaded  # noqa: E402
 from nemo_skymoe.commands import tasks  # noqa: E402, F401
+from nemo_skymoe.names import unknown  # noqa: E402
 from nemo_skymoe.nemo import failure  # noqa: E402
 from nemo_skymoe.nemo.options import check_overrides, refuse_secrets  # noqa: E402
 from nemo_skymoe.nemo.recipe_check import check_made, plan_of  # noqa: E402
@@ -50,8 +52,15 @@ def _known(upstream: Any) -> Any:
     @functools.wraps(upstream)
     def parse_fn(self: Any, fn: Any, args: list[str], **defaults: Any) -> Any:
         """A recipe's unknown option is refused with the nearest one, and what it would refuse in training here already."""
-        if str(self.factory or "").partition("(")[0] not in {recipe.name for recipe in RECIPES}:
-            return upstream(self, fn, args, **defaults)
+        known = {recipe.name for recipe in RECIPES}
+        name = str(self.factory or "").partition("(")[0]
+        if name not in known:
+            try:
+                return upstream(self, fn, args, **defaults)
+            except ValueError as reason:
+                if "No matching factory" in str(reason) and get_close_matches(name, known, cutoff=0.8):
+                    raise unknown("--factory", name, known) from None
+                raise
         check_overrides(upstream(self, fn, [], **defaults), args)
         made = upstream(self, fn, args, **defaults)
         check_made(made, plan_of(made))

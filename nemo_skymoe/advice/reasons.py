@@ -19,9 +19,9 @@ def reasons(advice: Advice) -> list[str]:
 
 _CONTRADICTED = (
     "This is the report's rule, from one experiment. This project's own miniature of that experiment contradicts it:"
-    f" there the upcycled models ended {figure1.MINIATURE['2/3'][0]} to {figure1.MINIATURE['2/3'][1]} nats a token below"
-    f" the one from scratch at 2/3 C_dense, and still {figure1.MINIATURE['twice'][0]} to {figure1.MINIATURE['twice'][1]}"
-    " below it at 2 C_dense. Its dense model had seen 6.5 tokens a parameter, the report's 1000; whether that is why was"
+    " upcycled models ended below the one from scratch in both cases, by"
+    f" {figure1.MINIATURE['2/3'][0]} to {figure1.MINIATURE['2/3'][1]} nats a token at 2/3 C_dense and by"
+    f" {figure1.MINIATURE['twice'][0]} to {figure1.MINIATURE['twice'][1]} at 2 C_dense. Its dense model had seen 6.5 tokens a parameter, the report's 1000; whether that is why was"
     " not tested."
 )
 

@@ -90,7 +90,7 @@ def _activated(advice: Advice) -> float:
 
 
 def _costs(advice: Advice) -> list[str]:
-    rows = [("", "dense", "MoE", "MoE / dense", "by it")]
+    rows = [("", "dense", "MoE", "MoE / dense", "verdict")]
     if advice.dense is None:
         rows = [
             ("", "MoE"),

@@ -134,8 +134,8 @@ def _describe_receipt(found: Inspection, folder: Path) -> None:
         found.receipt = written["job"]
         found.problems += _missing_or_cut(folder, written["files"])
         found.not_checked = (
-            f"the bytes of the {len(written['files'])} files: their sizes alone were compared with {RECEIPT};"
-            " skymoe verify, or the command that wrote them once more, reads them"
+            f"the bytes of the {len(written['files'])} files: their sizes alone were compared with {RECEIPT}; to read them,"
+            " run skymoe verify, or the command that wrote them once more"
         )
 
 

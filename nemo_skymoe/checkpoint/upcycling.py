@@ -72,7 +72,9 @@ class Upcycling:
             if given and init != self.init:
                 raise ConfigurationError(f"{option} belongs to init {init}, but init is {self.init}")
             if not given and init == self.init:
-                raise ConfigurationError(f"init is {init}, expected a value of the option {option} with it")
+                raise ConfigurationError(
+                    f"init is {init}, expected a value of the option {option} with it: --{option.replace('_', '-')} VALUE"
+                )
 
     def _check_granularity(self) -> None:
         parts = self.granularity

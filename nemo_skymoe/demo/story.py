@@ -47,7 +47,7 @@ def run(output: Path, quick: bool = False) -> Path:
     console.print("[bold]Skywork-MoE on a laptop[/]: a dense model, upcycled and continued as an MoE")
     begin = time.monotonic()
     with _corpus(story, console):
-        console.print("  NeMo loads meanwhile, about 20 s; its first steps tell the time left")
+        console.print("  NeMo is imported meanwhile, about 20 s; the third step shows the time left")
         with output_to(story.folder("logs") / "import.log"):
             from nemo_skymoe.demo import phases
             from nemo_skymoe.demo.summary import write

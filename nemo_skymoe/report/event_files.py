@@ -152,13 +152,13 @@ def _check_together(kept: Sequence[EventFile], file: EventFile, tag: str) -> Non
         if one.times[tag][1] > file.times[tag][0]:
             raise _two_runs(one, file, "were written at the same time")
         if min(file.scalars[tag]) <= first and one.path.parent != file.path.parent:
-            raise _two_runs(one, file, f"both begin at step {first}")
+            raise _two_runs(one, file, f"both log {tag} from step {first} on")
 
 
 def _two_runs(one: EventFile, other: EventFile, why: str) -> ConfigurationError:
     return ConfigurationError(
-        f"RUN_DIR: two runs lie below it, {_described(one)} and {_described(other)}, which {why}: expected the logs of"
-        " one run"
+        f"RUN_DIR: two runs lie below it, which {why}: {_described(one)} and {_described(other)}; expected one of"
+        f" '{one.path.parent}' and '{other.path.parent}'"
     )
 
 
