@@ -31,7 +31,7 @@ class PlanOptions:
         str,
         typer.Option(
             help="skywork-13b, skywork-moe-146b, or dimensions: num_layers=24,hidden_size=2048,ffn_hidden_size=5632,"
-            "num_attention_heads=16,vocab_size=32000[,num_moe_experts=8,moe_router_topk=2,num_query_groups=4]."
+            "num_attention_heads=16,vocab_size=32000[,num_moe_experts=8,moe_router_topk=2,num_query_groups=4,moe_layer_freq=2]."
         ),
     ]
     hardware: Annotated[str, typer.Option(help="A800-80G, A100-80G, H100 or H200.")]

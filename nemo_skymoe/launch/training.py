@@ -8,6 +8,7 @@ from typing import Any
 
 import nemo_run as run
 
+from nemo_skymoe.architecture import layer_pattern
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
 from nemo_skymoe.names import unknown
@@ -85,7 +86,7 @@ def planner_options(recipe: Any) -> dict[str, Any]:
     capacity: dict[str, Any] = {}
     if config.num_moe_experts:
         sizes |= {name: getattr(config, name) for name in _EXPERTS}
-        sizes["ffn_hidden_size"] = config.moe_ffn_hidden_size or config.ffn_hidden_size
+        sizes |= _ffn_sizes(config)
         capacity = {
             "expert_parallel": strategy.expert_model_parallel_size,
             "capacity_factor": config.moe_expert_capacity_factor,
@@ -112,6 +113,18 @@ def planner_options(recipe: Any) -> dict[str, Any]:
     }
 
 
+def _ffn_sizes(config: Any) -> dict[str, Any]:
+    experts = config.moe_ffn_hidden_size or config.ffn_hidden_size
+    pattern = layer_pattern(config.moe_layer_freq, config.num_layers)
+    if all(pattern):
+        return {"ffn_hidden_size": experts}
+    return {
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "moe_ffn_hidden_size": experts,
+        "moe_layer_freq": f"[{','.join(map(str, pattern))}]",
+    }
+
+
 def _vocabulary(data: Any) -> int:
     """Rows of the embedding: those of the recipe's own tokenizer; another's are not known before it is read."""
     tokenizer = getattr(data, "tokenizer", None)
@@ -126,7 +139,6 @@ def _check_planned(config: Any, strategy: Any) -> None:
         "expert_tensor_parallel_size": (strategy.expert_tensor_parallel_size, (None, 1)),
     }
     if config.num_moe_experts:
-        counted["moe_layer_freq"] = (config.moe_layer_freq, ([1] * config.num_layers, 1))
         counted["moe_shared_expert_intermediate_size"] = (
             config.moe_shared_expert_intermediate_size,
             (None, 0),

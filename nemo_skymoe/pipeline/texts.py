@@ -1,5 +1,6 @@
 """A plan's options as a command line or a file gives them: a model by its dimensions, a layout by its counts, gigabytes."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,18 @@ def planned(
     )
 
 
-def model_sizes(text: str) -> str | dict[str, int]:
-    """A model's name as it is; `num_layers=24,hidden_size=2048` as a dictionary."""
+def model_sizes(text: str) -> str | dict[str, int | tuple[int, ...]]:
+    """A model's name as it is; `num_layers=4,moe_layer_freq=[0,1,1,1]` as a dictionary."""
     if "=" not in text:
         return text
-    pairs = [part.partition("=") for part in text.split(",")]
-    return {name.strip(): _integer(name.strip(), value) for name, _, value in pairs}
+    pairs = [part.partition("=") for part in re.split(r",(?![^\[]*\])", text)]
+    return {name.strip(): _size(name.strip(), value.strip()) for name, _, value in pairs}
+
+
+def _size(name: str, value: str) -> int | tuple[int, ...]:
+    if value.startswith("[") and value.endswith("]"):
+        return tuple(_integer(name, one) for one in value[1:-1].split(","))
+    return _integer(name, value)
 
 
 def _integer(name: str, value: str) -> int:
