@@ -1,13 +1,30 @@
 """Every file below a folder, through links too; what is not followed or not readable is said, never passed over."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nemo_skymoe.config import ConfigurationError
 
 LeaveOut = Callable[[Path, str], None]
 """Told of a file or folder that is left out, and why; details of the reason are in brackets."""
+
+
+def every_file(folder: Path) -> Iterator[Path]:
+    """Everything below `folder` that is no folder, as programs find it that follow links: broken links too.
+
+    A folder is entered once, by whichever path comes first, so that a link round in a circle ends; a file that two links
+    name is given by both.
+    """
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(place, name) for name in sorted(names))
 
 
 def again(first: Path) -> str:

@@ -61,7 +61,7 @@ def test_a_clock_is_found_however_it_is_read() -> None:
         "import time as t\nassert t.perf_counter_ns() < 1",
         "from time import process_time as now\nassert now() < 1",
         "import os\nassert os.times().user < 1",
-        "import resource as r\nassert r.getrusage(r.RUSAGE_SELF).ru_utime < 1",
+        "import resource as r\nused = r.getrusage(r.RUSAGE_SELF)",
         "import datetime\nassert datetime.datetime.now() < limit",
         "from datetime import datetime\nassert datetime.now() < limit",
         "code = 'import time; print(time.monotonic())'",

@@ -7,8 +7,6 @@ name), with the pickles inside of these, and the context that NeMo builds.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from nemo_skymoe.checkpoint.reading import are_sizes, member, read_bytes
 from nemo_skymoe.checkpoint.torch_dist_storage import CONFIG, METADATA, WEIGHTS, check_backend, read_metadata
 from nemo_skymoe.checkpoint.torch_file_check import EXTRA_STATE, check_torch_file, read_object
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.folders import every_file
 
 _TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _LARGEST = 1 << 32
@@ -74,25 +73,13 @@ def read_torch_file(file: Path) -> Any:
     return read_object(read_bytes(file, 0, _size(file)), file)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Every file, also behind links to folders, through which Megatron reads as well."""
-    seen, count = set[str](), 0
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        count += len(names)
+def _check_files(folder: Path) -> None:
+    # Through links to folders too, as Megatron reads.
+    for count, file in enumerate(every_file(folder), start=1):
         if count > _MOST_FILES:
             raise ConfigurationError(
                 f"'{folder}' holds more than {_MOST_FILES:,} files, expected a checkpoint"
             )
-        yield from (Path(place) / name for name in sorted(names))
-
-
-def _check_files(folder: Path) -> None:
-    for file in _files(folder):
         if file.name.endswith(METADATA):
             _check_byte_objects(file)
         elif file.suffix in _TORCH_FILES:

@@ -19,6 +19,7 @@ import numpy as np
 from nemo_skymoe.checkpoint import allowed_classes, inert_pickle
 from nemo_skymoe.checkpoint.torch_file_check import check_call
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.folders import every_file
 from nemo_skymoe.nemo.dataset_index import check_dataset_index
 
 _LARGEST_INFO = 1 << 20
@@ -40,18 +41,20 @@ def check_data_module(data: Any) -> None:
 
 
 def check_indices(folder: Path) -> None:
-    """As `check_data_module`, in one folder and those below it."""
-    for file in sorted(folder.rglob("*.npy")):
-        _check_array(file)
-    for file in sorted(folder.rglob("*.idx.info")):
-        if not file.is_file() or file.stat().st_size > _LARGEST_INFO:
-            raise ConfigurationError(
-                f"'{file}' is no file of at most {_LARGEST_INFO:,} bytes, as NeMo writes it"
-            )
-        inert_pickle.load(file.read_bytes(), (), file)
-    for file in sorted(folder.rglob("*.idx")):
-        if file.with_suffix(".bin").exists():
+    """As `check_data_module`, in one folder and those below it, behind links too."""
+    for file in every_file(folder):
+        if file.name.endswith(".npy"):
+            _check_array(file)
+        elif file.name.endswith(".idx.info"):
+            _check_info(file)
+        elif file.name.endswith(".idx") and file.with_suffix(".bin").exists():
             check_dataset_index(file)
+
+
+def _check_info(file: Path) -> None:
+    if not file.is_file() or file.stat().st_size > _LARGEST_INFO:
+        raise ConfigurationError(f"'{file}' is no file of at most {_LARGEST_INFO:,} bytes, as NeMo writes it")
+    inert_pickle.load(file.read_bytes(), (), file)
 
 
 def _check_array(file: Path) -> None:

@@ -1,12 +1,12 @@
 """TensorBoard event files: their scalars, how far they can be read, and which of them are one run."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.folders import every_file
 
 Points = dict[int, float]
 """Values by optimizer step."""
@@ -38,16 +38,9 @@ class EventFile:
 def find_event_files(run_dir: Path) -> list[Path]:
     """Every `*tfevents*` below a folder, through links to folders too, each real file once and in order of its path."""
     found: dict[Path, Path] = {}
-    walked: set[Path] = set()
-    for folder, folders, names in os.walk(run_dir, followlinks=True):
-        real = Path(folder).resolve()
-        if real in walked:
-            folders.clear()
-            continue
-        walked.add(real)
-        for path in (Path(folder, name) for name in names if "tfevents" in name):
-            if path.is_file():
-                found.setdefault(path.resolve(), path)
+    for path in every_file(run_dir):
+        if "tfevents" in path.name and path.is_file():
+            found.setdefault(path.resolve(), path)
     return sorted(found.values())
 
 

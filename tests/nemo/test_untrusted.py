@@ -216,6 +216,21 @@ def test_damaged_indices_end_in_a_sentence(tmp_path: Path) -> None:
     check_indices(tmp_path)
 
 
+def test_caches_behind_a_linked_folder_are_walked(tmp_path: Path) -> None:
+    marker, elsewhere, data = tmp_path / "marker", tmp_path / "elsewhere", tmp_path / "data"
+    elsewhere.mkdir()
+    data.mkdir()
+    (data / "cache").symlink_to(elsewhere)
+    (data / "round").symlink_to(data)
+    check_indices(data)
+    for name in ("a.npy", "b.idx.info"):
+        (elsewhere / name).write_bytes(hostile.payload(marker))
+        with pytest.raises(ConfigurationError, match=f"'{data}/cache/{name}'"):
+            check_indices(data)
+        (elsewhere / name).unlink()
+    assert not marker.exists()
+
+
 def test_caches_of_data_are_walked(tmp_path: Path) -> None:
     marker, index = tmp_path / "marker", written(tmp_path / "data")
     header = b"\x93NUMPY\x01\x00\x76\x00{'descr': '%s', 'fortran_order': False, 'shape': (%s,), }"
