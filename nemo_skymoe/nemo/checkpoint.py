@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_skymoe.architecture import layer_pattern
 from nemo_skymoe.checkpoint.tensors import TensorInfo
 from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
@@ -164,7 +165,5 @@ def _moe_layers(config: Any) -> list[int]:
     """The layers, counted from 0, in which Megatron puts an MoE (get_gpt_decoder_block_spec)."""
     if not config.num_moe_experts:
         return []
-    frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
-        return list(range(0, config.num_layers, frequency))
-    return [layer for layer, is_moe in enumerate(frequency) if is_moe]
+    pattern = layer_pattern(config.moe_layer_freq, config.num_layers)
+    return [layer for layer, is_moe in enumerate(pattern) if is_moe]
