@@ -9,16 +9,13 @@ from typing import Any, Optional
 
 from nemo_skymoe import option_values
 from nemo_skymoe.dispatchers import DISPATCHERS
+from nemo_skymoe.durable.errors import ConfigurationError
 
 AUX_LOSS_FORMS = ("switch", "square")
 CAPACITY_SCOPES = ("rank", "edp")
 EDP_DISPATCHERS = ("auto", *DISPATCHERS)
 LOGIT_NORM_SCALES = (0.01, 100.0)
 LOGIT_NORM_EPS = (1e-12, 0.01)
-
-
-class ConfigurationError(ValueError):
-    """A value the user gave cannot work; the message names the option and what was expected."""
 
 
 @dataclass

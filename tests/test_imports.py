@@ -15,6 +15,7 @@ from tests.cases import every
 ROOT = Path(__file__).resolve().parents[1]
 # One way: a module imports only from rooms that stand before its own. It belongs to the longest name that it begins with.
 ORDER = (
+    "durable",
     *("option_values", "traffic", "dispatchers", "config"),
     *("shell", "names", "folders", "quantities", "credentials", "ranks", "architecture"),
     *("patches", "moe", "pipeline", "checkpoint", "data"),
@@ -27,6 +28,8 @@ WITHOUT_NEMO = {f"nemo_skymoe.{name}" for name in ORDER[: ORDER.index("nemo")]} 
 NEMO = {"nemo", "nemo_run", "lightning", "pytorch_lightning", "fiddle"}
 LIGHT = (
     "",
+    ".durable",
+    ".durable.errors",
     ".config",
     ".option_values",
     ".traffic",
