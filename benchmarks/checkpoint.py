@@ -50,20 +50,21 @@ def make_dense(folder: Path, layers: int, width: Width, seed: int) -> None:
     from safetensors.torch import save_file
 
     from nemo_skymoe.architecture import Architecture
-    from nemo_skymoe.checkpoint import hf_files, hugging_face
     from nemo_skymoe.checkpoint.description import Description
+    from nemo_skymoe.checkpoint.hugging_face import exported_files
+    from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 
     hidden, ffn, heads, vocabulary = width
     sizes = Architecture(layers, hidden, ffn, heads, vocab_size=vocabulary)
     folder.mkdir(parents=True)
     tensors = {}
-    for number, chunk in enumerate(hugging_face.chunks(sizes)):
+    for number, chunk in enumerate(hugging_face_names.chunks(sizes)):
         generator = torch.Generator().manual_seed(number + (10_000 * seed if ".mlp." in chunk.tensor else 0))
         # A row, again and again: drawing billions of numbers would take longer than everything that is measured.
         row = torch.randn(chunk.shape[-1], generator=generator).mul_(0.02).bfloat16()
         tensors[chunk.tensor] = row.expand(chunk.shape).contiguous()
     save_file(tensors, folder / "model.safetensors")
-    for name, content in hf_files.extras(Description(sizes), None).items():
+    for name, content in exported_files.extras(Description(sizes), None).items():
         (folder / name).write_bytes(content)
 
 
@@ -71,7 +72,7 @@ def planned(job: dict[str, Any]) -> Any:
     """The plan of a job."""
     from nemo_skymoe.checkpoint import convert
     from nemo_skymoe.checkpoint.convert import TargetOptions
-    from nemo_skymoe.checkpoint.upcycling import Upcycling
+    from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 
     upcycling = None if job["upcycling"] is None else Upcycling(EXPERTS, **job["upcycling"])
     sources = {name: convert.open_source(Path(folder)) for name, folder in job["sources"].items()}
@@ -103,7 +104,7 @@ def naive(job: dict[str, Any]) -> dict[str, float]:
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
+    from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 
     start = time.perf_counter()
     source = Path(job["sources"]["base"])
@@ -281,7 +282,7 @@ def generator_rate() -> tuple[float, float]:
     """Bytes of bfloat16 a second that NumPy's Philox alone gives on one core, and with our blocks on all."""
     import numpy as np
 
-    from nemo_skymoe.checkpoint.random_numbers import Stream, normal
+    from nemo_skymoe.checkpoint.upcycling.random_numbers import Stream, normal
 
     count = 1 << 25
     buffer = np.empty(count, dtype=np.float32)

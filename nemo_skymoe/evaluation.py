@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from nemo_skymoe.checkpoint import foreign
-from nemo_skymoe.checkpoint.remote_code import check_code
-from nemo_skymoe.checkpoint.safetensors_storage import SafetensorsStorage
+from nemo_skymoe.checkpoint.hugging_face.remote_code import check_code
+from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
 from nemo_skymoe.config import ConfigurationError
 
 _REMOTE_CODE, _INCLUDE = "trust_remote_code", "include"

@@ -16,7 +16,7 @@ unified_memory.apply()  # before the recipes import Megatron
 
 from nemo.collections import llm  # noqa: E402
 
-from nemo_skymoe.checkpoint.pickle_check import check_loaded  # noqa: E402
+from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_loaded  # noqa: E402
 from nemo_skymoe.commands import tasks  # noqa: E402, F401
 from nemo_skymoe.names import unknown  # noqa: E402
 from nemo_skymoe.nemo import failure  # noqa: E402

@@ -1,4 +1,4 @@
-"""NeMo's contexts built only after a check, as that of `nemo_skymoe/checkpoint/pickle_check.py`.
+"""NeMo's contexts built only after a check, as that of `nemo_skymoe/checkpoint/torch_dist/pickle_check.py`.
 
 Upstream: nemo/lightning/io/mixin.py, NeMo 2.5 to 2.7: `load`, behind `load_context`, `nemo llm export`, generation and
 evaluation, imports and calls whatever a checkpoint's `context/io.json` names, `os.system` too; then Megatron unpickles

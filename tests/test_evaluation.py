@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from nemo_skymoe import evaluation
-from nemo_skymoe.checkpoint import hugging_face
-from nemo_skymoe.checkpoint.hf_files import extras
+from nemo_skymoe.checkpoint.hugging_face.exported_files import extras
+from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
 from tests.checkpoint import hf_models
@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
     made.save_pretrained(folder)
-    _, description = hugging_face.open(folder)
+    _, description = open_hugging_face(folder)
     for name, content in extras(description, folder).items():
         (folder / name).write_bytes(content)
     return folder

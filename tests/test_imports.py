@@ -18,7 +18,17 @@ ORDER = (
     "durable",
     *("option_values", "traffic", "dispatchers", "config"),
     *("shell", "names", "folders", "quantities", "credentials", "ranks", "architecture"),
-    *("patches", "moe", "pipeline", "checkpoint", "data"),
+    *("patches", "moe", "pipeline"),
+    # What the formats share, the formats, what is made of them, and the second path that checks the result.
+    *(
+        "checkpoint",
+        "checkpoint.untrusted",
+        "checkpoint.hugging_face",
+        "checkpoint.torch_dist",
+        "checkpoint.upcycling",
+    ),
+    *("checkpoint.convert", "checkpoint.inspection", "checkpoint.verification"),
+    "data",
     *("doctor", "diagnosis", "report", "advice", "evaluation"),
     *("nemo", "recipes", "demo", "launch", "commands", "cli", "nemo_cli", "__main__"),
 )

@@ -15,7 +15,7 @@ from benchmarks.paper.claim import Claim, equal, signed
 from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.results import Result, losses, paired
 from benchmarks.paper.runs import Run, Start
-from nemo_skymoe.checkpoint.upcycling import Upcycling
+from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 
 STARTS = {
     "scratch": "scratch",

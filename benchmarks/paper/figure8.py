@@ -14,7 +14,7 @@ from benchmarks.paper.command import Figure, Page, Results, main
 from benchmarks.paper.figure1 import dense
 from benchmarks.paper.results import losses, paired
 from benchmarks.paper.runs import Run, Start
-from nemo_skymoe.checkpoint.upcycling import Upcycling
+from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 
 LABELS = {
     "copy": "copies of one model",

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from benchmarks.paper import results, text
-from nemo_skymoe.checkpoint.upcycling import Upcycling
+from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 
 HELD_OUT = 0.03
 """Share of each domain's documents."""

@@ -10,21 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe import __version__
-from nemo_skymoe.checkpoint import foreign, hf_files, hugging_face, job, megatron
+from nemo_skymoe.checkpoint import foreign, job
 from nemo_skymoe.checkpoint.companions import find_companions
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.hugging_face import exported_files
+from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
+from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
+from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.mapping import StoredWeights
-from nemo_skymoe.checkpoint.nemo_context import context_files
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
-from nemo_skymoe.checkpoint.safetensors_target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.stand_in import refuse_broken_link
-from nemo_skymoe.checkpoint.tables import LAYER_SPECS
 from nemo_skymoe.checkpoint.target import Target, check_complete, stored_dtypes
 from nemo_skymoe.checkpoint.tensors import TensorInfo, Weights
-from nemo_skymoe.checkpoint.torch_dist_storage import CONFIG, check_backend
-from nemo_skymoe.checkpoint.torch_dist_target import TorchDistTarget
-from nemo_skymoe.checkpoint.upcycled import Upcycled, check_same_base
-from nemo_skymoe.checkpoint.upcycling import BASE, Upcycling
+from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
+from nemo_skymoe.checkpoint.torch_dist.context import context_files
+from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
+from nemo_skymoe.checkpoint.torch_dist.storage import CONFIG, check_backend
+from nemo_skymoe.checkpoint.torch_dist.tables import LAYER_SPECS
+from nemo_skymoe.checkpoint.torch_dist.target import TorchDistTarget
+from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
+from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled, check_same_base
 from nemo_skymoe.config import ConfigurationError
 
 FORMS = ("hf", "nemo")
@@ -175,8 +180,8 @@ def open_source(folder: Path, config: Path | None = None) -> Source:
             raise ConfigurationError(
                 f"config is for Megatron checkpoints, '{folder}' has its own config.json"
             )
-        return Source(folder, form, *hugging_face.open(folder))
-    return Source(folder, form, *megatron.open(folder, config))
+        return Source(folder, form, *open_hugging_face(folder))
+    return Source(folder, form, *open_torch_dist(folder, config))
 
 
 def plan(sources: Mapping[str, Source], options: TargetOptions, upcycling: Upcycling | None = None) -> Plan:
@@ -214,8 +219,8 @@ def hugging_face_target(
     weights: Weights, description: Description, tokenizer_folder: Path | None, options: TargetOptions
 ) -> tuple[HuggingFaceTarget, dict[str, Any]]:
     """A folder of safetensors, and the options that made it."""
-    chunks = hugging_face.chunks(weights.architecture)
-    extras = hf_files.extras(description, tokenizer_folder)
+    chunks = hugging_face_names.chunks(weights.architecture)
+    extras = exported_files.extras(description, tokenizer_folder)
     dtypes = stored_dtypes(chunks, weights)
     target = HuggingFaceTarget(chunks, dtypes, shard_bytes=options.shard_bytes, extras=extras)
     return target, {"shard_bytes": options.shard_bytes}
@@ -226,9 +231,9 @@ def nemo_target(
 ) -> tuple[TorchDistTarget, dict[str, Any]]:
     """A NeMo 2 checkpoint, and the options that made it."""
     spec = options.layer_spec or ("te" if find_spec("transformer_engine") else "local")
-    rows = options.vocab_size or megatron.padded_vocab_size(weights.architecture.vocab_size)
-    chunks = megatron.chunks(weights.architecture, rows, spec)
-    states = megatron.extra_states(weights.architecture, spec)
+    rows = options.vocab_size or torch_dist_names.padded_vocab_size(weights.architecture.vocab_size)
+    chunks = torch_dist_names.chunks(weights.architecture, rows, spec)
+    states = torch_dist_names.extra_states(weights.architecture, spec)
     extras = context_files(description, tokenizer_folder, padded_vocab_size=rows)
     target = TorchDistTarget(chunks, stored_dtypes(chunks, weights), states, extras=extras)
     return target, {"vocab_size": rows, "layer_spec": spec}

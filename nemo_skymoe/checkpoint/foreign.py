@@ -6,10 +6,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from nemo_skymoe.checkpoint.foreign_tensors import MERGE
 from nemo_skymoe.checkpoint.stand_in import refuse_broken_link, refuse_pointer
 from nemo_skymoe.config import ConfigurationError
 
+MERGE = (
+    "merge it into its base with peft (PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload()), save that, and give"
+    " the result"
+)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
 _HUB_ID = re.compile(
     r"(?:hf:/*|https?:/+(?:www\.)?huggingface\.co/|models--)?([\w.-]+?(?:(?:/|--)[\w.-]+?)?)"

@@ -22,7 +22,7 @@ from nemo_skymoe.config import ConfigurationError
 
 if TYPE_CHECKING:
     from nemo_skymoe.checkpoint.convert import Plan
-    from nemo_skymoe.checkpoint.upcycling import Upcycling
+    from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 
 
 def inspect(options: InspectOptions) -> None:
@@ -47,7 +47,7 @@ def convert(options: ConvertOptions) -> None:
 
 def upcycle(options: UpcycleOptions) -> None:
     """Write the MoE, or show what would be written."""
-    from nemo_skymoe.checkpoint.upcycling import Upcycling, parse_expert_source
+    from nemo_skymoe.checkpoint.upcycling.options import Upcycling, parse_expert_source
 
     sources = None if options.expert_source is None else parse_expert_source(options.expert_source)
     upcycling = Upcycling(
@@ -76,7 +76,7 @@ def verify(options: VerifyOptions) -> None:
         result = verifier.verify(given, options.target, options.config, progress)
     difference = None
     if logits is not None and not result.problems:
-        from nemo_skymoe.checkpoint.verification.logits import compare_logits
+        from nemo_skymoe.checkpoint.verification.same_function import compare_logits
 
         difference = compare_logits(given["base"], options.target, logits, options.config)
         result.problems += [difference.problem] if difference.problem else []

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nemo_skymoe.checkpoint.convert import Plan
     from nemo_skymoe.checkpoint.inspection import Inspection
     from nemo_skymoe.checkpoint.verification.comparison import Comparison
-    from nemo_skymoe.checkpoint.verification.logits import LogitDifference
+    from nemo_skymoe.checkpoint.verification.same_function import LogitDifference
 
 Progress = Callable[[int, int, str], None]
 _SECONDS_BETWEEN_LINES = 10.0

@@ -12,7 +12,7 @@ from torch import distributed
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
-from nemo_skymoe.checkpoint.upcycling import BASE, Upcycling
+from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
 from nemo_skymoe.data.corpus import Corpus, validation_batches
 from nemo_skymoe.demo.output import redirect_output
 from nemo_skymoe.demo.progress import TerminalProgress

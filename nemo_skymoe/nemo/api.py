@@ -13,7 +13,7 @@ from nemo.lightning import AutoResume, NeMoLogger, OptimizerModule, Trainer
 from nemo.lightning.pytorch.callbacks import PEFT, ModelTransform
 from nemo.utils import logging
 
-from nemo_skymoe.checkpoint.pickle_check import check_loaded
+from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_loaded
 from nemo_skymoe.config import SkyworkOptions
 from nemo_skymoe.doctor import require_supported
 from nemo_skymoe.nemo import checks

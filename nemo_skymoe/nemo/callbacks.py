@@ -11,8 +11,8 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
 
-from nemo_skymoe.checkpoint.pickle_check import read_torch_file
-from nemo_skymoe.checkpoint.torch_dist_storage import weights_folder
+from nemo_skymoe.checkpoint.torch_dist.pickle_check import read_torch_file
+from nemo_skymoe.checkpoint.torch_dist.storage import weights_folder
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.controller import AuxLossController
 from nemo_skymoe.moe.similarity import expert_similarity

@@ -12,7 +12,7 @@ from nemo.lightning.pytorch.callbacks.deepep import DeepEPCallback
 from nemo.utils import logging
 from torch import nn
 
-from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
+from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.nemo.checkpoint import check_architecture
 from nemo_skymoe.nemo.index_check import check_data_module

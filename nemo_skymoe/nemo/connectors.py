@@ -7,7 +7,7 @@ from nemo.lightning import io
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
-from nemo_skymoe.checkpoint.upcycling import BASE
+from nemo_skymoe.checkpoint.upcycling.options import BASE
 from nemo_skymoe.config import ConfigurationError
 
 

@@ -9,8 +9,8 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
-from nemo_skymoe.checkpoint.torch_dist_storage import PREFIX, weights_folder
+from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
+from nemo_skymoe.checkpoint.torch_dist.storage import PREFIX, weights_folder
 from nemo_skymoe.patches import nemo_cpu
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_skymoe.checkpoint import allowed_classes, inert_pickle
-from nemo_skymoe.checkpoint.torch_file_check import check_call
+from nemo_skymoe.checkpoint.untrusted import allowed_classes, inert_pickle
+from nemo_skymoe.checkpoint.untrusted.torch_file_check import check_call
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.folders import every_file
 from nemo_skymoe.nemo.dataset_index import check_dataset_index

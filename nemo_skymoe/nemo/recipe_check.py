@@ -6,7 +6,7 @@ from typing import Any
 
 import fiddle as fdl
 
-from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
+from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo import checks
 from nemo_skymoe.nemo.pipeline import PipelinePlan

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import convert, hugging_face
+from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.hf_files import to_hf_config
+from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
+from nemo_skymoe.checkpoint.hugging_face.exported_files import to_hf_config
 from nemo_skymoe.checkpoint.receipt import RECEIPT
 
 TINY = Architecture(1, 16, 8, 2, vocab_size=40)
@@ -24,7 +25,7 @@ CONFIG = to_hf_config(Description(TINY))
 
 def model(folder: Path, **config: Any) -> Path:
     folder.mkdir(parents=True)
-    tensors = {chunk.tensor: torch.zeros(chunk.shape) for chunk in hugging_face.chunks(TINY)}
+    tensors = {chunk.tensor: torch.zeros(chunk.shape) for chunk in hugging_face_names.chunks(TINY)}
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG | {"torch_dtype": "float32"} | config))
     return folder
@@ -61,7 +62,7 @@ def model_with(*, config: dict[str, Any] | None = None, **files: bytes) -> Calla
 def with_tensor(name: str) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         made = model(folder / "made")
-        tensors = {chunk.tensor: torch.zeros(chunk.shape) for chunk in hugging_face.chunks(TINY)}
+        tensors = {chunk.tensor: torch.zeros(chunk.shape) for chunk in hugging_face_names.chunks(TINY)}
         save_file(tensors | {name: torch.zeros(1)}, made / "model.safetensors")
         return made
 
@@ -73,7 +74,7 @@ def renamed(rename: Callable[[str], str]) -> Callable[[Path], Path]:
 
     def make(folder: Path) -> Path:
         made = model(folder / "made")
-        names = [chunk.tensor for chunk in hugging_face.chunks(TINY)]
+        names = [chunk.tensor for chunk in hugging_face_names.chunks(TINY)]
         save_file({rename(name): torch.zeros(1) for name in names}, made / "model.safetensors")
         return made
 
@@ -87,7 +88,7 @@ def sharded(without: str, content: bytes | None = None) -> Callable[[Path], Path
         made = model(folder / "made")
         (made / "model.safetensors").unlink()
         places = {}
-        for number, chunk in enumerate(hugging_face.chunks(TINY)):
+        for number, chunk in enumerate(hugging_face_names.chunks(TINY)):
             places[chunk.tensor] = f"model-0000{1 + number % 2}-of-00002.safetensors"
         for shard in sorted(set(places.values())):
             save_file({name: torch.zeros(1) for name in places if places[name] == shard}, made / shard)
@@ -121,7 +122,7 @@ def cast(dtype: torch.dtype) -> Callable[[Path], Path]:
         made = model(folder / "made")
         tensors = {
             chunk.tensor: torch.zeros(chunk.shape, dtype=dtype if "_proj" in chunk.tensor else torch.bfloat16)
-            for chunk in hugging_face.chunks(TINY)
+            for chunk in hugging_face_names.chunks(TINY)
         }
         save_file(tensors, made / "model.safetensors")
         return made

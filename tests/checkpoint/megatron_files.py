@@ -13,10 +13,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import megatron
 from nemo_skymoe.checkpoint.mapping import assemble
 from nemo_skymoe.checkpoint.tensors import Weights
-from nemo_skymoe.checkpoint.torch_dist_storage import CONFIG, WEIGHTS
+from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
+from nemo_skymoe.checkpoint.torch_dist.storage import CONFIG, WEIGHTS
 
 ROWS = 128
 NANS = {
@@ -30,7 +30,7 @@ def stored_tensors(weights: Weights, dtype: torch.dtype, **layout: Any) -> dict[
     """Every tensor of a checkpoint in memory, as the chunks say."""
     slices: dict[str, list[Tensor]] = defaultdict(list)
     shapes = {}
-    for chunk in megatron.chunks(weights.architecture, ROWS, **layout):
+    for chunk in torch_dist_names.chunks(weights.architecture, ROWS, **layout):
         slices[chunk.tensor].append(assemble(chunk, weights, dtype))
         shapes[chunk.tensor] = chunk.shape
     return {name: torch.cat(parts).reshape(shapes[name]) for name, parts in slices.items()}
@@ -47,7 +47,7 @@ def save(folder: Path, entries: Mapping[str, Any]) -> None:
 
 def write(folder: Path, weights: Weights, dtype: torch.dtype, **layout: Any) -> Path:
     """A checkpoint as the writer makes it, without its context."""
-    extra_states = {name: [None] for name in megatron.extra_states(weights.architecture, **layout)}
+    extra_states = {name: [None] for name in torch_dist_names.extra_states(weights.architecture, **layout)}
     save(folder, {**stored_tensors(weights, dtype, **layout), **extra_states})
     return folder
 

@@ -8,15 +8,15 @@ import torch
 from fakes import DictWeights
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
+from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.job import run
 from nemo_skymoe.checkpoint.mapping import Chunk, Part, StoredWeights, whole
 from nemo_skymoe.checkpoint.reading import FileStorage
-from nemo_skymoe.checkpoint.safetensors_storage import SafetensorsStorage
-from nemo_skymoe.checkpoint.safetensors_target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.target import Target, stored_dtypes
 from nemo_skymoe.checkpoint.tensors import Key, Weights, key_shape, model_keys
-from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
-from nemo_skymoe.checkpoint.torch_dist_target import TorchDistTarget
+from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
+from nemo_skymoe.checkpoint.torch_dist.target import TorchDistTarget
 
 TINY = Architecture(1, 16, 24, 2, vocab_size=50, num_moe_experts=2)
 EXTRA_STATES = ("module.decoder.layers.mlp.linear_fc1._extra_state/shard_0_1",)

@@ -6,8 +6,8 @@ import zipfile
 import pytest
 import torch
 
-from nemo_skymoe.checkpoint import archive as module
-from nemo_skymoe.checkpoint.archive import archive
+from nemo_skymoe.checkpoint.torch_dist import archive as module
+from nemo_skymoe.checkpoint.torch_dist.archive import archive
 
 
 def whole(tensor: torch.Tensor) -> bytes:

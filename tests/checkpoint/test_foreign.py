@@ -10,8 +10,8 @@ from foreign_examples import CONFIG, EXAMPLES, POINTER, model, model_with
 
 from nemo_skymoe.checkpoint import convert, inspection
 from nemo_skymoe.checkpoint.convert import TargetOptions
-from nemo_skymoe.checkpoint.hf_config import from_hf_config
-from nemo_skymoe.checkpoint.upcycling import Upcycling
+from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config
+from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.config import ConfigurationError
 
 

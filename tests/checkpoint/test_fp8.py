@@ -11,8 +11,8 @@ import torch
 from fakes import DictStorage
 from torch import Tensor
 
-from nemo_skymoe.checkpoint import hugging_face
-from nemo_skymoe.checkpoint.fp8 import Dequantized
+from nemo_skymoe.checkpoint.hugging_face.fp8 import Dequantized
+from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.checkpoint.tensors import Key
 from nemo_skymoe.config import ConfigurationError
 
@@ -48,7 +48,7 @@ def fp8_release(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def test_release(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     tensors, stored = fp8_release(tmp_path)
-    weights, description = hugging_face.open(tmp_path)
+    weights, description = open_hugging_face(tmp_path)
     assert description.dtype == "bfloat16"
     keys = weights.keys()
     assert {weights.info(key).dtype for key in keys} == {"bfloat16"}

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.hf_config import from_hf_config, read
+from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config, read
 from nemo_skymoe.config import ConfigurationError
 
 SIZES = Architecture(2, 64, 96, 4, hf_models.VOCAB_SIZE)
@@ -262,7 +262,9 @@ def test_same_values_as_transformers_reads(tmp_path: Path):
 
 
 def test_a_dry_run_has_no_time_for_torch():
-    modules = ("hf_config", "hf_files", "hugging_face", "fp8")
-    code = "import sys\n" + "\n".join(f"import nemo_skymoe.checkpoint.{name}" for name in modules)
+    modules = ("configuration", "exported_files", "opening", "fp8")
+    code = "import sys\n" + "\n".join(
+        f"import nemo_skymoe.checkpoint.hugging_face.{name}" for name in modules
+    )
     code += "\nassert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,9 +17,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nemo_skymoe.checkpoint import hugging_face
-from nemo_skymoe.checkpoint.hf_config import read
-from nemo_skymoe.checkpoint.hf_files import EXPORT, MODELING_FILES, extras
+from nemo_skymoe.checkpoint.hugging_face.configuration import read
+from nemo_skymoe.checkpoint.hugging_face.exported_files import EXPORT, MODELING_FILES, extras
+from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.moe.gating import normalize_gating_logits
 
 MOE = "model.layers.{}.block_sparse_moe"
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("remote_code")
 
 def exported(folder: Path) -> Path:
     """Put beside the weights what an export puts there."""
-    _, description = hugging_face.open(folder)
+    _, description = open_hugging_face(folder)
     for name, content in extras(description, folder).items():
         (folder / name).write_bytes(content)
     return folder

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, MistralConfig
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.companions import companion_files
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.hf_config import from_hf_config
-from nemo_skymoe.checkpoint.hf_files import AUTO_MAP, extras, to_hf_config
+from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config
+from nemo_skymoe.checkpoint.hugging_face.exported_files import AUTO_MAP, extras, to_hf_config
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.gating import normalize_gating_logits
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B, Architecture
-from nemo_skymoe.checkpoint import hugging_face
+from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
+from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.checkpoint.mapping import assemble
 from nemo_skymoe.checkpoint.tensors import Key, key_shape, model_keys
 from nemo_skymoe.config import ConfigurationError
@@ -38,15 +39,15 @@ MODEL = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "output"
     ids=["13B", "146B"],
 )
 def test_published_counts(architecture: Architecture, tensors: int, parameters: int):
-    chunks = hugging_face.chunks(architecture)
+    chunks = hugging_face_names.chunks(architecture)
     assert len(chunks) == len({chunk.tensor for chunk in chunks}) == tensors
     assert sum(prod(chunk.shape) for chunk in chunks) == parameters
 
 
-@pytest.mark.parametrize("naming", hugging_face.NAMINGS)
+@pytest.mark.parametrize("naming", hugging_face_names.NAMINGS)
 @pytest.mark.parametrize("architecture", [SKYWORK_13B, SKYWORK_MOE_146B], ids=["13B", "146B"])
 def test_every_row_of_every_tensor_has_one_place(architecture: Architecture, naming: str):
-    places = [part for chunk in hugging_face.chunks(architecture, naming) for part in chunk.parts]
+    places = [part for chunk in hugging_face_names.chunks(architecture, naming) for part in chunk.parts]
     assert sorted((part.key, part.start, part.stop) for part in places) == sorted(
         (key, 0, key_shape(architecture, key)[0]) for key in model_keys(architecture)
     )
@@ -68,7 +69,7 @@ def test_against_transformers(
     save: Callable[..., Any], config: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ):
     saved = save(tmp_path, dtype=dtype, **config).state_dict()
-    weights, description = hugging_face.open(tmp_path)
+    weights, description = open_hugging_face(tmp_path)
     for key in model_keys(description.architecture):
         name = MODEL[key.kind] if key.layer is None else f"model.layers.{key.layer}.{LAYER[key.kind]}"
         tensor = weights.read(key)
@@ -81,7 +82,7 @@ def test_against_transformers(
 
 def test_released_moe(tmp_path: Path):
     saved = hf_models.skywork_moe(tmp_path, num_key_value_heads=2)
-    weights, description = hugging_face.open(tmp_path)
+    weights, description = open_hugging_face(tmp_path)
     assert description.architecture == Architecture(
         2, 64, 96, 4, hf_models.VOCAB_SIZE, num_query_groups=2, num_moe_experts=4
     )
@@ -116,8 +117,8 @@ def test_authors_naming_is_the_same_model(tmp_path: Path):
     tensors = hf_models.skywork_moe(tmp_path / "released")
     config = json.loads((tmp_path / "released/config.json").read_text())
     hf_models.save(tmp_path / "authors", authors(tensors), config)
-    released, _ = hugging_face.open(tmp_path / "released")
-    fused, description = hugging_face.open(tmp_path / "authors")
+    released, _ = open_hugging_face(tmp_path / "released")
+    fused, description = open_hugging_face(tmp_path / "authors")
     keys = model_keys(description.architecture)
     assert fused.keys() == released.keys() == keys
     assert all(torch.equal(fused.read(key), released.read(key)) for key in keys)
@@ -132,18 +133,18 @@ def test_two_layer_gate_of_the_authors_is_refused_even_if_the_configuration_is_s
         tensors |= {f"{gate}.0.weight": torch.ones(32, 64), f"{gate}.2.weight": torch.ones(4, 32)}
     hf_models.save(tmp_path, tensors, config)
     with pytest.raises(ConfigurationError, match=r"wg.weight' is missing; .*wg.0.weight' has no place"):
-        hugging_face.open(tmp_path)
+        open_hugging_face(tmp_path)
 
 
-@pytest.mark.parametrize("naming", hugging_face.NAMINGS)
+@pytest.mark.parametrize("naming", hugging_face_names.NAMINGS)
 def test_back_to_the_same_tensors(naming: str, tmp_path: Path):
     tensors = hf_models.skywork_moe(tmp_path)
     if naming == "authors":
         tensors = authors(tensors)
-    weights, description = hugging_face.open(tmp_path)
+    weights, description = open_hugging_face(tmp_path)
     written = {
         chunk.tensor: assemble(chunk, weights, torch.bfloat16)
-        for chunk in hugging_face.chunks(description.architecture, naming)
+        for chunk in hugging_face_names.chunks(description.architecture, naming)
     }
     assert written.keys() == tensors.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
@@ -156,7 +157,7 @@ def test_buffers_of_older_transformers_are_passed_over(tmp_path: Path, caplog: p
     extra = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": frequencies.clone() for layer in range(2)}
     extra |= {f"model.layers.{layer}.self_attn.k_scale": torch.ones(()) for layer in range(2)}
     hf_models.save(tmp_path, tensors | extra, json.loads((tmp_path / "config.json").read_text()))
-    weights, _ = hugging_face.open(tmp_path)
+    weights, _ = open_hugging_face(tmp_path)
     assert len(weights.storage.tensors) == len(tensors)
     assert "2 tensors '*.k_scale' are not needed" in caplog.text
 
@@ -164,7 +165,7 @@ def test_buffers_of_older_transformers_are_passed_over(tmp_path: Path, caplog: p
 def test_data_type_is_that_of_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     tensors = hf_models.skywork_dense(tmp_path)
     hf_models.save(tmp_path, tensors, hf_models.SIZES | hf_models.SKYWORK | {"torch_dtype": "float16"})
-    assert hugging_face.open(tmp_path)[1].dtype == "bfloat16"
+    assert open_hugging_face(tmp_path)[1].dtype == "bfloat16"
     assert "torch_dtype is float16, the weights are bfloat16" in caplog.text
 
 
@@ -214,4 +215,4 @@ def test_not_the_model_of_its_configuration(
     kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
     hf_models.save(tmp_path, kept, values | config)
     with pytest.raises(ConfigurationError, match=message):
-        hugging_face.open(tmp_path)
+        open_hugging_face(tmp_path)

@@ -17,13 +17,17 @@ from test_logits import by_megatron, by_transformers, converted, difference
 from typer.testing import CliRunner
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import convert, hf_files, hugging_face, megatron, nemo_context
+from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.hf_config import from_hf_config
-from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
+from nemo_skymoe.checkpoint.hugging_face import exported_files
+from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
+from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config
 from nemo_skymoe.checkpoint.tensors import model_keys
-from nemo_skymoe.checkpoint.upcycling import Upcycling
+from nemo_skymoe.checkpoint.torch_dist import context as nemo_context
+from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
+from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
+from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.verifier import verify
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
@@ -51,11 +55,11 @@ def made(folder: Path, sizes: Architecture = FIRST_DENSE) -> Path:
     tensors = {
         chunk.tensor: torch.randn(chunk.shape, generator=generator) * (0.3 if len(chunk.shape) > 1 else 0.1)
         + (len(chunk.shape) == 1)
-        for chunk in hugging_face.chunks(sizes)
+        for chunk in hugging_face_names.chunks(sizes)
     }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     description = Description(sizes, dtype="float32", max_position_embeddings=256)
-    (folder / "config.json").write_text(json.dumps(hf_files.to_hf_config(description)))
+    (folder / "config.json").write_text(json.dumps(exported_files.to_hf_config(description)))
     return folder
 
 
@@ -112,7 +116,7 @@ def test_a_checkpoint_of_nemos_own(layer_spec: str, tmp_path: Path) -> None:
     options = {"moe_layer_freq": [0, 1, 1], "moe_ffn_hidden_size": 8}
     write(tmp_path, weights, torch.float32, layer_spec=layer_spec)
     write_context(tmp_path, sizes, **options)
-    found, description = megatron.open(tmp_path)
+    found, description = open_torch_dist(tmp_path)
     assert description.architecture == sizes
     for key in (*weights.keys(),):
         assert torch.equal(found.read(key), weights.read(key)), key
@@ -120,7 +124,7 @@ def test_a_checkpoint_of_nemos_own(layer_spec: str, tmp_path: Path) -> None:
     (tmp_path / "context").rmdir()
     write_context(tmp_path, sizes, **options | {"moe_layer_freq": 2})
     with pytest.raises(ConfigurationError, match="is not the model its configuration describes"):
-        megatron.open(tmp_path)
+        open_torch_dist(tmp_path)
 
 
 def test_commands(tmp_path: Path) -> None:
@@ -220,7 +224,7 @@ def test_dense_layers_named_wrongly_are_refused(tmp_path: Path) -> None:
 
 def similarities() -> tuple[dict[int, float], dict[int, float]]:
     """Of random experts: the product's, and the mean cosine over all pairs, one pair at a time."""
-    from nemo_skymoe.checkpoint.megatron_model import gpt_model, one_rank
+    from nemo_skymoe.checkpoint.torch_dist.gpt_model import gpt_model, one_rank
     from nemo_skymoe.moe.similarity import expert_similarity
 
     with one_rank():

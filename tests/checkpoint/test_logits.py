@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
-from nemo_skymoe.checkpoint.logits import megatron_logits
-from nemo_skymoe.checkpoint.upcycling import BASE, Upcycling
-from nemo_skymoe.checkpoint.verification.logits import compare_logits
+from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
+from nemo_skymoe.checkpoint.verification.megatron_logits import megatron_logits
+from nemo_skymoe.checkpoint.verification.same_function import compare_logits
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.ranks import run_ranks
 

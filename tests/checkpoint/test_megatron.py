@@ -13,10 +13,11 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_files import NANS, ROWS, bits, save, stored_tensors, write, write_context
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import megatron
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.megatron_model import gpt_model
 from nemo_skymoe.checkpoint.tensors import Key, Weights
+from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
+from nemo_skymoe.checkpoint.torch_dist.gpt_model import gpt_model
+from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.ranks import run_ranks
@@ -137,7 +138,7 @@ def test_what_megatron_saves_is_read_bit_for_bit(case: Case, tmp_path: Path) -> 
     run_ranks(save_by_megatron, case.ranks, case, source, target / "weights")
     if case.prefix:
         write_context(target, case.architecture)
-    read, description = megatron.open(target)
+    read, description = open_torch_dist(target)
     assert description.architecture == case.architecture
     assert description.dtype == str(case.dtype).removeprefix("torch.")
     assert_same(read, weights, case.dtype)
@@ -152,22 +153,27 @@ def test_every_layout_is_recognised(tmp_path: Path, architecture: Architecture, 
             tmp_path / str(stacked), weights, torch.float32, layer_spec=layer_spec, stacked=stacked
         )
         write_context(folder, architecture)
-        assert_same(megatron.open(folder)[0], weights, torch.float32)
+        assert_same(open_torch_dist(folder)[0], weights, torch.float32)
 
 
 def test_padding_is_zero_and_left_out_again(tmp_path: Path) -> None:
     weights = random_weights(DENSE)
     tensors = stored_tensors(weights, torch.float32)
-    for kind, name in (("embedding", megatron.EMBEDDING), ("output", "output_layer.weight")):
+    for kind, name in (("embedding", torch_dist_names.EMBEDDING), ("output", "output_layer.weight")):
         stored = tensors[f"module.{name}"]
         assert stored.shape == (ROWS, DENSE.hidden_size) and not stored[97:].any()
         assert torch.equal(stored[:97], weights.read(Key(kind)))
     # What a training leaves in the padding is nobody's weight.
-    tensors[f"module.{megatron.EMBEDDING}"][97:] = torch.nan
+    tensors[f"module.{torch_dist_names.EMBEDDING}"][97:] = torch.nan
     save(tmp_path, tensors)
     write_context(tmp_path, DENSE)
-    assert_same(megatron.open(tmp_path)[0], weights, torch.float32)
-    assert [megatron.padded_vocab_size(size) for size in (97, 128, 65519, 65536)] == [128, 128, 65536, 65536]
+    assert_same(open_torch_dist(tmp_path)[0], weights, torch.float32)
+    assert [torch_dist_names.padded_vocab_size(size) for size in (97, 128, 65519, 65536)] == [
+        128,
+        128,
+        65536,
+        65536,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +184,7 @@ def test_padding_is_zero_and_left_out_again(tmp_path: Path) -> None:
 def test_a_tokenizer_tells_padding_from_vocabulary(tmp_path: Path, vocab: str) -> None:
     write(tmp_path, random_weights(DENSE), torch.float32)
     write_context(tmp_path, DENSE, vocab_size=ROWS)
-    assert megatron.open(tmp_path)[1].architecture.vocab_size == ROWS
+    assert open_torch_dist(tmp_path)[1].architecture.vocab_size == ROWS
     folder = tmp_path / "context" / "mine"
     folder.mkdir()
     (folder / "tokenizer.json").write_text(
@@ -187,7 +193,7 @@ def test_a_tokenizer_tells_padding_from_vocabulary(tmp_path: Path, vocab: str) -
     (folder / "tokenizer_config.json").write_text(
         '{"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": null}'
     )
-    description = megatron.open(tmp_path)[1]
+    description = open_torch_dist(tmp_path)[1]
     assert description.architecture.vocab_size == 97
     assert (description.bos_token_id, description.eos_token_id, description.pad_token_id) == (1, 96, None)
 
@@ -206,7 +212,7 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path, name: str, content: str,
     write_context(tmp_path, DENSE)
     (tmp_path / "context" / name).write_text(content)
     with pytest.raises(ConfigurationError, match=message):
-        megatron.open(tmp_path)
+        open_torch_dist(tmp_path)
 
 
 def test_nemo_options_become_a_description(tmp_path: Path) -> None:
@@ -220,7 +226,7 @@ def test_nemo_options_become_a_description(tmp_path: Path) -> None:
         moe_router_logit_norm_scale=0.5,
         moe_router_logit_norm_correction=0,
     )
-    assert megatron.open(tmp_path)[1] == Description(
+    assert open_torch_dist(tmp_path)[1] == Description(
         MOE,
         family="skywork",
         rope_theta=500000.0,
@@ -270,7 +276,7 @@ def test_another_kind_of_model_is_refused_by_the_option(tmp_path: Path, changes:
     write(tmp_path, random_weights(DENSE), torch.float32)
     write_context(tmp_path, DENSE, **changes)
     with pytest.raises(ConfigurationError, match=message):
-        megatron.open(tmp_path)
+        open_torch_dist(tmp_path)
 
 
 def test_heads_are_never_guessed(tmp_path: Path) -> None:
@@ -278,13 +284,13 @@ def test_heads_are_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError, match=r"does not say how its attention heads are cut.*expected --config"
     ):
-        megatron.open(tmp_path)
+        open_torch_dist(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(
         '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97, "hidden_size": 48,'
         ' "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}'
     )
-    assert_same(megatron.open(tmp_path, config)[0], random_weights(DENSE), torch.float32)
+    assert_same(open_torch_dist(tmp_path, config)[0], random_weights(DENSE), torch.float32)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", None, {"args": 3}, {"model": torch.ones(2)}], ids=str)
@@ -298,10 +304,10 @@ def test_damaged_arguments_are_refused(tmp_path: Path, content: Any) -> None:
     else:
         common.write_bytes(content)
     with pytest.raises(ConfigurationError, match=r"common\.pt.*expected --config"):
-        megatron.open(tmp_path)
+        open_torch_dist(tmp_path)
 
 
 def test_no_checkpoint_of_megatron(tmp_path: Path) -> None:
     save(tmp_path, {"module.encoder.weight": torch.ones(2)})
     with pytest.raises(ConfigurationError, match=r"has no 'module\.embedding.word_embeddings.weight'"):
-        megatron.open(tmp_path)
+        open_torch_dist(tmp_path)

@@ -13,9 +13,11 @@ from fakes import random_weights
 from megatron_files import save
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import hf_config, megatron
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.nemo_context import context_files
+from nemo_skymoe.checkpoint.hugging_face import configuration
+from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
+from nemo_skymoe.checkpoint.torch_dist.context import context_files
+from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
 from nemo_skymoe.config import ConfigurationError
 
 DENSE = Architecture(2, 48, 20, 8, vocab_size=97, num_query_groups=4)
@@ -48,14 +50,15 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def test_the_source_description_comes_back(tmp_path: Path) -> None:
-    description = hf_config.from_hf_config(CONFIG)
+    description = configuration.from_hf_config(CONFIG)
     weights = random_weights(description.architecture)
     tensors = {
-        chunk.tensor: torch.zeros(chunk.shape) for chunk in megatron.chunks(description.architecture, 128)
+        chunk.tensor: torch.zeros(chunk.shape)
+        for chunk in torch_dist_names.chunks(description.architecture, 128)
     }
     save(tmp_path, tensors)
     write(tmp_path, context_files(description, None, padded_vocab_size=128))
-    read, again = megatron.open(tmp_path)
+    read, again = open_torch_dist(tmp_path)
     assert read.keys() == weights.keys()
     assert again == description
     assert again.raw["initializer_range"] == 0.03 and again.raw["architectures"] == ["MistralForCausalLM"]
@@ -79,12 +82,13 @@ def test_without_config_json_the_options_say_the_same(tmp_path: Path) -> None:
     ):
         folder = tmp_path / str(description.architecture.num_moe_experts)
         tensors = {
-            chunk.tensor: torch.zeros(chunk.shape) for chunk in megatron.chunks(description.architecture, 97)
+            chunk.tensor: torch.zeros(chunk.shape)
+            for chunk in torch_dist_names.chunks(description.architecture, 97)
         }
         save(folder, tensors)
         write(folder, context_files(description, None, padded_vocab_size=97))
         (folder / "context" / "config.json").unlink()
-        assert megatron.open(folder)[1] == description
+        assert open_torch_dist(folder)[1] == description
 
 
 def test_the_bytes_depend_on_nothing_but_the_arguments(tmp_path: Path) -> None:
@@ -98,7 +102,7 @@ import hashlib, json, sys
 from pathlib import Path
 from nemo_skymoe.architecture import SKYWORK_13B
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.nemo_context import context_files
+from nemo_skymoe.checkpoint.torch_dist.context import context_files
 files = context_files(Description(SKYWORK_13B), Path({str(tokenizer)!r}), padded_vocab_size=65536)
 print(json.dumps([{{name: hashlib.sha256(content).hexdigest() for name, content in files.items()}},
     sorted({{"torch", "nemo", "fiddle", "numpy"}} & sys.modules.keys())]))

@@ -10,12 +10,12 @@ import torch
 from fakes import random_weights
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import random_numbers
-from nemo_skymoe.checkpoint.random_numbers import BLOCK, Stream, add_normal, normal
-from nemo_skymoe.checkpoint.statistics import mean_and_std
 from nemo_skymoe.checkpoint.tensors import MLP_KINDS, Key
-from nemo_skymoe.checkpoint.upcycled import Upcycled
-from nemo_skymoe.checkpoint.upcycling import Upcycling
+from nemo_skymoe.checkpoint.upcycling import random_numbers
+from nemo_skymoe.checkpoint.upcycling.options import Upcycling
+from nemo_skymoe.checkpoint.upcycling.random_numbers import BLOCK, Stream, add_normal, normal
+from nemo_skymoe.checkpoint.upcycling.statistics import mean_and_std
+from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled
 from nemo_skymoe.ranks import run_ranks
 
 STREAM = Stream(7, "gate", 3, 5)

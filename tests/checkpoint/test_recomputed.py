@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.tensors import MLP_KINDS, Key, Weights
-from nemo_skymoe.checkpoint.upcycled import Upcycled
-from nemo_skymoe.checkpoint.upcycling import Upcycling
+from nemo_skymoe.checkpoint.upcycling.options import Upcycling
+from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled
 from nemo_skymoe.checkpoint.verification.bits import different
 from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare
 from nemo_skymoe.checkpoint.verification.recomputed import Recomputed

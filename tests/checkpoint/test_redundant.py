@@ -14,17 +14,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import convert, hugging_face, megatron
+from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.hf_files import to_hf_config
-from nemo_skymoe.checkpoint.logits import megatron_logits
-from nemo_skymoe.checkpoint.nemo_context import context_files
+from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
+from nemo_skymoe.checkpoint.hugging_face.exported_files import to_hf_config
+from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.checkpoint.tensors import Key
-from nemo_skymoe.checkpoint.upcycling import Upcycling
-from nemo_skymoe.checkpoint.verification.hugging_face_model import HuggingFaceModel
-from nemo_skymoe.checkpoint.verification.logits import compare_logits, logits_of
-from nemo_skymoe.checkpoint.verification.megatron_model import MegatronModel
+from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
+from nemo_skymoe.checkpoint.torch_dist.context import context_files
+from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
+from nemo_skymoe.checkpoint.upcycling.options import Upcycling
+from nemo_skymoe.checkpoint.verification.hugging_face_tensors import HuggingFaceModel
+from nemo_skymoe.checkpoint.verification.megatron_logits import megatron_logits
+from nemo_skymoe.checkpoint.verification.megatron_tensors import MegatronModel
+from nemo_skymoe.checkpoint.verification.same_function import compare_logits, logits_of
 from nemo_skymoe.checkpoint.verification.verifier import verify
 from nemo_skymoe.config import ConfigurationError
 
@@ -45,24 +49,24 @@ EXTRAS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
 
 
 def test_hugging_face(tmp_path: Path):
-    tensors = {chunk.tensor: torch.randn(chunk.shape) for chunk in hugging_face.chunks(TIED)}
+    tensors = {chunk.tensor: torch.randn(chunk.shape) for chunk in hugging_face_names.chunks(TIED)}
     (tmp_path / "config.json").write_text(json.dumps(to_hf_config(DESCRIPTION)))
     embedding = tensors["model.embed_tokens.weight"]
     for name, (right, wrong) in EXTRAS.items():
         save_file(tensors | {name: right(embedding)}, tmp_path / "model.safetensors")
-        assert name not in hugging_face.open(tmp_path)[0].storage.tensors
+        assert name not in open_hugging_face(tmp_path)[0].storage.tensors
         save_file(tensors | {name: wrong(embedding)}, tmp_path / "model.safetensors")
         with pytest.raises(ConfigurationError, match=f"'{name}' in "):
-            hugging_face.open(tmp_path)
+            open_hugging_face(tmp_path)
     save_file(tensors | {"lm_head.weight": embedding.half()}, tmp_path / "model.safetensors")
     with pytest.raises(
         ConfigurationError, match=r"'lm_head\.weight' in .* differs from 'model\.embed_tokens"
     ):
-        hugging_face.open(tmp_path)
+        open_hugging_face(tmp_path)
 
 
 def test_megatron(tmp_path: Path):
-    tensors = {chunk.tensor: torch.randn(chunk.shape) for chunk in megatron.chunks(TIED, 128)}
+    tensors = {chunk.tensor: torch.randn(chunk.shape) for chunk in torch_dist_names.chunks(TIED, 128)}
     embedding = tensors["module.embedding.word_embeddings.weight"]
     for number, change in enumerate((0.0, 1.0)):
         folder = tmp_path / str(number)
@@ -71,10 +75,10 @@ def test_megatron(tmp_path: Path):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
         if not change:
-            assert megatron.open(folder)[1] == DESCRIPTION
+            assert open_torch_dist(folder)[1] == DESCRIPTION
             continue
         with pytest.raises(ConfigurationError, match=r"'module\.output_layer\.weight' in .* differs from"):
-            megatron.open(folder)
+            open_torch_dist(folder)
 
 
 STORED = {"embedding": (0,), "head": (1,), "both": (0, 1)}
@@ -83,7 +87,7 @@ STORED = {"embedding": (0,), "head": (1,), "both": (0, 1)}
 def opened(form: str, folder: Path, stored: str, *, tied: bool, change: float) -> Any:
     """A model of which embedding, head or both are stored; where both are, they differ by `change`."""
     sizes = replace(TIED, tied_embeddings=False)
-    tables = {"hf": hugging_face.chunks(sizes), "nemo": megatron.chunks(sizes, 128)}
+    tables = {"hf": hugging_face_names.chunks(sizes), "nemo": torch_dist_names.chunks(sizes, 128)}
     names = {
         "hf": ("model.embed_tokens.weight", "lm_head.weight"),
         "nemo": ("module.embedding.word_embeddings.weight", "module.output_layer.weight"),

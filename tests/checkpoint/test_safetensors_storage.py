@@ -12,8 +12,8 @@ from fuzz import damaged, must_be_read_or_refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nemo_skymoe.checkpoint.hugging_face.storage import INDEX, SINGLE, SafetensorsStorage
 from nemo_skymoe.checkpoint.reading import tensor_bytes
-from nemo_skymoe.checkpoint.safetensors_storage import INDEX, SINGLE, SafetensorsStorage
 from nemo_skymoe.config import ConfigurationError
 
 FLOATS = (

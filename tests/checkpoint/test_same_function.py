@@ -10,8 +10,8 @@ import torch
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
-from nemo_skymoe.checkpoint.upcycling import Upcycling
-from nemo_skymoe.checkpoint.verification.logits import compare_logits
+from nemo_skymoe.checkpoint.upcycling.options import Upcycling
+from nemo_skymoe.checkpoint.verification.same_function import compare_logits
 from nemo_skymoe.config import ConfigurationError
 
 TEXT = Path(calendar.__file__)

@@ -10,10 +10,10 @@ import megatron.core
 import pytest
 
 from nemo_skymoe.architecture import SKYWORK_MOE_146B, Architecture
-from nemo_skymoe.checkpoint import megatron as megatron_format
-from nemo_skymoe.checkpoint import tables
-from nemo_skymoe.checkpoint.tables import generate
 from nemo_skymoe.checkpoint.tensors import Key, key_shape, model_keys
+from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
+from nemo_skymoe.checkpoint.torch_dist import tables
+from nemo_skymoe.checkpoint.torch_dist.tables import generate
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.ranks import run_ranks
 from tests.calls import count_calls
@@ -61,9 +61,9 @@ def test_chunks_are_the_tensors_that_megatron_saves(
 ) -> None:
     """Tied and untied head, layers stacked or not: the tables have no line of their own for these."""
     tensors, extra_states = real["stored"][architecture, stacked]
-    chunks = megatron_format.chunks(architecture, architecture.vocab_size, generate.SPEC, stacked=stacked)
+    chunks = torch_dist_names.chunks(architecture, architecture.vocab_size, generate.SPEC, stacked=stacked)
     assert {chunk.tensor: chunk.shape for chunk in chunks} == tensors
-    listed = megatron_format.extra_states(architecture, generate.SPEC, stacked=stacked)
+    listed = torch_dist_names.extra_states(architecture, generate.SPEC, stacked=stacked)
     assert set(listed) == {*extra_states} and len(listed) == len(extra_states)
 
 
@@ -75,7 +75,7 @@ def test_chunks_fill_every_tensor_with_every_row_once(
 ) -> None:
     rows: dict[Key, list[int]] = defaultdict(list)
     seen = set()
-    chunks = megatron_format.chunks(architecture, 128, layer_spec, stacked=stacked)
+    chunks = torch_dist_names.chunks(architecture, 128, layer_spec, stacked=stacked)
     for chunk in chunks:
         assert (chunk.tensor, chunk.index) not in seen
         seen.add((chunk.tensor, chunk.index))
@@ -93,7 +93,7 @@ def test_chunks_fill_every_tensor_with_every_row_once(
 
 def test_only_the_transformer_engine_norm_of_an_moe_has_another_name() -> None:
     local, te = (
-        {chunk.tensor for chunk in megatron_format.chunks(generate.MOE, 128, spec)}
+        {chunk.tensor for chunk in torch_dist_names.chunks(generate.MOE, 128, spec)}
         for spec in tables.LAYER_SPECS
     )
     assert te - local == {"module.decoder.layers.pre_mlp_layernorm.weight"}
@@ -109,7 +109,7 @@ def test_only_the_transformer_engine_norm_of_an_moe_has_another_name() -> None:
 )
 def test_what_no_checkpoint_has_is_refused(rows: int, spec: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        megatron_format.chunks(generate.DENSE, rows, spec)
+        torch_dist_names.chunks(generate.DENSE, rows, spec)
 
 
 def test_a_dry_run_of_146b_needs_no_torch() -> None:
@@ -117,11 +117,11 @@ def test_a_dry_run_of_146b_needs_no_torch() -> None:
 import sys
 from math import prod
 from nemo_skymoe.architecture import SKYWORK_MOE_146B
-from nemo_skymoe.checkpoint import megatron
-chunks = megatron.chunks(SKYWORK_MOE_146B, 65536)
+from nemo_skymoe.checkpoint.torch_dist import names
+chunks = names.chunks(SKYWORK_MOE_146B, 65536)
 elements = sum(prod(chunk.chunk_shape) for chunk in chunks)
-names = megatron.extra_states(SKYWORK_MOE_146B)
-print(len(chunks), elements, len(names), sorted({"torch", "numpy", "megatron"} & sys.modules.keys()))
+states = names.extra_states(SKYWORK_MOE_146B)
+print(len(chunks), elements, len(states), sorted({"torch", "numpy", "megatron"} & sys.modules.keys()))
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     count, elements, names, heavy = output.split(maxsplit=3)
@@ -135,7 +135,7 @@ print(len(chunks), elements, len(names), sorted({"torch", "numpy", "megatron"} &
 def test_listing_a_model_takes_work_in_proportion_to_its_layers() -> None:
     once, twice = (
         count_calls(
-            lambda layers=layers: megatron_format.chunks(replace(SKYWORK_MOE_146B, num_layers=layers), 65536)
+            lambda layers=layers: torch_dist_names.chunks(replace(SKYWORK_MOE_146B, num_layers=layers), 65536)
         )
         for layers in (26, 52)
     )

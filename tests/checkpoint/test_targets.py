@@ -20,13 +20,13 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import LlamaForCausalLM
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint.hugging_face.storage import INDEX, SINGLE, SafetensorsStorage
+from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.job import run
 from nemo_skymoe.checkpoint.mapping import StoredWeights, assemble
-from nemo_skymoe.checkpoint.safetensors_storage import INDEX, SINGLE, SafetensorsStorage
-from nemo_skymoe.checkpoint.safetensors_target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.target import check_complete, stored_dtypes
 from nemo_skymoe.checkpoint.tensors import Key
-from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
+from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.ranks import run_ranks
@@ -94,7 +94,7 @@ def test_transformers_loads_a_copy_of_its_own_model(tmp_path: Path):
 
 def llama_weights(storage: SafetensorsStorage) -> Any:
     """A Llama's tensors under their own names."""
-    from nemo_skymoe.checkpoint.hugging_face import chunks
+    from nemo_skymoe.checkpoint.hugging_face.names import chunks
 
     architecture = Architecture(2, 64, 96, 4, vocab_size=storage.tensors["lm_head.weight"].shape[0])
     weights: Any = StoredWeights(storage, architecture, chunks(architecture))

@@ -18,12 +18,13 @@ from fakes import random_weights
 from typer.testing import CliRunner
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import convert, hugging_face
-from nemo_skymoe.checkpoint.allowed_classes import VARIABLE
+from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
-from nemo_skymoe.checkpoint.hf_files import extras
-from nemo_skymoe.checkpoint.remote_code import check_code
-from nemo_skymoe.checkpoint.upcycling import BASE
+from nemo_skymoe.checkpoint.hugging_face.exported_files import extras
+from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
+from nemo_skymoe.checkpoint.hugging_face.remote_code import check_code
+from nemo_skymoe.checkpoint.untrusted.allowed_classes import VARIABLE
+from nemo_skymoe.checkpoint.upcycling.options import BASE
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
 
@@ -39,7 +40,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("good")
     hf_models.llama(folder / "hf")
     hf_models.skywork_moe(folder / "moe")
-    for name, content in extras(hugging_face.open(folder / "moe")[1], None).items():
+    for name, content in extras(open_hugging_face(folder / "moe")[1], None).items():
         (folder / "moe" / name).write_bytes(content)
     for to in ("nemo", "hf"):
         plan = convert.plan(

@@ -14,7 +14,7 @@ from test_recomputed import INITIALISATIONS
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
-from nemo_skymoe.checkpoint.upcycling import Upcycling
+from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.verifier import verify
 
 CHANGING = [options for options in INITIALISATIONS if 0.0 not in options.values()]

@@ -13,10 +13,10 @@ from reference_decoder import logits
 from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.initialization import Drop
 from nemo_skymoe.checkpoint.tensors import MLP_KINDS, Key, Weights, key_shape
-from nemo_skymoe.checkpoint.upcycled import Upcycled, check_same_base
-from nemo_skymoe.checkpoint.upcycling import Upcycling, parse_expert_source
+from nemo_skymoe.checkpoint.upcycling.initialization import Drop
+from nemo_skymoe.checkpoint.upcycling.options import Upcycling, parse_expert_source
+from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled, check_same_base
 from nemo_skymoe.config import ConfigurationError
 
 SIZES = Architecture(4, 32, 48, 4, vocab_size=256, num_query_groups=2)

@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B, Architecture
-from nemo_skymoe.checkpoint import convert, hf_files, hugging_face
+from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.safetensors_target import HuggingFaceTarget
+from nemo_skymoe.checkpoint.hugging_face import exported_files
+from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
+from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
 
@@ -46,12 +48,12 @@ def dense(folder: Path, seed: int = 0, base_seed: int = 0) -> Path:
     """A tiny checkpoint in Skywork-13B's layout; with the same base seed all but the MLPs are equal."""
     folder.mkdir()
     tensors = {}
-    for number, chunk in enumerate(hugging_face.chunks(TINY)):
+    for number, chunk in enumerate(hugging_face_names.chunks(TINY)):
         chosen = seed if ".mlp." in chunk.tensor else base_seed
         generator = torch.Generator().manual_seed(1000 * chosen + number)
         tensors[chunk.tensor] = torch.randn(chunk.shape, generator=generator).bfloat16()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(hf_files.to_hf_config(Description(TINY))))
+    (folder / "config.json").write_text(json.dumps(exported_files.to_hf_config(Description(TINY))))
     return folder
 
 
@@ -253,7 +255,7 @@ def skywork_13b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("skywork") / "13b"
     folder.mkdir()
     description = Description(SKYWORK_13B)
-    chunks = hugging_face.chunks(SKYWORK_13B)
+    chunks = hugging_face_names.chunks(SKYWORK_13B)
     target = HuggingFaceTarget(chunks, dict.fromkeys((chunk.tensor for chunk in chunks), "bfloat16"))
     sizes = {}
     for file in target.files():
@@ -262,7 +264,7 @@ def skywork_13b(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with (folder / file.name).open("wb") as shard:
             shard.write(header)
             shard.truncate(sizes[file.name])
-    files = hf_files.extras(description, None) | target.last_files(sizes)
+    files = exported_files.extras(description, None) | target.last_files(sizes)
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return folder

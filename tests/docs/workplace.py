@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import hf_files, hugging_face
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.hugging_face import exported_files
+from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 
 TINY = Architecture(2, 32, 48, 4, vocab_size=300)
 
@@ -18,12 +19,12 @@ def checkpoint(folder: Path, sizes: Architecture = TINY, mlp_seed: int = 0) -> N
     """In the released layout; those of different `mlp_seed` differ in their MLPs alone."""
     folder.mkdir()
     tensors = {}
-    for number, chunk in enumerate(hugging_face.chunks(sizes)):
+    for number, chunk in enumerate(hugging_face_names.chunks(sizes)):
         seed = mlp_seed if ".mlp." in chunk.tensor else 0
         generator = torch.Generator().manual_seed(1000 * seed + number)
         tensors[chunk.tensor] = torch.randn(chunk.shape, generator=generator).bfloat16()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(hf_files.to_hf_config(Description(sizes))))
+    (folder / "config.json").write_text(json.dumps(exported_files.to_hf_config(Description(sizes))))
 
 
 def tokenizer(folder: Path) -> None:

@@ -15,12 +15,14 @@ from nemo.lightning.io.pl import TrainerContext
 from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import convert, megatron
-from nemo_skymoe.checkpoint.context_check import check_context
+from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.logits import megatron_logits
-from nemo_skymoe.checkpoint.upcycling import BASE
+from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
+from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
+from nemo_skymoe.checkpoint.untrusted.context_check import check_context
+from nemo_skymoe.checkpoint.upcycling.options import BASE
+from nemo_skymoe.checkpoint.verification.megatron_logits import megatron_logits
 from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.nemo.model import SkyworkConfig, SkyworkModel, SkyworkMoEConfig, SkyworkMoEModel
 from nemo_skymoe.patches import nemo_cpu
@@ -135,9 +137,9 @@ def test_what_nemo_itself_writes_is_read(checkpoints: Path, tmp_path: Path, kind
     architecture = Architecture(
         2, 64, 96, 4, vocab_size=384, num_query_groups=2, kv_channels=24, num_moe_experts=4 if moe else None
     )
-    tensors = {chunk.tensor: torch.zeros(chunk.shape) for chunk in megatron.chunks(architecture, 384)}
+    tensors = {chunk.tensor: torch.zeros(chunk.shape) for chunk in torch_dist_names.chunks(architecture, 384)}
     save(tmp_path, tensors)
-    assert megatron.open(tmp_path)[1] == Description(
+    assert open_torch_dist(tmp_path)[1] == Description(
         architecture,
         family="llama" if kind == "llama" else "skywork",
         rope_theta=5e5,

@@ -11,7 +11,7 @@ import nemo_run as run
 import pytest
 from nemo.lightning import RestoreConfig
 
-from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
+from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import RankFailed, run_ranks

@@ -22,7 +22,7 @@ from nemo.lightning import AutoResume
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.utils.app_state import AppState
 
-from nemo_skymoe.checkpoint.context_check import check_context
+from nemo_skymoe.checkpoint.untrusted.context_check import check_context
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo import checks
 from nemo_skymoe.nemo.index_check import check_data_module, check_indices

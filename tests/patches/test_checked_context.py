@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemo_skymoe.checkpoint.pickle_check import check_loaded
+from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_loaded
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import checked_context
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from cluster import Cluster
 
-from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
+from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.report.curves import read_curves
 from tests.waiting import wait_until
 

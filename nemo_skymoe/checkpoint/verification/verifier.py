@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import foreign, hf_config, megatron_options
+from nemo_skymoe.checkpoint import foreign
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.hugging_face import configuration
+from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.receipt import RECEIPT
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
-from nemo_skymoe.checkpoint.safetensors_storage import SafetensorsStorage
-from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
+from nemo_skymoe.checkpoint.torch_dist import options as torch_dist_options
+from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare, said
 from nemo_skymoe.checkpoint.verification.files import companion_problems, file_problems, written_receipt
-from nemo_skymoe.checkpoint.verification.hugging_face_model import HuggingFaceModel
-from nemo_skymoe.checkpoint.verification.megatron_model import MegatronModel
+from nemo_skymoe.checkpoint.verification.hugging_face_tensors import HuggingFaceModel
+from nemo_skymoe.checkpoint.verification.megatron_tensors import MegatronModel
 from nemo_skymoe.checkpoint.verification.recomputed import Recomputed
 from nemo_skymoe.config import ConfigurationError
 
@@ -80,10 +82,10 @@ def _open(folder: Path, config: Path | None = None) -> tuple[HuggingFaceModel | 
     # The storages refuse what is damaged, pickles, and metadata that would run code.
     if (folder / "config.json").is_file():
         SafetensorsStorage(folder)
-        description = hf_config.read(folder)
+        description = configuration.read(folder)
         return HuggingFaceModel(folder, description.architecture), description
     storage = TorchDistStorage(folder)
-    description = megatron_options.describe(folder, storage, config)
+    description = torch_dist_options.describe(folder, storage, config)
     return MegatronModel(folder, description.architecture), description
 
 

@@ -1,21 +1,16 @@
-"""Megatron's `torch_dist` checkpoints: what each stored tensor is made of, and opening one of NeMo 2 or Megatron-LM."""
+"""Megatron's names: what each tensor that is stored in a `torch_dist` checkpoint is made of."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import megatron_options, tables
-from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.mapping import Chunk, Part, StoredWeights, whole
-from nemo_skymoe.checkpoint.reading import FileStorage
-from nemo_skymoe.checkpoint.redundant import one_embedding, without_buffers
-from nemo_skymoe.checkpoint.tables import PREFIX, Place
+from nemo_skymoe.checkpoint.mapping import Chunk, Part, whole
 from nemo_skymoe.checkpoint.tensors import Key, Storage
-from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage
+from nemo_skymoe.checkpoint.torch_dist import tables
+from nemo_skymoe.checkpoint.torch_dist.tables import PREFIX, Place
 from nemo_skymoe.config import ConfigurationError
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -96,28 +91,6 @@ def layout(storage: Storage) -> Layout:
         stacked=not any(re.search(r"decoder\.layers\.\d", name) for name in names),
         prefix=prefix,
     )
-
-
-def open(folder: Path, config: Path | None = None) -> tuple[StoredWeights, Description]:
-    """The model in a checkpoint folder of NeMo 2 (`weights/`, `context/`) or of Megatron-LM.
-
-    Args:
-        folder: Saved at any tensor-, pipeline- and expert-parallel size.
-        config: A config.json that describes the model, instead of what the checkpoint says.
-
-    Raises:
-        ConfigurationError: No checkpoint, none that says how its heads are cut, one of another kind of model, or
-            tensors that are not those of the model described.
-    """
-    storage: FileStorage = TorchDistStorage(folder)
-    saved = layout(storage)
-    description = megatron_options.describe(folder, storage, config)
-    storage = without_buffers(storage, description)
-    names = {"embedding": saved.prefix + EMBEDDING, "head": saved.prefix + HEAD}
-    storage = one_embedding(storage, **names, tied=description.architecture.tied_embeddings)
-    return StoredWeights(
-        storage, description.architecture, chunks(description.architecture, **asdict(saved))
-    ), description
 
 
 def _order(place: Place) -> tuple[bool, int, int]:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import unfamiliar
 from nemo_skymoe.checkpoint.config_values import ConfigValues, read_json
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.foreign_tensors import check_quantization
+from nemo_skymoe.checkpoint.hugging_face import unfamiliar
+from nemo_skymoe.checkpoint.hugging_face.foreign_tensors import check_quantization
 from nemo_skymoe.checkpoint.tensors import ITEM_SIZES
 from nemo_skymoe.config import ConfigurationError
 

@@ -10,9 +10,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint import inert_pickle
-from nemo_skymoe.checkpoint.inert_pickle import Global, Record
 from nemo_skymoe.checkpoint.reading import DTYPE_SIZES, are_sizes, read_bytes
+from nemo_skymoe.checkpoint.untrusted import inert_pickle
+from nemo_skymoe.checkpoint.untrusted.inert_pickle import Global, Record
 from nemo_skymoe.config import ConfigurationError
 
 _STORAGES = {

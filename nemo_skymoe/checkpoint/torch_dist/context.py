@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint import hf_files
+from nemo_skymoe.checkpoint.companions import companion_files
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.megatron_options import CONTEXT, HF_CONFIG
+from nemo_skymoe.checkpoint.hugging_face import exported_files
+from nemo_skymoe.checkpoint.torch_dist.options import CONTEXT, HF_CONFIG
 
 TOKENIZER = "tokenizer"
 _MODELS = "nemo_skymoe.nemo.model"
@@ -42,7 +43,7 @@ def context_files(
     Raises:
         ConfigurationError: The model scales its rotary embedding in a way that Megatron lacks.
     """
-    tokenizer = {} if tokenizer_folder is None else hf_files.companion_files(tokenizer_folder)
+    tokenizer = {} if tokenizer_folder is None else companion_files(tokenizer_folder)
     model = _model(description, padded_vocab_size, _tokenizer(tokenizer))
     trainer = _Call(
         "nemo.lightning.pytorch.trainer.Trainer",
@@ -53,7 +54,7 @@ def context_files(
         },
     )
     root = _Call("nemo.lightning.io.pl.TrainerContext", {"model": model, "trainer": trainer})
-    config = json.dumps(hf_files.to_hf_config(description), indent=2, sort_keys=True) + "\n"
+    config = json.dumps(exported_files.to_hf_config(description), indent=2, sort_keys=True) + "\n"
     files = {
         "io.json": _io_json(root),
         "model.yaml": _model_yaml(model),

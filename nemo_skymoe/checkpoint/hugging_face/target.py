@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from types import MappingProxyType
 
+from nemo_skymoe.checkpoint.hugging_face.storage import DTYPES, INDEX, SINGLE
 from nemo_skymoe.checkpoint.mapping import Chunk, assemble
 from nemo_skymoe.checkpoint.output_file import OutputFile
 from nemo_skymoe.checkpoint.reading import tensor_bytes
-from nemo_skymoe.checkpoint.safetensors_storage import DTYPES, INDEX, SINGLE
 from nemo_skymoe.checkpoint.target import TargetFile, chunk_bytes, contiguous
 from nemo_skymoe.checkpoint.tensors import Weights
 from nemo_skymoe.config import ConfigurationError

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_skymoe.checkpoint import convert, hf_config
+from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import Source
+from nemo_skymoe.checkpoint.hugging_face import configuration
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.verification.files import written_receipt
-from nemo_skymoe.checkpoint.verification.hugging_face_model import HuggingFaceModel
+from nemo_skymoe.checkpoint.verification.hugging_face_tensors import HuggingFaceModel
 from nemo_skymoe.config import ConfigurationError
 
 TOLERANCE = 1e-5
@@ -96,7 +97,7 @@ def logits_of(folder: Path, token_ids: Tensor, config: Path | None = None) -> Te
     """
     if convert.form_of(folder) == "hf":
         return _transformers_logits(folder, token_ids)
-    from nemo_skymoe.checkpoint.logits import megatron_logits
+    from nemo_skymoe.checkpoint.verification.megatron_logits import megatron_logits
 
     return megatron_logits(folder, token_ids, config)
 
@@ -105,10 +106,10 @@ def logits_of(folder: Path, token_ids: Tensor, config: Path | None = None) -> Te
 def _transformers_logits(folder: Path, token_ids: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    from nemo_skymoe.checkpoint.hf_export.configuration_skywork import SkyworkConfig
-    from nemo_skymoe.checkpoint.hf_export.modeling_skywork import SkyworkForCausalLM
+    from nemo_skymoe.checkpoint.hugging_face.export.configuration_skywork import SkyworkConfig
+    from nemo_skymoe.checkpoint.hugging_face.export.modeling_skywork import SkyworkForCausalLM
 
-    description = hf_config.read(folder)
+    description = configuration.read(folder)
     stored = HuggingFaceModel(folder, description.architecture)
     if stored.has_eight_bits:
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Measure the tables on Megatron's real model, on the meta device: `python -m nemo_skymoe.checkpoint.tables.generate`.
+"""Measure the tables on Megatron's real model, on the meta device: `python -m nemo_skymoe.checkpoint.torch_dist.tables.generate`.
 
 Writes the table of the layer spec that Megatron has here (`te` where Transformer Engine is installed) and adds the
 version of Megatron-Core to those that it holds for; a version whose table differs is refused.
@@ -15,8 +15,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.megatron_model import gpt_model, one_rank
-from nemo_skymoe.checkpoint.tables import PREFIX, symbols
+from nemo_skymoe.checkpoint.torch_dist.gpt_model import gpt_model, one_rank
+from nemo_skymoe.checkpoint.torch_dist.tables import PREFIX, symbols
 from nemo_skymoe.moe.layer import have_transformer_engine
 
 DENSE = Architecture(5, 53, 31, 15, vocab_size=97, num_query_groups=3, kv_channels=14)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint import allowed_classes, inert_pickle
-from nemo_skymoe.checkpoint.context_graph import Graph, Place, dictionaries
-from nemo_skymoe.checkpoint.inert_pickle import Record
-from nemo_skymoe.checkpoint.torch_file_check import check_call
+from nemo_skymoe.checkpoint.untrusted import allowed_classes, inert_pickle
+from nemo_skymoe.checkpoint.untrusted.context_graph import Graph, Place, dictionaries
+from nemo_skymoe.checkpoint.untrusted.inert_pickle import Record
+from nemo_skymoe.checkpoint.untrusted.torch_file_check import check_call
 from nemo_skymoe.config import ConfigurationError
 
 CONTEXT, IO_JSON = "context", "io.json"

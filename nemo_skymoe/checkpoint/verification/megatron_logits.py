@@ -7,11 +7,12 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
-from nemo_skymoe.checkpoint import megatron
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.megatron_model import gpt_model, one_rank
-from nemo_skymoe.checkpoint.pickle_check import check_checkpoint
-from nemo_skymoe.checkpoint.torch_dist_storage import TorchDistStorage, weights_folder
+from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
+from nemo_skymoe.checkpoint.torch_dist.gpt_model import gpt_model, one_rank
+from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
+from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
+from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage, weights_folder
 from nemo_skymoe.ranks import run_ranks
 
 LOCAL_NORM, TE_NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
@@ -31,18 +32,18 @@ def megatron_logits(folder: Path, token_ids: Tensor, config: Path | None = None)
     Args:
         folder: Checkpoint of NeMo 2 or Megatron-LM.
         token_ids: [batch, tokens].
-        config: As for `megatron.open`.
+        config: As for `open_torch_dist`.
 
     Returns:
         [batch, tokens, vocab_size], without the padding of the vocabulary.
 
     Raises:
-        ConfigurationError: As `megatron.open`, or the checkpoint names a class that no checkpoint needs.
+        ConfigurationError: As `open_torch_dist`, or the checkpoint names a class that no checkpoint needs.
     """
-    _, description = megatron.open(folder, config)
+    _, description = open_torch_dist(folder, config)
     check_checkpoint(folder)
     storage = TorchDistStorage(folder)
-    model = (folder, megatron.layout(storage), description, frozenset(storage.tensors))
+    model = (folder, torch_dist_names.layout(storage), description, frozenset(storage.tensors))
     if torch.distributed.is_initialized():
         return _logits(token_ids, *model)
     [logits] = run_ranks(_logits, 1, token_ids, *model, timeout=_LONG)
@@ -51,7 +52,11 @@ def megatron_logits(folder: Path, token_ids: Tensor, config: Path | None = None)
 
 @torch.no_grad()
 def _logits(
-    token_ids: Tensor, folder: Path, saved: megatron.Layout, description: Description, stored: frozenset[str]
+    token_ids: Tensor,
+    folder: Path,
+    saved: torch_dist_names.Layout,
+    description: Description,
+    stored: frozenset[str],
 ) -> Tensor:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with one_rank():
@@ -61,7 +66,9 @@ def _logits(
             for name, part in model.sharded_state_dict(prefix=saved.prefix).items()
             if not name.endswith("_extra_state")
         }
-        embedding, head = (saved.prefix + name for name in (megatron.EMBEDDING, megatron.HEAD))
+        embedding, head = (
+            saved.prefix + name for name in (torch_dist_names.EMBEDDING, torch_dist_names.HEAD)
+        )
         if description.architecture.tied_embeddings and head in stored and embedding not in stored:
             state[embedding].key = head  # the one that was saved stands for both
         for part in state.values():

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_skymoe.checkpoint import inert_pickle
 from nemo_skymoe.checkpoint.buffers import empty
-from nemo_skymoe.checkpoint.inert_pickle import Global, Record
 from nemo_skymoe.checkpoint.reading import (
     DTYPE_SIZES,
     Box,
@@ -26,9 +24,11 @@ from nemo_skymoe.checkpoint.reading import (
     read_into,
     tensor_bytes,
 )
-from nemo_skymoe.checkpoint.saved_tensor import SavedTensor, find_tensor
 from nemo_skymoe.checkpoint.stand_in import refuse_pointers
 from nemo_skymoe.checkpoint.tensors import TensorInfo
+from nemo_skymoe.checkpoint.torch_dist.saved_tensor import SavedTensor, find_tensor
+from nemo_skymoe.checkpoint.untrusted import inert_pickle
+from nemo_skymoe.checkpoint.untrusted.inert_pickle import Global, Record
 from nemo_skymoe.config import ConfigurationError
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from math import floor
 from typing import TYPE_CHECKING, Protocol
 
 from nemo_skymoe.checkpoint.buffers import empty
-from nemo_skymoe.checkpoint.random_numbers import Stream, add_normal, normal
-from nemo_skymoe.checkpoint.statistics import Statistics
 from nemo_skymoe.checkpoint.tensors import Key, Weights
+from nemo_skymoe.checkpoint.upcycling.random_numbers import Stream, add_normal, normal
+from nemo_skymoe.checkpoint.upcycling.statistics import Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor

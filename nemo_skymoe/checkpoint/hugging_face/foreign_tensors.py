@@ -6,12 +6,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from nemo_skymoe.checkpoint.foreign import MERGE
 from nemo_skymoe.config import ConfigurationError
 
-MERGE = (
-    "merge it into its base with peft (PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload()), save that, and give"
-    " the result"
-)
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _QUANTISED_TENSORS: tuple[tuple[str, str], ...] = (
     (".weight_scale_inv", "block-scaled FP8 (DeepSeek's)"),

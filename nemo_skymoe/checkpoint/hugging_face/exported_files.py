@@ -10,7 +10,7 @@ from typing import Any
 from nemo_skymoe.checkpoint.companions import companion_files
 from nemo_skymoe.checkpoint.description import Description
 
-EXPORT = Path(__file__).parent / "hf_export"
+EXPORT = Path(__file__).parent / "export"
 MODELING_FILES = ("configuration_skywork.py", "modeling_skywork.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_skywork.SkyworkConfig",

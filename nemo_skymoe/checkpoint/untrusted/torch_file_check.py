@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint import allowed_classes, inert_pickle
-from nemo_skymoe.checkpoint.inert_pickle import NotAllowedError, Record
+from nemo_skymoe.checkpoint.untrusted import allowed_classes, inert_pickle
+from nemo_skymoe.checkpoint.untrusted.inert_pickle import NotAllowedError, Record
 from nemo_skymoe.config import ConfigurationError
 
 EXTRA_STATE = "_extra_state"

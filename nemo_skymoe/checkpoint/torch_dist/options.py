@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import hf_config, saved_arguments, tokenizer
+from nemo_skymoe.checkpoint import tokenizer
 from nemo_skymoe.checkpoint.companions import find_companions
 from nemo_skymoe.checkpoint.config_values import read_json
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.hugging_face import configuration
 from nemo_skymoe.checkpoint.stand_in import refuse_pointers
 from nemo_skymoe.checkpoint.tensors import Storage
-from nemo_skymoe.checkpoint.torch_dist_storage import WEIGHTS, weights_folder
+from nemo_skymoe.checkpoint.torch_dist import saved_arguments
+from nemo_skymoe.checkpoint.torch_dist.storage import WEIGHTS, weights_folder
 from nemo_skymoe.config import ConfigurationError
 
 CONTEXT = "context"
@@ -69,9 +71,9 @@ def describe(folder: Path, storage: Storage, config: Path | None = None) -> Desc
     context = (weights.parent if weights.name == WEIGHTS else weights) / CONTEXT
     refuse_pointers(context, HF_CONFIG, "model.yaml", "io.json")
     if config is not None:
-        return hf_config.from_hf_config(read_json(config), str(config))
+        return configuration.from_hf_config(read_json(config), str(config))
     if (context / HF_CONFIG).is_file():
-        return hf_config.from_hf_config(read_json(context / HF_CONFIG), str(context / HF_CONFIG))
+        return configuration.from_hf_config(read_json(context / HF_CONFIG), str(context / HF_CONFIG))
     dtypes = {info.dtype for info in storage.tensors.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "bfloat16"
     if (context / "model.yaml").is_file():

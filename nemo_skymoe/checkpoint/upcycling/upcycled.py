@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from nemo_skymoe.checkpoint.initialization import Copy, Drop, Granular, Initialization, Noise, Specialized
-from nemo_skymoe.checkpoint.random_numbers import Stream, normal
 from nemo_skymoe.checkpoint.tensors import Key, TensorInfo, Weights, key_shape, model_keys
-from nemo_skymoe.checkpoint.upcycling import BASE, Upcycling
+from nemo_skymoe.checkpoint.upcycling.initialization import (
+    Copy,
+    Drop,
+    Granular,
+    Initialization,
+    Noise,
+    Specialized,
+)
+from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
+from nemo_skymoe.checkpoint.upcycling.random_numbers import Stream, normal
 from nemo_skymoe.config import ConfigurationError
 
 if TYPE_CHECKING:

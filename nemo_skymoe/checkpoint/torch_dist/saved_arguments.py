@@ -6,8 +6,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint import inert_pickle
-from nemo_skymoe.checkpoint.inert_pickle import Record
+from nemo_skymoe.checkpoint.untrusted import inert_pickle
+from nemo_skymoe.checkpoint.untrusted.inert_pickle import Record
 from nemo_skymoe.config import ConfigurationError
 
 LARGEST = 64 * 2**20

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint import allowed_classes
 from nemo_skymoe.checkpoint.config_values import read_bytes, read_json
-from nemo_skymoe.checkpoint.hf_files import AUTO_MAP, EXPORT, MODELING_FILES
+from nemo_skymoe.checkpoint.hugging_face.exported_files import AUTO_MAP, EXPORT, MODELING_FILES
+from nemo_skymoe.checkpoint.untrusted import allowed_classes
 from nemo_skymoe.config import ConfigurationError
 
 _AUTO_MAP, _ATTENTION, _GENERATION = "auto_map", "attn_implementation", "custom_generate"

@@ -1,0 +1,1 @@
+"""How a dense model becomes a mixture of experts."""
