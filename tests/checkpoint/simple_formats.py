@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fakes import DictWeights
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
@@ -17,6 +16,7 @@ from nemo_skymoe.checkpoint.target import Target, stored_dtypes
 from nemo_skymoe.checkpoint.tensors import Key, Weights, key_shape, model_keys
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.checkpoint.torch_dist.target import TorchDistTarget
+from tests.checkpoint.fakes import DictWeights
 
 TINY = Architecture(1, 16, 24, 2, vocab_size=50, num_moe_experts=2)
 EXTRA_STATES = ("module.decoder.layers.mlp.linear_fc1._extra_state/shard_0_1",)

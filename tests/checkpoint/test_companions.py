@@ -3,13 +3,12 @@
 import shutil
 from pathlib import Path
 
-import hf_models
-
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.receipt import RECEIPT
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.verifier import verify
+from tests.checkpoint import hf_models
 
 REMOTE = {
     "tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["quaint.Quaint", null]}}',

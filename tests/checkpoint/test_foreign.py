@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign_examples import CONFIG, EXAMPLES, POINTER, model, model_with
 
 from nemo_skymoe.checkpoint import convert, inspection
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint.foreign_examples import CONFIG, EXAMPLES, POINTER, model, model_with
 
 
 def sentences(made: Path) -> list[str]:

@@ -5,14 +5,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
-from simple_formats import flip
 from typer.testing import CliRunner
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.cli import app
+from tests.checkpoint import hf_models
+from tests.checkpoint.simple_formats import flip
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2}
 BESIDE = {

@@ -7,13 +7,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
 import torch
-from fakes import random_weights
-from megatron_files import write, write_context
 from safetensors.torch import load_file, save_file
-from test_logits import by_megatron, by_transformers, converted, difference
 from typer.testing import CliRunner
 
 from nemo_skymoe.architecture import Architecture
@@ -32,6 +28,15 @@ from nemo_skymoe.checkpoint.verification.verifier import verify
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.ranks import run_ranks
+from tests.checkpoint import hf_models
+from tests.checkpoint.fakes import random_weights
+from tests.checkpoint.megatron_files import write, write_context
+from tests.checkpoint.verification.test_megatron_logits import (
+    by_megatron,
+    by_transformers,
+    converted,
+    difference,
+)
 
 FIRST_DENSE = Architecture(
     num_layers=3,

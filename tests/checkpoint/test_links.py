@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
 from typer.testing import CliRunner, Result
 
 from nemo_skymoe.checkpoint.companions import companion_names
 from nemo_skymoe.cli import app
+from tests.checkpoint import hf_models
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2}
 NAMES = ("model.safetensors", "config.json", "tokenizer.json", "LICENSE")

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
+
+from tests.checkpoint import hf_models
 
 MEGABYTE = 1 << 20
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 4}

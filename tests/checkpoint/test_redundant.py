@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_files import save
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from nemo_skymoe.checkpoint.verification.megatron_tensors import MegatronModel
 from nemo_skymoe.checkpoint.verification.same_function import compare_logits, logits_of
 from nemo_skymoe.checkpoint.verification.verifier import verify
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint.megatron_files import save
 
 TIED = Architecture(1, 16, 8, 2, vocab_size=40, tied_embeddings=True)
 DESCRIPTION = Description(TIED, dtype="float32", rope_theta=500.0)

@@ -7,13 +7,10 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from fakes import random_weights
-from hf_models import llama
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from safetensors.torch import load_file
-from simple_formats import EXTRA_STATES, JOB, TINY, open_folder, separate, stacked, target, write
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -30,6 +27,18 @@ from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.ranks import run_ranks
+from tests.checkpoint.fakes import random_weights
+from tests.checkpoint.hf_models import llama
+from tests.checkpoint.simple_formats import (
+    EXTRA_STATES,
+    JOB,
+    TINY,
+    open_folder,
+    separate,
+    stacked,
+    target,
+    write,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

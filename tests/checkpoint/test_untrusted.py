@@ -9,12 +9,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import hf_models
-import hostile
-import megatron_files
 import pytest
 import torch
-from fakes import random_weights
 from typer.testing import CliRunner
 
 from nemo_skymoe.architecture import Architecture
@@ -27,6 +23,8 @@ from nemo_skymoe.checkpoint.untrusted.allowed_classes import VARIABLE
 from nemo_skymoe.checkpoint.upcycling.options import BASE
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint import hf_models, hostile, megatron_files
+from tests.checkpoint.fakes import random_weights
 
 DENSE = Architecture(num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=100)
 PLAN = ["--hardware", "A800-80G", "--num-gpus", "8", "--seq-length", "128", "--global-batch-size", "8"]

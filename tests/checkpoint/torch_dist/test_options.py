@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from megatron_files import save
 from typer.testing import CliRunner
 
 from nemo_skymoe.cli import app
+from tests.checkpoint.megatron_files import save
 
 DAMAGED = {
     "a bracket that is open": "config: {num_layers: 2,\n  hidden_size: [16\n",

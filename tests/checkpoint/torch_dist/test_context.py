@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import random_weights
-from megatron_files import save
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.description import Description
@@ -19,6 +17,8 @@ from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
 from nemo_skymoe.checkpoint.torch_dist.context import context_files
 from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint.fakes import random_weights
+from tests.checkpoint.megatron_files import save
 
 DENSE = Architecture(2, 48, 20, 8, vocab_size=97, num_query_groups=4)
 CONFIG = {
@@ -114,7 +114,7 @@ print(json.dumps([{{name: hashlib.sha256(content).hexdigest() for name, content 
             text=True,
             check=True,
             cwd=place,
-            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[3])},
         ).stdout
         for place, seed in ((tmp_path, "1"), (tokenizer, "2"))
     ]

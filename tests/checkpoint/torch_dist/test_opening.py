@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import DictWeights, random_weights
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.transformer.enums import AttnBackend
-from megatron_files import NANS, ROWS, bits, save, stored_tensors, write, write_context
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.description import Description
@@ -21,6 +19,8 @@ from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.ranks import run_ranks
+from tests.checkpoint.fakes import DictWeights, random_weights
+from tests.checkpoint.megatron_files import NANS, ROWS, bits, save, stored_tensors, write, write_context
 
 DENSE = Architecture(4, 48, 20, 8, vocab_size=97, num_query_groups=4)
 MOE = DENSE.with_experts(4)

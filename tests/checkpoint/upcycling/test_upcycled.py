@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import DictWeights, random_weights
-from reference_decoder import logits
 from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
@@ -18,6 +16,8 @@ from nemo_skymoe.checkpoint.upcycling.initialization import Drop
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling, parse_expert_source
 from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled, check_same_base
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint.fakes import DictWeights, random_weights
+from tests.checkpoint.reference_decoder import logits
 
 SIZES = Architecture(4, 32, 48, 4, vocab_size=256, num_query_groups=2)
 TEXT = torch.tensor(list(Path(calendar.__file__).read_bytes()[:256]))

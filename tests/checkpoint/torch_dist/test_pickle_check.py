@@ -11,16 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import megatron_files
 import numpy as np
 import pytest
 import torch
-from fakes import random_weights
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint, check_torch_file, read_torch_file
 from nemo_skymoe.checkpoint.untrusted.allowed_classes import VARIABLE
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint import megatron_files
+from tests.checkpoint.fakes import random_weights
 
 DENSE = Architecture(num_layers=2, hidden_size=8, ffn_hidden_size=12, num_attention_heads=2, vocab_size=32)
 

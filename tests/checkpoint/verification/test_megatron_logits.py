@@ -4,12 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
 import torch
-from megatron_files import NANS, bits
 from safetensors.torch import load_file
-from test_fp8 import fp8_release
 from torch import Tensor
 
 from nemo_skymoe.checkpoint import convert
@@ -19,6 +16,9 @@ from nemo_skymoe.checkpoint.verification.megatron_logits import megatron_logits
 from nemo_skymoe.checkpoint.verification.same_function import compare_logits
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.ranks import run_ranks
+from tests.checkpoint import hf_models
+from tests.checkpoint.hugging_face.test_fp8 import fp8_release
+from tests.checkpoint.megatron_files import NANS, bits
 
 TEXT = torch.tensor(list(Path(__file__).read_bytes()[:256])).view(2, 128)
 """Real text as byte values, which any vocabulary here has ids for: [sequences, tokens]."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz import damaged, must_be_read_or_refused
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -21,6 +20,7 @@ from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.ranks import run_ranks
+from tests.checkpoint.fuzz import damaged, must_be_read_or_refused
 
 LAYERS, EXPERTS = 4, 4
 SHAPES = {

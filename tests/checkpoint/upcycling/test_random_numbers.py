@@ -7,7 +7,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from fakes import random_weights
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.tensors import MLP_KINDS, Key
@@ -17,6 +16,7 @@ from nemo_skymoe.checkpoint.upcycling.random_numbers import BLOCK, Stream, add_n
 from nemo_skymoe.checkpoint.upcycling.statistics import mean_and_std
 from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled
 from nemo_skymoe.ranks import run_ranks
+from tests.checkpoint.fakes import random_weights
 
 STREAM = Stream(7, "gate", 3, 5)
 SHAPE = (700, 4001)  # three blocks, the last one short

@@ -5,16 +5,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
 import torch
-from fakes import DictStorage
 from torch import Tensor
 
 from nemo_skymoe.checkpoint.hugging_face.fp8 import Dequantized
 from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.checkpoint.tensors import Key
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint import hf_models
+from tests.checkpoint.fakes import DictStorage
 
 WEIGHT = "w1.weight"
 

@@ -8,13 +8,13 @@ from random import Random
 
 import pytest
 import torch
-from fuzz import damaged, must_be_read_or_refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_skymoe.checkpoint.hugging_face.storage import INDEX, SINGLE, SafetensorsStorage
 from nemo_skymoe.checkpoint.reading import tensor_bytes
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint.fuzz import damaged, must_be_read_or_refused
 
 FLOATS = (
     *(torch.bfloat16, torch.float16, torch.float32, torch.float64),

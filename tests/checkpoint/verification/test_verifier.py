@@ -7,13 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_fp8 import fp8_release
-from test_hugging_face import authors
-from test_recomputed import INITIALISATIONS
 from torch import Tensor
 
 from nemo_skymoe.checkpoint import convert
@@ -27,6 +23,10 @@ from nemo_skymoe.checkpoint.torch_dist.target import TorchDistTarget
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.verifier import verify
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint import hf_models
+from tests.checkpoint.hugging_face.test_fp8 import fp8_release
+from tests.checkpoint.hugging_face.test_names import authors
+from tests.checkpoint.verification.test_recomputed import INITIALISATIONS
 
 NOISE = Upcycling(4, init="noise", noise=0.1)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import DictWeights, random_weights
 from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
@@ -15,6 +14,7 @@ from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled
 from nemo_skymoe.checkpoint.verification.bits import different
 from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare
 from nemo_skymoe.checkpoint.verification.recomputed import Recomputed
+from tests.checkpoint.fakes import DictWeights, random_weights
 
 SIZES = Architecture(2, 32, 48, 4, vocab_size=40, num_query_groups=2)
 INITIALISATIONS: list[dict[str, Any]] = [

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig
@@ -19,6 +18,7 @@ from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config
 from nemo_skymoe.checkpoint.hugging_face.exported_files import AUTO_MAP, extras, to_hf_config
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.gating import normalize_gating_logits
+from tests.checkpoint import hf_models
 
 DENSE = hf_models.SIZES | hf_models.SKYWORK
 MOE = DENSE | hf_models.SKYWORK_MOE | {"num_experts_per_tok": 2}

@@ -7,7 +7,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.checkpoint.mapping import assemble
 from nemo_skymoe.checkpoint.tensors import Key, key_shape, model_keys
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint import hf_models
 
 LAYER = {
     "attention_norm": "input_layernorm",

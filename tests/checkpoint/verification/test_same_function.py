@@ -4,7 +4,6 @@ import calendar
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.same_function import compare_logits
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint import hf_models
 
 TEXT = Path(calendar.__file__)
 PRESERVING: list[dict[str, Any]] = [

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config, read
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint import hf_models
 
 SIZES = Architecture(2, 64, 96, 4, hf_models.VOCAB_SIZE)
 DENSE = hf_models.SIZES | hf_models.SKYWORK

@@ -7,15 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import crash
-import hf_models
 import pytest
-from test_recomputed import INITIALISATIONS
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.verifier import verify
+from tests.checkpoint import crash, hf_models
+from tests.checkpoint.verification.test_recomputed import INITIALISATIONS
 
 CHANGING = [options for options in INITIALISATIONS if 0.0 not in options.values()]
 initialisations = pytest.mark.parametrize("options", CHANGING, ids=lambda options: options["init"])

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from nemo_skymoe.checkpoint.hugging_face.configuration import read
 from nemo_skymoe.checkpoint.hugging_face.exported_files import EXPORT, MODELING_FILES, extras
 from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.moe.gating import normalize_gating_logits
+from tests.checkpoint import hf_models
 
 MOE = "model.layers.{}.block_sparse_moe"
 pytestmark = pytest.mark.usefixtures("remote_code")
