@@ -58,7 +58,7 @@ REPORT_REMARKS = """
 - Capacity factor, padding to it, and batch are not published. Skywork-13B was trained with 16M tokens a batch (Table 3
   there); the report mentions overlapped communication; Megatron does not pad by default. The first row is the run that
   the recipe `skywork_moe_146b` makes of this, with a capacity factor of 1.25 and experts in balance: {speed:.0f} tokens/GPU/s,
-  {difference:+.1%} of what is published, as `skymoe plan` and `skymoe launch stages=[plan]` say too. Over all rows it is {lowest:.0f} to {highest:.0f}:
+  {difference:+.1%} of what is published, as `skymoe plan` and `skymoe launch jobs=[plan]` say too. Over all rows it is {lowest:.0f} to {highest:.0f}:
   what is unknown of the run is worth more than the model's error, so the published figure is consistent with the
   model, and says little of its accuracy.
 - Layouts and recomputed layers of the report's stages are not published either: they are planned here.

@@ -1,4 +1,4 @@
-"""`mixture=` and `stages=`: what any pretraining recipe is trained on, at once or in stages (section 5)."""
+"""`mixture=` and `phases=`: what any pretraining recipe is trained on, at once or in phases (section 5)."""
 
 from pathlib import Path
 from typing import Any, Optional
@@ -9,44 +9,44 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data.mixture import parse
 from nemo_skymoe.nemo.learning_rate import LearningRateSchedule
 from nemo_skymoe.nemo.mixture import mixture_data
-from nemo_skymoe.nemo.stages import StagedLearningRate, read_stages
+from nemo_skymoe.nemo.training_phases import PhasedLearningRate, read_phases
 
 
-def with_data(recipe: Any, corpus: Optional[str], mixture: Optional[str], stages: Optional[str]) -> Any:
-    """`recipe` itself, or on the `mixture` of domains in the folder `corpus`, or through the `stages` of a YAML file.
+def with_data(recipe: Any, corpus: Optional[str], mixture: Optional[str], phases: Optional[str]) -> Any:
+    """`recipe` itself, or on the `mixture` of domains in the folder `corpus`, or through the `phases` of a YAML file.
 
-    Stages replace the recipe's tokens, mixture and learning rates. All are one run: optimizer, adaptive coefficients
-    and the position in each domain carry over, it resumes inside any stage, and a finished run takes further stages.
+    Phases replace the recipe's tokens, mixture and learning rates. All are one run: optimizer, adaptive coefficients
+    and the position in each domain carry over, it resumes inside any phase, and a finished run takes further phases.
 
     Raises:
         ConfigurationError: A mixture or a file that makes no sense, both of them, or no `corpus` to take them from.
     """
-    if mixture is None and stages is None:
+    if mixture is None and phases is None:
         return recipe
     if corpus is None:
-        raise ConfigurationError("corpus is None, expected the folder with the domains of mixture or stages")
-    if mixture is not None and stages is not None:
-        raise ConfigurationError(f"mixture is '{mixture}', expected none beside stages, which have their own")
+        raise ConfigurationError("corpus is None, expected the folder with the domains of mixture or phases")
+    if mixture is not None and phases is not None:
+        raise ConfigurationError(f"mixture is '{mixture}', expected none beside phases, which have their own")
     options = ("seq_length", "global_batch_size", "micro_batch_size", "seed")
     kept = {name: value for name in options if (value := getattr(recipe.data, name, None)) is not None}
     recipe.data = run.Config(mixture_data, corpus=corpus, **kept)
-    if stages is None:
+    if phases is None:
         recipe.data.mixtures = [str(parse(mixture or ""))]
         return recipe
-    return _in_stages(recipe, Path(stages))
+    return _in_phases(recipe, Path(phases))
 
 
-def _in_stages(recipe: Any, file: Path) -> Any:
-    stages = read_stages(file)
+def _in_phases(recipe: Any, file: Path) -> Any:
+    phases = read_phases(file)
     tokens_per_step = recipe.data.seq_length * recipe.data.global_batch_size
-    steps = [stage.steps(tokens_per_step) for stage in stages]
-    recipe.data.mixtures, recipe.data.steps = [stage.mixture for stage in stages], steps
+    steps = [phase.steps(tokens_per_step) for phase in phases]
+    recipe.data.mixtures, recipe.data.steps = [phase.mixture for phase in phases], steps
     recipe.trainer.max_steps = sum(steps)
     recipe.trainer.val_check_interval = min(recipe.trainer.val_check_interval, sum(steps))
-    recipe.optim.config.lr, recipe.optim.config.min_lr = stages[0].max_lr, stages[0].min_lr
+    recipe.optim.config.lr, recipe.optim.config.min_lr = phases[0].max_lr, phases[0].min_lr
     recipe.optim.lr_scheduler = run.Config(
-        StagedLearningRate,
-        stages=[run.Config(LearningRateSchedule, **stage.schedule(tokens_per_step)) for stage in stages],
-        peaks=[stage.max_lr / stages[0].max_lr for stage in stages],
+        PhasedLearningRate,
+        phases=[run.Config(LearningRateSchedule, **phase.schedule(tokens_per_step)) for phase in phases],
+        peaks=[phase.max_lr / phases[0].max_lr for phase in phases],
     )
     return recipe

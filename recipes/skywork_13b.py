@@ -34,7 +34,7 @@ def pretrain_recipe(
     resume_path: Optional[str] = None,
     scale: Optional[str] = None,
     mixture: Optional[str] = None,
-    stages: Optional[str] = None,
+    phases: Optional[str] = None,
     pipeline_parallelism: int = _report.SKYWORK_13B_PIPELINE,
     num_nodes: int = _report.SKYWORK_13B_NODES,
     num_gpus_per_node: int = 8,
@@ -76,7 +76,7 @@ def pretrain_recipe(
         apply_rope_fusion=rope_fusion,
         gradient_accumulation_fusion=gradient_accumulation_fusion,
     )
-    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, stages)
+    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, phases)
 
 
 @run.cli.factory(target=finetune, name=NAME)

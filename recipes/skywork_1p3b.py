@@ -51,7 +51,7 @@ def pretrain_recipe(
     resume_path: Optional[str] = None,
     scale: Optional[str] = None,
     mixture: Optional[str] = None,
-    stages: Optional[str] = None,
+    phases: Optional[str] = None,
     train_only_ffn: bool = False,
     num_nodes: int = _ours.SMALL_NODES,
     num_gpus_per_node: int = 8,
@@ -100,7 +100,7 @@ def pretrain_recipe(
         ),
         resume=_common.resume_from(resume_path),
     )
-    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, stages)
+    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, phases)
 
 
 @run.cli.factory(target=pretrain, name=MOE)
@@ -111,7 +111,7 @@ def moe_pretrain_recipe(
     resume_path: Optional[str] = None,
     scale: Optional[str] = None,
     mixture: Optional[str] = None,
-    stages: Optional[str] = None,
+    phases: Optional[str] = None,
     sources: int = 1,
     edp: int = _ours.MOE_1P3B_EDP,
     num_nodes: int = _ours.SMALL_NODES,
@@ -145,4 +145,4 @@ def moe_pretrain_recipe(
         optim=_common.adam(max_lr, min_lr, warmup_steps, max_steps),
         resume=_common.resume_from(resume_path),
     )
-    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, stages)
+    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, phases)

@@ -50,7 +50,7 @@ def pretrain_recipe(
     resume_path: Optional[str] = None,
     scale: Optional[str] = None,
     mixture: Optional[str] = None,
-    stages: Optional[str] = None,
+    phases: Optional[str] = None,
     num_nodes: int = _ours.SMALL_NODES,
     num_gpus_per_node: int = 8,
     tokens: float = _report.DENSE_300M_TOKENS,
@@ -73,7 +73,7 @@ def pretrain_recipe(
         optim=_common.adam(max_lr, min_lr, warmup_steps, max_steps),
         resume=_common.resume_from(resume_path),
     )
-    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, stages)
+    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, phases)
 
 
 @run.cli.factory(target=pretrain, name=MOE)
@@ -84,7 +84,7 @@ def moe_pretrain_recipe(
     resume_path: Optional[str] = None,
     scale: Optional[str] = None,
     mixture: Optional[str] = None,
-    stages: Optional[str] = None,
+    phases: Optional[str] = None,
     start: str = "scratch",
     budget: str = "100b",
     edp: int = 1,
@@ -118,4 +118,4 @@ def moe_pretrain_recipe(
         optim=_common.adam(chosen.max_lr, _report.MOE_300M_MIN_LR, warmup, max_steps, chosen.shape),
         resume=_common.resume_from(resume_path),
     )
-    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, stages)
+    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, phases)

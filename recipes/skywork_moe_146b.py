@@ -48,7 +48,7 @@ def pretrain_recipe(
     resume_path: Optional[str] = None,
     scale: Optional[str] = None,
     mixture: Optional[str] = None,
-    stages: Optional[str] = None,
+    phases: Optional[str] = None,
     edp: int = _report.MOE_146B_EDP,
     pipeline_parallelism: int = _report.MOE_146B_PIPELINE,
     pipeline_layout: Optional[str] = LAYOUT,
@@ -109,7 +109,7 @@ def pretrain_recipe(
         apply_rope_fusion=rope_fusion,
         gradient_accumulation_fusion=gradient_accumulation_fusion,
     )
-    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, stages)
+    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, phases)
 
 
 @run.cli.factory(target=finetune, name=NAME)

@@ -36,7 +36,7 @@ def pretrain_recipe(
     resume_path: Optional[str] = None,
     scale: Optional[str] = None,
     mixture: Optional[str] = None,
-    stages: Optional[str] = None,
+    phases: Optional[str] = None,
     learning_rates: str = "baseline",
     max_lr: Optional[float] = None,
     expert_lr_multiplier: Optional[float] = None,
@@ -82,4 +82,4 @@ def pretrain_recipe(
         ),
         resume=_common.resume_from(resume_path),
     )
-    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, stages)
+    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, phases)

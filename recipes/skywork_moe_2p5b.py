@@ -40,7 +40,7 @@ def pretrain_recipe(
     resume_path: Optional[str] = None,
     scale: Optional[str] = None,
     mixture: Optional[str] = None,
-    stages: Optional[str] = None,
+    phases: Optional[str] = None,
     normalisation: str = "1",
     edp: int = 1,
     num_nodes: int = _ours.SMALL_NODES,
@@ -68,4 +68,4 @@ def pretrain_recipe(
         optim=_common.adam(max_lr, min_lr, warmup_steps, max_steps),
         resume=_common.resume_from(resume_path),
     )
-    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, stages)
+    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, phases)

@@ -39,7 +39,7 @@ def pretrain_recipe(
     resume_path: Optional[str] = None,
     scale: Optional[str] = None,
     mixture: Optional[str] = None,
-    stages: Optional[str] = None,
+    phases: Optional[str] = None,
     edp: int = 2,
     devices: int = 2,
     max_steps: int = 300,
@@ -84,7 +84,7 @@ def pretrain_recipe(
         optim=adam(max_lr, min_lr, warmup_steps, max_steps),
         resume=resume_from(resume_path),
     )
-    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, stages)
+    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, phases)
 
 
 @run.cli.factory(target=finetune, name=NAME)

@@ -83,6 +83,6 @@ def test_text_before_it_is_parsed() -> None:
     for text in (
         "cluster.env_vars={WANDB_API_KEY: null, HF_TOKEN: ~}", "training.max_lr=1e-4", "cluster.env_vars.HF_TOKEN=null", "data.tokens=1e9",
         "cluster.env_vars={HF_TOKEN: ${oc.env:HF_TOKEN}}", "export HF_TOKEN=$HF_TOKEN", "model.eod_token=3",
-        "stages=[upcycle,training]", "cluster.env_vars={NCCL_SOCKET_IFNAME: bond0}",
+        "jobs=[upcycle,training]", "cluster.env_vars={NCCL_SOCKET_IFNAME: bond0}",
     ):  # fmt: skip
         check_text("cluster", text)

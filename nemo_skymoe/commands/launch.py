@@ -11,58 +11,60 @@ import typer
 from nemo_skymoe.config import ConfigurationError
 
 if TYPE_CHECKING:
-    from nemo_skymoe.launch.stages import Stage
+    from nemo_skymoe.launch.jobs import Job
 
 
 def launch(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="GROUP=NAME, GROUP.KEY=VALUE or stages=[...], as hydra reads them."),
+        typer.Argument(help="GROUP=NAME, GROUP.KEY=VALUE or jobs=[...], as hydra reads them."),
     ] = None,
     config_dir: Annotated[
         Path | None, typer.Option(help="A site's own folder of groups, beside the installed ones.")
     ] = None,
-    cfg: Annotated[str | None, typer.Option(help="job: print the composed job and do nothing.")] = None,
+    cfg: Annotated[
+        str | None, typer.Option(help="job: print the composed configuration and do nothing.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and commands.")] = False,
 ) -> None:
-    """Launch stages on a cluster.
+    """Launch the jobs of an experiment on a cluster.
 
     Groups cluster, training, upcycle, conversion, data and model, in the manner of the NeMo launcher; they name
     recipes and executors in Python, and any argument of those may be given. The report's run:
 
-    skymoe launch training=skywork_moe_146b cluster=a800_slurm stages=[upcycle,training]
+    skymoe launch training=skywork_moe_146b cluster=a800_slurm jobs=[upcycle,training]
     upcycle.source=/data/skywork-13b upcycle.output_path=/data/upcycled training.dir=/data/runs --dry-run
     """
     if cfg not in (None, "job"):
         raise ConfigurationError(f"--cfg is {cfg!r}, expected job")
     try:
-        from nemo_skymoe.launch.composition import compose_job
+        from nemo_skymoe.launch.composition import compose_groups
     except ModuleNotFoundError as missing:
         raise ConfigurationError(
             f"launch needs {missing.name}, which is not installed: nemo-skymoe[nemo]"
         ) from None
-    job = compose_job(overrides or [], config_dir)
+    composed = compose_groups(overrides or [], config_dir)
     if cfg:
         from omegaconf import OmegaConf
 
-        typer.echo(OmegaConf.to_yaml(job), nl=False)
+        typer.echo(OmegaConf.to_yaml(composed), nl=False)
         return
     with redirect_stdout(
         sys.stderr
     ):  # what libraries log while they load and check is not part of the answer
         from nemo_skymoe.launch import experiment
 
-        made = stages(job)
+        made = jobs(composed)
     if dry_run:
         typer.echo(experiment.dry_run(made), nl=False)
     else:
         experiment.submit(made)
 
 
-def stages(job: Any) -> "list[Stage]":
-    """The stages of a composed job, with the commands of `skymoe` as the tasks of those that are no training."""
+def jobs(composed: Any) -> "list[Job]":
+    """The jobs of a composed configuration, with the commands of `skymoe` as the tasks of those that are no training."""
     from nemo_skymoe.commands import tasks
-    from nemo_skymoe.launch.stages import stages
+    from nemo_skymoe.launch.jobs import jobs
 
     named = {
         "conversion": tasks.convert,
@@ -70,7 +72,7 @@ def stages(job: Any) -> "list[Stage]":
         "plan": tasks.plan,
         "export": tasks.convert,
     }
-    return stages(job, named)
+    return jobs(composed, named)
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (launch,)

@@ -1,6 +1,6 @@
-"""Mixtures of domains and their stages: which sample of which domain is next, as a function of the sample's number.
+"""Mixtures of domains and their phases: which sample of which domain is next, as a function of the sample's number.
 
-Nothing is drawn at random and nothing is stored for a sample: a run finds its place from a number alone, and stages
+Nothing is drawn at random and nothing is stored for a sample: a run finds its place from a number alone, and phases
 that are added later leave the earlier ones as they were.
 """
 
@@ -114,17 +114,17 @@ def _weight(domain: str, text: str, mixture: object) -> Fraction:
 
 
 class Blend:
-    """Stages one after the other, each with a mixture; a domain goes on where the stages before have left it.
+    """Phases one after the other, each with a mixture; a domain goes on where the phases before have left it.
 
     Args:
-        stages: Mixture and number of samples of each.
+        phases: Mixture and number of samples of each.
     """
 
-    def __init__(self, stages: Sequence[tuple[Mixture, int]]):
-        self.stages = tuple(stages)
+    def __init__(self, phases: Sequence[tuple[Mixture, int]]):
+        self.phases = tuple(phases)
         self._starts = [0]
         self._before: list[dict[str, int]] = [{}]
-        for mixture, samples in stages:
+        for mixture, samples in phases:
             self._starts.append(self._starts[-1] + samples)
             taken, before = mixture.taken(samples), self._before[-1]
             self._before.append(before | {name: before.get(name, 0) + count for name, count in taken.items()})
@@ -138,18 +138,18 @@ class Blend:
         return self._before[-1]
 
     def locate(self, sample: int) -> tuple[str, int]:
-        """The domain of a sample, and how many of the domain's come before it in all stages."""
+        """The domain of a sample, and how many of the domain's come before it in all phases."""
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
-        stage = bisect_right(self._starts, sample) - 1
-        domain, position = self.stages[stage][0].locate(sample - self._starts[stage])
-        return domain, self._before[stage].get(domain, 0) + position
+        phase = bisect_right(self._starts, sample) - 1
+        domain, position = self.phases[phase][0].locate(sample - self._starts[phase])
+        return domain, self._before[phase].get(domain, 0) + position
 
     def history(self, samples: int) -> list[list[str | int]]:
-        """What the first `samples` samples were made of: mixture and number, stage by stage."""
+        """What the first `samples` samples were made of: mixture and number, phase by phase."""
         begun = [
             [str(mixture), min(count, samples - start)]
-            for (mixture, count), start in zip(self.stages, self._starts, strict=False)
+            for (mixture, count), start in zip(self.phases, self._starts, strict=False)
             if start < samples
         ]
         return begun

@@ -7,7 +7,7 @@ from nemo_skymoe.recipes.executors import VARIABLES
 WHY = {
     "#SBATCH --exclusive": "Whole nodes: NCCL rings and pinned memory do not share.",
     "#SBATCH --gpus-per-node": "All GPUs of a node.",
-    "#SBATCH --kill-on-invalid-dep": "Leave the queue, should the stage before fail.",
+    "#SBATCH --kill-on-invalid-dep": "Leave the queue, should the job before fail.",
     "#SBATCH --ntasks-per-node": "Lightning takes its ranks from SLURM's tasks, one a GPU.",
     "#SBATCH --mem": "All memory of a node.",
     "#SBATCH --open-mode": "A requeued job goes on in the same log.",

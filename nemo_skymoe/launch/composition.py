@@ -1,4 +1,4 @@
-"""From a command line and folders of YAML to one composed job, by hydra; what it means is `stages`' affair."""
+"""From a command line and folders of YAML to one composed configuration, by hydra; what it means is `jobs`' affair."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,18 +18,18 @@ from nemo_skymoe import credentials
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.names import unknown
 
-STAGES = ("conversion", "upcycle", "plan", "training", "export")
+JOBS = ("conversion", "upcycle", "plan", "training", "export")
 """In their order."""
-GROUPS = ("cluster", "model", "data", *STAGES)
+GROUPS = ("cluster", "model", "data", *JOBS)
 
 
-def compose_job(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
+def compose_groups(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
     """Compose `conf/`, and `config_dir` after it, under `overrides` in hydra's grammar.
 
     Keys inside of a group need no `+`, whether the YAML has them or not: it has no values of the recipes.
 
     Raises:
-        ConfigurationError: An override that cannot be parsed, an unknown group, option or stage, a sweep, or a folder
+        ConfigurationError: An override that cannot be parsed, an unknown group, option or job, a sweep, or a folder
             that does not exist; the value of a secret.
     """
     parsed = _parse(overrides)
@@ -42,12 +42,12 @@ def compose_job(overrides: Sequence[str], config_dir: Path | None = None) -> Dic
         for override in parsed:
             _check_option(override, config_dir)
         try:
-            job = compose("config", overrides=lines)
+            composed = compose("config", overrides=lines)
         except (HydraException, OmegaConfBaseException, YAMLError) as refused:
             raise ConfigurationError(_one_sentence(refused)) from None
-    _check_top(job)
-    credentials.check_options(OmegaConf.to_container(job))
-    return job
+    _check_top(composed)
+    credentials.check_options(OmegaConf.to_container(composed))
+    return composed
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -61,13 +61,19 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         raise ConfigurationError(_one_sentence(refused)) from None
     for override in parsed:
         head = override.key_or_group.split(".")[0].split("/")[0]
-        if head not in (*GROUPS, "stages"):
-            raise unknown("group", head, (*GROUPS, "stages"))
+        _check_group(head)
         if override.is_sweep_override():
             raise ConfigurationError(
                 f"{override.input_line} is a sweep, expected one value: a launch is one experiment"
             )
     return parsed
+
+
+def _check_group(name: str) -> None:
+    if name == "stages":
+        raise ConfigurationError("stages is now called jobs, expected jobs=[...] in its place")
+    if name not in (*GROUPS, "jobs"):
+        raise unknown("group", name, (*GROUPS, "jobs"))
 
 
 def _forced(override: Override) -> str:
@@ -89,22 +95,21 @@ def _check_option(override: Override, config_dir: Path | None) -> None:
         raise unknown(group, option, options)
 
 
-def _check_top(job: DictConfig) -> None:
-    for key in job:
-        if key not in (*GROUPS, "stages"):
-            raise unknown("group", str(key), (*GROUPS, "stages"))
+def _check_top(composed: DictConfig) -> None:
+    for key in composed:
+        _check_group(str(key))
     for group in GROUPS:
-        if not isinstance(job.get(group), DictConfig):
-            raise ConfigurationError(f"{group} is {job.get(group)!r}, expected a name of conf/{group}")
-    stages: Any = job.stages
-    if isinstance(stages, str) or not stages:
-        raise ConfigurationError(f"stages is {stages!r}, expected a list such as [upcycle,training]")
-    for stage in stages:
-        if stage not in STAGES:
-            raise unknown("stage", str(stage), STAGES)
-    if list(stages) != [stage for stage in STAGES if stage in stages]:
+        if not isinstance(composed.get(group), DictConfig):
+            raise ConfigurationError(f"{group} is {composed.get(group)!r}, expected a name of conf/{group}")
+    jobs: Any = composed.jobs
+    if isinstance(jobs, str) or not jobs:
+        raise ConfigurationError(f"jobs is {jobs!r}, expected a list such as [upcycle,training]")
+    for job in jobs:
+        if job not in JOBS:
+            raise unknown("job", str(job), JOBS)
+    if list(jobs) != [job for job in JOBS if job in jobs]:
         raise ConfigurationError(
-            f"stages is [{','.join(stages)}], expected every stage once, in the order {', '.join(STAGES)}"
+            f"jobs is [{','.join(jobs)}], expected every job once, in the order {', '.join(JOBS)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Paths of a stage that runs in a container on another machine: they have to be on something that is mounted there."""
+"""Paths of a job that runs in a container on another machine: they have to be on something that is mounted there."""
 
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -9,7 +9,7 @@ import nemo_run as run
 from nemo_skymoe.config import ConfigurationError
 
 
-def check_paths(stage: str, task: Any, executor: Any) -> None:
+def check_paths(job: str, task: Any, executor: Any) -> None:
     """Refuse a path of `task` that SLURM's nodes would look for in vain, or write to and lose with the container."""
     if not isinstance(executor, run.SlurmExecutor):
         return
@@ -19,11 +19,11 @@ def check_paths(stage: str, task: Any, executor: Any) -> None:
             continue
         path = PurePosixPath(text)
         if not path.is_absolute():
-            raise ConfigurationError(f"{stage}.{name} is {text}, expected an absolute path")
+            raise ConfigurationError(f"{job}.{name} is {text}, expected an absolute path")
         if mounts and not any(path.is_relative_to(mount) for mount in mounts):
             places = ", ".join(map(str, mounts))
             raise ConfigurationError(
-                f"{stage}.{name} is {text}, expected a path below one of cluster.container_mounts: {places}"
+                f"{job}.{name} is {text}, expected a path below one of cluster.container_mounts: {places}"
             )
 
 

@@ -1,4 +1,4 @@
-"""A section of a composed job, put on the configuration that a Python factory makes: the only bridge between both."""
+"""A section of a composed configuration, put on the configuration that a Python factory makes: the only bridge between both."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping

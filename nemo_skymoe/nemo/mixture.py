@@ -1,4 +1,4 @@
-"""Mixtures of Megatron's indexed datasets, in stages, as a data module of NeMo's."""
+"""Mixtures of Megatron's indexed datasets, in phases, as a data module of NeMo's."""
 # No `from __future__ import annotations`: NeMo-Run reads the signature of `mixture_data`.
 
 import hashlib
@@ -42,8 +42,8 @@ def mixture_data(
     Args:
         corpus: Folder of `skymoe preprocess`, or with any of Megatron's datasets, `DOMAIN.bin` and `.idx`, and a
             tokenizer in `tokenizer`. What `skymoe corpus` wrote is taken as it is, unless `mixtures` name its files.
-        mixtures: One as "en:7 zh:2 code:1" for each stage; None is that one.
-        steps: Optimizer steps of each stage; None is one stage as long as the training.
+        mixtures: One as "en:7 zh:2 code:1" for each phase; None is that one.
+        steps: Optimizer steps of each phase; None is one phase as long as the training.
         seq_length: Tokens of a sample.
         global_batch_size: Samples of an optimizer step.
         micro_batch_size: Samples of a forward pass of one data-parallel rank.
@@ -143,11 +143,11 @@ class MixtureDataModule(PreTrainingDataModule):
         trainer_limit_val_batches: Any,
         trainer_limit_test_batches: Any,
     ) -> None:
-        """Make the datasets, as many training samples as all stages take; validation has one of every batch it reads."""
+        """Make the datasets, as many training samples as all phases take; validation has one of every batch it reads."""
         steps = self.steps or [trainer_max_steps]
         if sum(steps) < trainer_max_steps:
             raise ConfigurationError(
-                f"trainer.max_steps is {trainer_max_steps}, the data's stages have {sum(steps)} steps: add a stage"
+                f"trainer.max_steps is {trainer_max_steps}, the data's phases have {sum(steps)} steps: add a phase"
             )
         batch = self.data_sampler.global_batch_size
         self.blend = Blend([(m, n * batch) for m, n in zip(self.mixtures, steps, strict=True)])
@@ -165,7 +165,7 @@ class MixtureDataModule(PreTrainingDataModule):
         return state | {"history": history, "epochs": self._epochs()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the position, if the stages up to it are those that led there.
+        """Go on from the position, if the phases up to it are those that led there.
 
         Raises:
             ConfigurationError: They are not, or the datasets have changed.
@@ -175,7 +175,7 @@ class MixtureDataModule(PreTrainingDataModule):
         now = self.blend.history(consumed)
         if history is not None and history != now:
             raise ConfigurationError(
-                f"the checkpoint has seen (mixture, samples) {history}, the stages would have been {now}: stages that"
+                f"the checkpoint has seen (mixture, samples) {history}, the phases would have been {now}: phases that"
                 " have begun cannot change"
             )
         epochs = self._epochs()
@@ -213,7 +213,7 @@ class MixtureDataModule(PreTrainingDataModule):
     def _log(self, steps: list[int]) -> None:
         assert self.blend is not None
         for number, (mixture, count) in enumerate(zip(self.mixtures, steps, strict=True), start=1):
-            logging.info(f"stage {number} of {len(steps)}: {count} steps of {mixture}")
+            logging.info(f"phase {number} of {len(steps)}: {count} steps of {mixture}")
         for domain, samples in self.blend.taken.items():
             epochs = samples / len(self._train_ds.streams[domain].dataset)
             logging.info(f"'{domain}' is seen {epochs:.2f} times: {samples * self.seq_length} tokens")
@@ -278,7 +278,7 @@ def _check_numbers(mixtures: list[str], steps: Optional[list[int]], held_out: fl
             f"there are {len(mixtures)} mixtures and steps={steps}, expected steps for every mixture"
         )
     if any(count < 1 for count in steps or ()):
-        raise ConfigurationError(f"the stages' steps are {steps}, expected at least 1 each")
+        raise ConfigurationError(f"the phases' steps are {steps}, expected at least 1 each")
     if not 0 < held_out < 1:
         raise ConfigurationError(f"held_out is {held_out}, expected a share between 0 and 1")
 

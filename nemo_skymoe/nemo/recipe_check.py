@@ -58,7 +58,7 @@ def check_start(recipe: Any, local: bool, written_before: bool) -> None:
 
     Args:
         local: The training runs on this machine, where it would look for the checkpoint in vain.
-        written_before: A stage before the training writes it.
+        written_before: A job before the training writes it.
 
     Raises:
         ConfigurationError: As the training would.

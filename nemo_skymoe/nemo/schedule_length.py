@@ -11,10 +11,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nemo_skymoe.config import ConfigurationError
 
-PHASES = ("warmup_steps", "hold_steps", "constant_steps", "decay_steps")
+PARTS = ("warmup_steps", "hold_steps", "constant_steps", "decay_steps")
 """Parts of a schedule in steps, by the names that NeMo's schedulers and ours give them."""
 _LEAST_RUN = 10
-"""A run of so many steps keeps at least one step of every phase that its schedule has."""
+"""A run of so many steps keeps at least one step of every part that its schedule has."""
 
 
 def follow_max_steps(optim: Any, max_steps: int) -> None:
@@ -26,16 +26,16 @@ def follow_max_steps(optim: Any, max_steps: int) -> None:
     tenth of the run each. A change is warned of.
 
     Raises:
-        ConfigurationError: Stages end at another step than the run.
+        ConfigurationError: Phases end at another step than the run.
     """
     scheduler: Any = getattr(optim, "lr_scheduler", None)
     if scheduler is None:
         return
-    stages = getattr(scheduler, "stages", None)
-    if stages is not None:
-        _check_stages(stages, max_steps)
+    phases = getattr(scheduler, "phases", None)
+    if phases is not None:
+        _check_phases(phases, max_steps)
         return
-    lengths = {name: getattr(scheduler, name) for name in PHASES if _is_count(getattr(scheduler, name, None))}
+    lengths = {name: getattr(scheduler, name) for name in PARTS if _is_count(getattr(scheduler, name, None))}
     meant_for = getattr(scheduler, "max_steps", None)
     fitted = _fitted(lengths, meant_for, max_steps)
     if fitted != lengths:
@@ -52,12 +52,12 @@ def follow_max_steps(optim: Any, max_steps: int) -> None:
         scheduler.max_steps = max_steps
 
 
-def _check_stages(stages: Any, max_steps: int) -> None:
-    total = sum(stage.max_steps for stage in stages)
+def _check_phases(phases: Any, max_steps: int) -> None:
+    total = sum(phase.max_steps for phase in phases)
     if total != max_steps:
         raise ConfigurationError(
-            f"trainer.max_steps is {max_steps}, expected the {total} of all stages: change the tokens in the file"
-            " of stages"
+            f"trainer.max_steps is {max_steps}, expected the {total} of all phases: change the tokens in the file"
+            " of phases"
         )
 
 

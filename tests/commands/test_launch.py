@@ -18,10 +18,10 @@ def run(*options: str) -> Result:
 
 
 def test_the_composed_job_is_shown() -> None:
-    answer = run("training=skywork_moe_146b", "cluster=a800_slurm", "stages=[upcycle,training]", "training.max_lr=1e-4", "--cfg", "job")  # fmt: skip
+    answer = run("training=skywork_moe_146b", "cluster=a800_slurm", "jobs=[upcycle,training]", "training.max_lr=1e-4", "--cfg", "job")  # fmt: skip
     assert (answer.exit_code, answer.stderr) == (0, "")
     job = yaml.safe_load(answer.stdout)
-    assert job["stages"] == ["upcycle", "training"] and job["cluster"]["executor"] == "a800_slurm"
+    assert job["jobs"] == ["upcycle", "training"] and job["cluster"]["executor"] == "a800_slurm"
     assert job["training"] == {"recipe": "skywork_moe_146b", "task": "pretrain", "max_lr": 1e-4}
 
 

@@ -1,4 +1,4 @@
-"""Mixtures: exact shares, an even order, and domains that go on from stage to stage."""
+"""Mixtures: exact shares, an even order, and domains that go on from phase to phase."""
 
 import re
 from collections import Counter
@@ -45,7 +45,7 @@ def test_no_domain_is_ever_a_sample_from_its_share(mixture: str) -> None:
             assert abs(taken[name] - (sample + 1) * weight / found.period) <= 1
 
 
-def test_a_domain_goes_on_where_the_stages_before_have_left_it() -> None:
+def test_a_domain_goes_on_where_the_phases_before_have_left_it() -> None:
     blend = Blend([(parse("en:7 zh:2 code:1"), 23), (parse("zh:1 new:1"), 11), (parse("en:3 zh:2"), 8)])
     seen: dict[str, list[int]] = {}
     for sample in range(len(blend)):
@@ -60,9 +60,9 @@ def test_a_domain_goes_on_where_the_stages_before_have_left_it() -> None:
             blend.locate(outside)
 
 
-def test_a_stage_added_at_the_end_changes_nothing_before_it() -> None:
-    stages = [(parse("a:2 b:1"), 10), (parse("b:1"), 5)]
-    short, long = Blend(stages), Blend([*stages, (parse("a:1 c:9"), 100)])
+def test_a_phase_added_at_the_end_changes_nothing_before_it() -> None:
+    phases = [(parse("a:2 b:1"), 10), (parse("b:1"), 5)]
+    short, long = Blend(phases), Blend([*phases, (parse("a:1 c:9"), 100)])
     assert [short.locate(sample) for sample in range(15)] == [long.locate(sample) for sample in range(15)]
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from workplace import prepare
 
 from nemo_skymoe.cli import app
-from nemo_skymoe.launch.composition import compose_job
+from nemo_skymoe.launch.composition import compose_groups
 
 NEEDS = {"cluster", "network", "weights", "Megatron-Bridge", "container"}
 BLOCKS = [block for page in PAGES for block in page.blocks]
@@ -53,7 +53,7 @@ def test_commands_and_options_exist(block: Block) -> None:
         if words[0] == "skymoe":
             context = PARSER.commands[words[1]].make_context(words[1], words[2:])
             if words[1] == "launch" and context.params["config_dir"] is None:
-                compose_job(context.params["overrides"] or [])
+                compose_groups(context.params["overrides"] or [])
         assert all((ROOT / word).exists() for word in words if word.startswith("slurm/"))
 
 

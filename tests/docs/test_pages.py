@@ -120,4 +120,4 @@ def test_every_entry_of_the_table_exists(row: list[str]) -> None:
     code, recipe, proof = (re.findall(r"`([^`]+)`", cell) for cell in row[2:])
     assert code and proof
     assert all(PATH.fullmatch(entry) and is_there(entry) for entry in code + proof), row
-    assert set(recipe) <= RECIPE_NAMES | OPTIONS | {"mixture", "stages"}, row
+    assert set(recipe) <= RECIPE_NAMES | OPTIONS | {"mixture", "phases"}, row

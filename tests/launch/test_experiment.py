@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from nemo_skymoe.checkpoint.run_folder import last_checkpoint
 from nemo_skymoe.checkpoint.verification.verifier import verify
-from nemo_skymoe.commands.launch import stages
+from nemo_skymoe.commands.launch import jobs
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data.corpus import build_corpus
-from nemo_skymoe.launch.composition import STAGES, compose_job
+from nemo_skymoe.launch.composition import JOBS, compose_groups
 from nemo_skymoe.launch.experiment import submit
 from nemo_skymoe.ranks import RankFailed
 from nemo_skymoe.recipes._scale import SCALES
@@ -56,9 +56,9 @@ def commands_of_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def experiment(given: Path, folder: Path) -> Any:
-    """All stages, two of the training's on as many ranks."""
+    """All jobs, two of the training's on as many ranks."""
     options = {
-        "stages": f"[{','.join(STAGES)}]",
+        "jobs": f"[{','.join(JOBS)}]",
         "conversion.source": given / "dense",
         "conversion.output_path": folder / "nemo",
         "upcycle.output_path": folder / "upcycled",
@@ -75,7 +75,7 @@ def experiment(given: Path, folder: Path) -> Any:
         "data.corpus": given / "corpus",
         "export.output_path": folder / "exported",
     }
-    return stages(compose_job([f"{option}={value}" for option, value in options.items()]))
+    return jobs(compose_groups([f"{option}={value}" for option, value in options.items()]))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def whole(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_each_stage_has_started_from_what_the_one_before_it_wrote(given: Path, whole: Path) -> None:
+def test_each_job_has_started_from_what_the_one_before_it_wrote(given: Path, whole: Path) -> None:
     run = whole / "runs" / "skywork_moe_146b"
     assert verify({"base": given / "dense"}, whole / "nemo").problems == []
     assert verify({"base": whole / "nemo"}, whole / "upcycled").problems == []

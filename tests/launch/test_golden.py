@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from nemo_skymoe.commands.launch import stages
-from nemo_skymoe.launch.composition import compose_job
+from nemo_skymoe.commands.launch import jobs
+from nemo_skymoe.launch.composition import compose_groups
 from nemo_skymoe.launch.experiment import dry_run
 
 GOLDEN = Path(__file__).with_name("golden")
 REPORT = [
     "training=skywork_moe_146b",
     "cluster=a800_slurm",
-    "stages=[upcycle,training]",
+    "jobs=[upcycle,training]",
     "upcycle.source=/data/skywork-13b",
     "upcycle.output_path=/data/upcycled",
     "training.dir=/data/runs",
@@ -29,7 +29,7 @@ CASES = {
 
 
 def launched(overrides: list[str], home: Path) -> str:
-    text = dry_run(stages(compose_job(overrides)))
+    text = dry_run(jobs(compose_groups(overrides)))
     text = re.sub(r"skymoe_\d{10,}", "skymoe_ID", text.replace(str(home), "/home/me/.nemo_run"))
     return re.sub(r"--rdzv-id \d+", "--rdzv-id ID", text)
 

@@ -11,11 +11,11 @@ import nemo_run as run
 import pytest
 
 from nemo_skymoe.commands import tasks as commands
-from nemo_skymoe.commands.launch import stages
+from nemo_skymoe.commands.launch import jobs
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.composition import compose_job
+from nemo_skymoe.launch.composition import compose_groups
 from nemo_skymoe.launch.experiment import dry_run
-from nemo_skymoe.launch.stages import Stage
+from nemo_skymoe.launch.jobs import Job
 from nemo_skymoe.recipes.executors import a800_slurm, local_torchrun
 
 MARKERS = ("$(touch marker)", "`touch marker`", ";touch marker", "x; touch marker #", "&& touch marker", "| touch marker", "> marker")  # fmt: skip
@@ -86,7 +86,7 @@ def sbatch_options(script: str) -> dict[str, str]:
 
 
 def script_of(executor: Any, task: Any = TASK) -> str:
-    return dry_run([Stage("training", "what it is", task, executor, [])])
+    return dry_run([Job("training", "what it is", task, executor, [])])
 
 
 def test_what_is_given_arrives_byte_for_byte_and_nothing_is_run(bash: Any) -> None:
@@ -148,12 +148,12 @@ def test_on_this_machine(bash: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_through_hydra_and_with_code_of_a_site(bash: Any) -> None:
     """`setup_lines` are bash, by their meaning; a comment of the printed script stays one."""
-    job = ["stages=[conversion]", "cluster=a800_slurm", "conversion.output_path=/data/b"]
+    given = ["jobs=[conversion]", "cluster=a800_slurm", "conversion.output_path=/data/b"]
     source = "/data/a\ntouch marker\n$(touch marker) 'b"
-    made = stages(
-        compose_job(
+    made = jobs(
+        compose_groups(
             [
-                *job,
+                *given,
                 f"conversion.source={quoted(source)}",
                 f"cluster.env_vars={{foo: {quoted('a b $(touch marker)')}}}",
                 f"cluster.comment={quoted('; touch marker')}",

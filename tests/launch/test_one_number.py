@@ -1,4 +1,4 @@
-"""One run has one plan: by `skymoe plan`, by `launch stages=[plan]`, by the recipe's own layout, and in print."""
+"""One run has one plan: by `skymoe plan`, by `launch jobs=[plan]`, by the recipe's own layout, and in print."""
 
 import importlib.util
 import json
@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from nemo_skymoe.cli import app
 from nemo_skymoe.commands import tasks as commands
-from nemo_skymoe.commands.launch import stages
+from nemo_skymoe.commands.launch import jobs
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.composition import compose_job
+from nemo_skymoe.launch.composition import compose_groups
 from nemo_skymoe.pipeline.planning import plan
 from nemo_skymoe.recipes import skywork_moe_146b
 
@@ -33,11 +33,11 @@ def figures(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_launch(tmp_path: Path, *overrides: str) -> dict[str, Any]:
-    """What the plan stage writes, run as its job runs it."""
-    job = ["cluster=a800_slurm", "training.dir=/data/runs", "stages=[plan]", "plan.output_path=/data/p"]
-    (stage,) = stages(compose_job([*job, *overrides]))
+    """What the plan's job writes, run as it runs it."""
+    given = ["cluster=a800_slurm", "training.dir=/data/runs", "jobs=[plan]", "plan.output_path=/data/p"]
+    (job,) = jobs(compose_groups([*given, *overrides]))
     file = tmp_path / "plan.json"
-    options: dict[str, Any] = {str(name): value for name, value in fdl.ordered_arguments(stage.task).items()}
+    options: dict[str, Any] = {str(name): value for name, value in fdl.ordered_arguments(job.task).items()}
     commands.plan(**options | {"output_path": str(file)})
     return json.loads(file.read_text())
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from nemo_skymoe.cli import app
 from nemo_skymoe.commands import tasks as commands
-from nemo_skymoe.commands.launch import stages
+from nemo_skymoe.commands.launch import jobs
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.composition import compose_job
+from nemo_skymoe.launch.composition import compose_groups
 from nemo_skymoe.launch.experiment import dry_run, submit
 from nemo_skymoe.recipes.executors import a800_slurm, local_torchrun
 
@@ -23,7 +23,7 @@ SECRET = "swordfish0123456789"
 SENTENCE = "secrets are passed by name from the environment, never by value"
 URL = f"https://me:{SECRET}@host/x"
 TASK = run.Partial(commands.inspect, source="/data/x")
-CONVERSION = ["stages=[conversion]", "conversion.source=/data/a", "conversion.output_path=/data/b"]
+CONVERSION = ["jobs=[conversion]", "conversion.source=/data/a", "conversion.output_path=/data/b"]
 GIVEN = (
     f"cluster.env_vars={{WANDB_API_KEY: {SECRET}}}",
     f"+cluster.env_vars={{A: b, HF_TOKEN: {SECRET}}}",
@@ -59,7 +59,7 @@ def test_a_site_s_file_and_an_interpolation_are_no_way_around(
     for value in (SECRET, "${oc.env:HF_TOKEN}"):
         (site / "ours.yaml").write_text(f"defaults: [a800_slurm]\nenv_vars: {{HF_TOKEN: '{value}'}}\n")
         with pytest.raises(ConfigurationError, match=SENTENCE) as refused:
-            stages(compose_job([*CONVERSION, "cluster=ours"], tmp_path / "site"))
+            jobs(compose_groups([*CONVERSION, "cluster=ours"], tmp_path / "site"))
         assert SECRET not in str(refused.value)
 
 
@@ -101,14 +101,14 @@ def test_a_name_hands_the_value_on_and_leaves_it_nowhere(
 ) -> None:
     by_name = [*CONVERSION, "cluster.env_vars={WANDB_API_KEY: null, NCCL_SOCKET_IFNAME: bond0}"]
     with pytest.raises(ConfigurationError, match=r"env_vars names WANDB_API_KEY .* export WANDB_API_KEY"):
-        stages(compose_job([*by_name, "cluster=a800_slurm"]))
+        jobs(compose_groups([*by_name, "cluster=a800_slurm"]))
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    script = dry_run(stages(compose_job([*by_name, "cluster=a800_slurm"])))
+    script = dry_run(jobs(compose_groups([*by_name, "cluster=a800_slurm"])))
     assert "--container-env WANDB_API_KEY" in script and SECRET not in script
     assert "export NCCL_SOCKET_IFNAME=bond0\n" in script and "export WANDB_API_KEY" not in script
-    script = dry_run(stages(compose_job([*by_name, "cluster=a800_slurm", "cluster.container_image=none"])))
+    script = dry_run(jobs(compose_groups([*by_name, "cluster=a800_slurm", "cluster.container_image=none"])))
     assert "WANDB_API_KEY" not in script  # sbatch and srun hand the environment on
-    assert "WANDB_API_KEY" not in dry_run(stages(compose_job([*by_name, "cluster=local"])))
+    assert "WANDB_API_KEY" not in dry_run(jobs(compose_groups([*by_name, "cluster=local"])))
 
     (folder := tmp_path / "bin").mkdir()
     (folder / "sbatch").write_text(f'#!/bin/bash\nprintf %s "$WANDB_API_KEY" > {tmp_path}/seen\necho 41\n')
@@ -118,7 +118,7 @@ def test_a_name_hands_the_value_on_and_leaves_it_nowhere(
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out):
-        submit(stages(compose_job([*by_name, "cluster=a800_slurm"])))
+        submit(jobs(compose_groups([*by_name, "cluster=a800_slurm"])))
     assert (tmp_path / "seen").read_text() == SECRET
     assert SECRET not in out.getvalue() and [file.name for file in holding(tmp_path)] == ["seen"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_skymoe.commands.launch import stages
-from nemo_skymoe.launch.composition import compose_job
+from nemo_skymoe.commands.launch import jobs
+from nemo_skymoe.launch.composition import compose_groups
 from nemo_skymoe.launch.experiment import submit
 from nemo_skymoe.ranks import RankFailed
 
@@ -28,12 +28,12 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return given
 
 
-def test_on_slurm_a_stage_waits_for_the_one_before_it(sbatch: Path) -> None:
+def test_on_slurm_a_job_waits_for_the_one_before_it(sbatch: Path) -> None:
     submit(
-        stages(
-            compose_job(
+        jobs(
+            compose_groups(
                 [
-                    "stages=[conversion,upcycle,training]",
+                    "jobs=[conversion,upcycle,training]",
                     "training=skywork_moe_146b",
                     "cluster=a800_slurm",
                     "conversion.source=/data/hf",
@@ -51,15 +51,15 @@ def test_on_slurm_a_stage_waits_for_the_one_before_it(sbatch: Path) -> None:
 
 
 @pytest.mark.long  # a process that loads NeMo-Run
-def test_here_a_failed_stage_is_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_here_a_failed_job_is_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    job = [
-        "stages=[conversion,upcycle]",
+    given = [
+        "jobs=[conversion,upcycle]",
         f"conversion.source={tmp_path}/absent",
         f"upcycle.output_path={tmp_path}/up",
     ]
     reason = rf"conversion ended as FAILED: ConfigurationError: .*{tmp_path}/absent.*; its log is (/\S+)$"
     with pytest.raises(RankFailed, match=reason) as failed:
-        submit(stages(compose_job([*job, f"conversion.output_path={tmp_path}/dense"])))
+        submit(jobs(compose_groups([*given, f"conversion.output_path={tmp_path}/dense"])))
     assert f"{tmp_path}/absent" in Path(str(failed.value).split()[-1]).read_text()
     assert not (tmp_path / "up").exists() and not (tmp_path / "dense").exists()

@@ -9,9 +9,9 @@ import torch
 from fakes import random_weights
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.commands.launch import stages
+from nemo_skymoe.commands.launch import jobs
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.composition import compose_job
+from nemo_skymoe.launch.composition import compose_groups
 from nemo_skymoe.nemo import run_numbers, schedule_length
 
 SLURM = ["cluster=a800_slurm", "training.dir=/data/runs"]
@@ -79,7 +79,7 @@ def made(*overrides: str) -> Any:
     heads = [override.partition("=")[0] for override in overrides]
     defaults = ["training=skywork_moe_146b", *SLURM]
     kept = [default for default in defaults if default.partition("=")[0] not in heads]
-    return stages(compose_job([*kept, *overrides]))
+    return jobs(compose_groups([*kept, *overrides]))
 
 
 def test_a_submission_refuses_what_the_training_would() -> None:
@@ -98,8 +98,8 @@ def test_a_submission_says_what_the_training_would(monkeypatch: pytest.MonkeyPat
     said: list[str] = []
     for module in (schedule_length, run_numbers):
         monkeypatch.setattr(module.logging, "warning", said.append)
-    job = ["training=skywork_moe_1p8b", f"{TRAINER}.max_steps=4386", f"{TRAINER}.max_time=00:01:00:00"]
-    made(*job, "training.optim.config.min_lr=0")
+    given = ["training=skywork_moe_1p8b", f"{TRAINER}.max_steps=4386", f"{TRAINER}.max_time=00:01:00:00"]
+    made(*given, "training.optim.config.min_lr=0")
     ends, early, fitted = said
     assert "optim.config.min_lr is 0, which this schedule does not read: its shape ends at" in ends
     assert early.startswith("trainer.max_time (Timer) may end the run before the 4386 steps")
@@ -121,5 +121,5 @@ def test_a_checkpoint_to_start_from_is_checked_where_it_is(tmp_path: Path) -> No
     with pytest.raises(ConfigurationError, match=r"'.*/absent', has no weights folder"):
         made(*here, f"training.resume_path={tmp_path}/absent")
     output = [f"upcycle.source={tmp_path}/dense", f"upcycle.output_path={tmp_path}/absent"]
-    made("stages=[upcycle,training]", *here, *output)
+    made("jobs=[upcycle,training]", *here, *output)
     made("training.resume_path=/data/on_another_machine")

@@ -114,10 +114,10 @@ def test_schedules_follow_the_steps_that_are_really_run() -> None:
     assert (nemos.warmup_steps, nemos.constant_steps) == (20, 30)
     checks.follow_max_steps(SimpleNamespace(lr_scheduler=nemos), 50)
     assert (nemos.warmup_steps, nemos.constant_steps) == (17, 25)
-    stages = SimpleNamespace(stages=[SimpleNamespace(max_steps=4), SimpleNamespace(max_steps=6)])
-    checks.follow_max_steps(SimpleNamespace(lr_scheduler=stages), 10)
-    with pytest.raises(ConfigurationError, match=r"trainer\.max_steps is 9, expected the 10 of all stages"):
-        checks.follow_max_steps(SimpleNamespace(lr_scheduler=stages), 9)
+    phases = SimpleNamespace(phases=[SimpleNamespace(max_steps=4), SimpleNamespace(max_steps=6)])
+    checks.follow_max_steps(SimpleNamespace(lr_scheduler=phases), 10)
+    with pytest.raises(ConfigurationError, match=r"trainer\.max_steps is 9, expected the 10 of all phases"):
+        checks.follow_max_steps(SimpleNamespace(lr_scheduler=phases), 9)
 
 
 def test_steps_that_train_nothing_are_refused() -> None:

@@ -15,7 +15,7 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo import checks, schedule_length
 from nemo_skymoe.nemo.learning_rate import LearningRateSchedule
 from nemo_skymoe.nemo.schedule_length import ScheduleOfThisRun, check_early_end, follow_max_steps
-from nemo_skymoe.nemo.stages import StagedLearningRate
+from nemo_skymoe.nemo.training_phases import PhasedLearningRate
 
 PEAK, END, STEPS = 1.0, 0.1, 1000
 Scheduler = Callable[[], Any]
@@ -103,7 +103,7 @@ def test_lengths_that_leave_no_room_for_the_shape_shrink(monkeypatch: pytest.Mon
 
 MADE: dict[str, Callable[[int, float], Any]] = {
     "ours": lambda steps, peak: LearningRateSchedule("linear", 2, steps, 0.1),
-    "stages": lambda steps, peak: StagedLearningRate(
+    "phases": lambda steps, peak: PhasedLearningRate(
         [LearningRateSchedule("linear", 2, 10, 0.1), LearningRateSchedule("cosine", 0, max(1, steps - 10), 0.1)],
         [1.0, 0.5],
     ),

@@ -1,4 +1,4 @@
-"""Mixtures and stages by the command line a user types, from text to training."""
+"""Mixtures and phases by the command line a user types, from text to training."""
 
 import json
 from pathlib import Path
@@ -35,13 +35,13 @@ def test_a_recipe_on_the_reports_mixture(prepared: Path) -> None:
 
 
 @pytest.mark.long
-def test_stages_and_one_more_after_the_end(prepared: Path) -> None:
-    chosen = {"scale": "toy", "corpus": "runs/text", "stages": "stages.yaml", "name": "staged"}
-    (prepared / "stages.yaml").write_text(FIRST)
+def test_phases_and_one_more_after_the_end(prepared: Path) -> None:
+    chosen = {"scale": "toy", "corpus": "runs/text", "phases": "phases.yaml", "name": "phased"}
+    (prepared / "phases.yaml").write_text(FIRST)
     nemo_llm(prepared, "pretrain", "skywork_moe_tiny", **chosen)
-    before = last_checkpoint(prepared, "staged")
-    (prepared / "stages.yaml").write_text(FIRST + SECOND)
+    before = last_checkpoint(prepared, "phased")
+    (prepared / "phases.yaml").write_text(FIRST + SECOND)
     nemo_llm(prepared, "pretrain", "skywork_moe_tiny", **chosen)
-    assert last_checkpoint(prepared, "staged") != before
-    rates = read_curves(prepared / "runs" / "tensorboard" / "staged")["lr"].values
+    assert last_checkpoint(prepared, "phased") != before
+    rates = read_curves(prepared / "runs" / "tensorboard" / "phased")["lr"].values
     assert list(rates) == pytest.approx([1e-3, 5.5e-4, 5e-4, 3.75e-4, 2.5e-4, 1.25e-4], rel=1e-6)

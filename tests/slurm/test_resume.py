@@ -58,7 +58,7 @@ def launch(cluster: Cluster, folder: Path, name: str) -> tuple[Job, Job]:
     values = {f"training.{option}": value for option, value in recipe.items()}
     values |= {f"model.{option}": value for option, value in MODEL.items()}
     cluster.run(
-        "skymoe", "launch", "stages=[training,export]", f"export.output_path={folder}/{name}-hf",
+        "skymoe", "launch", "jobs=[training,export]", f"export.output_path={folder}/{name}-hf",
         "training=skywork_moe_tiny", "cluster=a800_slurm", "cluster.time=01:00:00",
         "data=corpus", f"data.corpus={folder}/corpus", *(f"{option}={value}" for option, value in values.items()),
     )  # fmt: skip
@@ -66,10 +66,10 @@ def launch(cluster: Cluster, folder: Path, name: str) -> tuple[Job, Job]:
     training, export = (
         Job(
             cluster,
-            int(cluster.run("squeue", "--noheader", "--format=%i", f"--name=skymoe.{stage}")),
-            scripts / stage / "log-*.out",
+            int(cluster.run("squeue", "--noheader", "--format=%i", f"--name=skymoe.{job}")),
+            scripts / job / "log-*.out",
         )
-        for stage in ("training", "export")
+        for job in ("training", "export")
     )
     return training, export
 

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-from nemo_skymoe.commands.launch import stages
+from nemo_skymoe.commands.launch import jobs
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.composition import GROUPS, compose_job
-from nemo_skymoe.launch.stages import Stage, _plan_of
+from nemo_skymoe.launch.composition import GROUPS, compose_groups
+from nemo_skymoe.launch.jobs import Job, _plan_of
 from nemo_skymoe.nemo.pipeline import written_plan
 from nemo_skymoe.recipes.registry import RECIPES
 
@@ -27,8 +27,8 @@ PATHS = {
 SOURCES = "upcycle.further_sources={zh: /data/zh, en: /data/en, code: /data/code}"
 
 
-def made(*overrides: str) -> list[Stage]:
-    return stages(compose_job(overrides))
+def made(*overrides: str) -> list[Job]:
+    return jobs(compose_groups(overrides))
 
 
 def recipe_of(name: str, task: str = "pretrain") -> Any:
@@ -49,18 +49,18 @@ def test_every_recipe_has_its_file_and_every_file_its_recipe() -> None:
 @pytest.mark.parametrize("name", OPTIONS["training"])
 def test_every_training_is_its_recipe_and_nothing_else(name: str) -> None:
     large = [] if "tiny" in name else ["cluster=a800_slurm"]
-    (stage,) = made(f"training={name}", "training.dir=/data/runs", *large, "data.corpus=/data/corpus")
+    (job,) = made(f"training={name}", "training.dir=/data/runs", *large, "data.corpus=/data/corpus")
     expected = recipe_of(name)(dir="/data/runs", corpus="/data/corpus")
-    assert stage.task == expected
-    assert ZlibJSONSerializer().deserialize(ZlibJSONSerializer().serialize(stage.task)) == expected
-    trainer, executor = expected.trainer, stage.executor
+    assert job.task == expected
+    assert ZlibJSONSerializer().deserialize(ZlibJSONSerializer().serialize(job.task)) == expected
+    trainer, executor = expected.trainer, job.executor
     assert (executor.nodes, executor.ntasks_per_node) == (trainer.num_nodes, trainer.devices)
 
 
 @pytest.mark.parametrize("name", OPTIONS["model"])
 def test_every_model_fits_the_moe_recipes(name: str) -> None:
-    (stage,) = made("training=skywork_moe_146b", *SLURM, f"model={name}")
-    config = fdl.build(stage.task.model.config)
+    (job,) = made("training=skywork_moe_146b", *SLURM, f"model={name}")
+    config = fdl.build(job.task.model.config)
     changes = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
     assert all(getattr(config, option) == value for option, value in changes.items())
     plain = recipe_of("skywork_moe_146b")(dir="/data/runs")
@@ -72,34 +72,34 @@ def test_every_model_fits_the_moe_recipes(name: str) -> None:
 @pytest.mark.parametrize("cluster", OPTIONS["cluster"])
 def test_every_upcycling_is_its_command(name: str, cluster: str) -> None:
     more = [SOURCES] if name == "specialized" else []
-    (stage,) = made("stages=[upcycle]", f"cluster={cluster}", f"upcycle={name}", *PATHS["upcycle"], *more)
-    given = fdl.ordered_arguments(stage.task)
-    assert stage.task.__fn_or_cls__.__name__ == "upcycle"
+    (job,) = made("jobs=[upcycle]", f"cluster={cluster}", f"upcycle={name}", *PATHS["upcycle"], *more)
+    given = fdl.ordered_arguments(job.task)
+    assert job.task.__fn_or_cls__.__name__ == "upcycle"
     assert (given["init"], given["source"], given["output_path"]) == (name, "/data/dense", "/data/upcycled")
-    assert stage.executor.ntasks_per_node == 1 and stage.executor.launcher is None
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in stage.executor.env_vars
+    assert job.executor.ntasks_per_node == 1 and job.executor.launcher is None
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in job.executor.env_vars
 
 
 @pytest.mark.parametrize("name", OPTIONS["conversion"])
 def test_every_conversion_is_its_command(name: str) -> None:
-    (stage,) = made("stages=[conversion]", f"conversion={name}", *PATHS["conversion"])
-    assert stage.task.__fn_or_cls__.__name__ == "convert" and stage.task.to == name.removeprefix("to_")
+    (job,) = made("jobs=[conversion]", f"conversion={name}", *PATHS["conversion"])
+    assert job.task.__fn_or_cls__.__name__ == "convert" and job.task.to == name.removeprefix("to_")
 
 
 def test_finetuning_and_its_data() -> None:
-    (stage,) = made(
+    (job,) = made(
         "training=skywork_moe_146b",
         "training.task=finetune",
         *SLURM,
         "data=finetuning",
         "data.dataset=/data/d",
     )
-    assert stage.task == recipe_of("skywork_moe_146b", "finetune")(dir="/data/runs", dataset="/data/d")
+    assert job.task == recipe_of("skywork_moe_146b", "finetune")(dir="/data/runs", dataset="/data/d")
 
 
-def test_stages_hand_their_checkpoints_on() -> None:
+def test_jobs_hand_their_checkpoints_on() -> None:
     convert, upcycle, train = made(
-        "stages=[conversion,upcycle,training]",
+        "jobs=[conversion,upcycle,training]",
         "training=skywork_moe_146b",
         *SLURM,
         *PATHS["conversion"],
@@ -108,7 +108,7 @@ def test_stages_hand_their_checkpoints_on() -> None:
     assert upcycle.task.source == convert.task.output_path == "/data/b"
     assert train.task.resume.restore_config.path == "/data/up"
     *_, train = made(
-        "stages=[upcycle,training]",
+        "jobs=[upcycle,training]",
         "training=skywork_moe_146b",
         *SLURM,
         *PATHS["upcycle"],
@@ -120,7 +120,7 @@ def test_stages_hand_their_checkpoints_on() -> None:
 @pytest.mark.parametrize("name", OPTIONS["plan"])
 def test_every_plan_is_that_of_the_training(name: str) -> None:
     plan, train = made(
-        "stages=[plan,training]",
+        "jobs=[plan,training]",
         "training=skywork_moe_146b",
         *SLURM,
         f"plan={name}",
@@ -139,21 +139,21 @@ def test_every_plan_is_that_of_the_training(name: str) -> None:
 
 
 def test_a_plan_that_is_not_written_yet_is_checked() -> None:
-    job = ["stages=[plan,training]", "training=skywork_moe_146b", *SLURM, "plan.output_path=/data/p"]
+    given = ["jobs=[plan,training]", "training=skywork_moe_146b", *SLURM, "plan.output_path=/data/p"]
     with pytest.raises(ConfigurationError, match=r"needs \d+.\d\d GB more on stage"):
-        made(*job, "plan.memory_limit=20")
-    with pytest.raises(ConfigurationError, match=r"training.pipeline_layout is 'Et' and stages has plan"):
-        made(*job, "training.pipeline_layout=Et")
+        made(*given, "plan.memory_limit=20")
+    with pytest.raises(ConfigurationError, match=r"training.pipeline_layout is 'Et' and jobs has plan"):
+        made(*given, "training.pipeline_layout=Et")
     with pytest.raises(ConfigurationError, match="virtual stages by stage, the layout"):
-        made(*job, "plan.pipeline_parallel=24", "plan.num_gpus=3072")
+        made(*given, "plan.pipeline_parallel=24", "plan.num_gpus=3072")
     with pytest.raises(ConfigurationError, match=r"plan.output_path is /scratch/p, expected a path below"):
-        made(*job[:-1], "plan.output_path=/scratch/p")
+        made(*given[:-1], "plan.output_path=/scratch/p")
 
 
 @pytest.mark.parametrize("name", OPTIONS["export"])
 def test_every_export_is_of_the_runs_last_checkpoint(name: str) -> None:
     *_, export = made(
-        "stages=[training,export]",
+        "jobs=[training,export]",
         "training=skywork_moe_146b",
         *SLURM,
         "training.name=mine",
@@ -163,12 +163,12 @@ def test_every_export_is_of_the_runs_last_checkpoint(name: str) -> None:
     options = fdl.ordered_arguments(export.task)
     assert export.task.__fn_or_cls__.__name__ == "convert" and options["to"] == "hf"
     assert (options["source"], options["output_path"]) == ("/data/runs/mine", "/data/hf")
-    (alone,) = made("stages=[export]", "export.source=/data/runs/x", "export.output_path=/data/hf")
+    (alone,) = made("jobs=[export]", "export.source=/data/runs/x", "export.output_path=/data/hf")
     assert alone.task.source == "/data/runs/x"
 
 
 def test_arguments_and_parts_of_a_recipe() -> None:
-    (stage,) = made(
+    (job,) = made(
         "training=skywork_moe_146b",
         *SLURM,
         "training.num_nodes=24",
@@ -180,19 +180,19 @@ def test_arguments_and_parts_of_a_recipe() -> None:
         "cluster.retries=3",
         "cluster.saving_seconds=300",
     )
-    recipe = stage.task
-    assert recipe.trainer.num_nodes == stage.executor.nodes == 24
+    recipe = job.task
+    assert recipe.trainer.num_nodes == job.executor.nodes == 24
     assert not recipe.trainer.strategy.ckpt_async_save and recipe.optim.config.clip_grad == 0.5
     assert recipe.data.seq_length == recipe.model.config.seq_length == 4096
     assert recipe.model.config.moe_router_logit_norm_scale == 0.5
-    preemption: Any = stage.plugins[0]
-    assert stage.executor.retries == 3 and preemption.preempt_time == 300
+    preemption: Any = job.plugins[0]
+    assert job.executor.retries == 3 and preemption.preempt_time == 300
 
 
 def test_the_toy_scale_runs_here() -> None:
-    (stage,) = made("training=skywork_moe_146b", "training.scale=toy")
-    assert isinstance(stage.executor, run.LocalExecutor) and stage.executor.ntasks_per_node == 2
-    assert stage.executor.env_vars["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    (job,) = made("training=skywork_moe_146b", "training.scale=toy")
+    assert isinstance(job.executor, run.LocalExecutor) and job.executor.ntasks_per_node == 2
+    assert job.executor.env_vars["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -200,6 +200,7 @@ def test_the_toy_scale_runs_here() -> None:
     [
         (["training.max_lrr=1"], "option training.max_lrr is unknown: did you mean training.max_lr"),
         (["training.max_step=3"], "option training.max_step is unknown: did you mean training.trainer.max_steps"),
+        (["training.stages=a.yaml"], "training.stages is now called phases, expected training.phases in its place"),
         (["training.lr=1"], "option training.lr is unknown: did you mean training.optim.config.lr"),
         (["training.trainer.max_lr=1"], "option training.trainer.max_lr is unknown: did you mean training.max_lr"),
         (["training.strategy.ckpt_async_save=1"], "option training.strategy is unknown: did you mean training.trainer.strategy"),
@@ -222,9 +223,9 @@ def test_the_toy_scale_runs_here() -> None:
         (["model.seq_length=4096"], "data.seq_length is 8192 and model.seq_length 4096, expected the same"),
         (["data=corpus"], "data.corpus is missing, expected data.corpus=VALUE"),
         (["data.max_lr=1", "training.max_lr=2"], "max_lr is given as training.max_lr and as data.max_lr"),
-        (["stages=[upcycle]"], "upcycle.source is missing, expected upcycle.source=VALUE"),
-        (["stages=[upcycle]", "upcycle.sources=[a]"], "upcycle.source is missing"),
-        (["stages=[upcycle]", *PATHS["upcycle"], "upcycle.num_expert=8"], "did you mean upcycle.num_experts"),
+        (["jobs=[upcycle]"], "upcycle.source is missing, expected upcycle.source=VALUE"),
+        (["jobs=[upcycle]", "upcycle.sources=[a]"], "upcycle.source is missing"),
+        (["jobs=[upcycle]", *PATHS["upcycle"], "upcycle.num_expert=8"], "did you mean upcycle.num_experts"),
         (["cluster.nodes=3"], "cluster.nodes is given, expected training.num_nodes"),
         (["cluster=local"], "training.num_nodes is 192, expected 1 on cluster.executor=local_torchrun"),
         (["cluster.fault_tolerance=true"], "fault_tolerance needs nvidia-resiliency-ext"),
@@ -256,7 +257,7 @@ def test_a_sites_files_are_checked_as_well(yaml_text: str, message: str, tmp_pat
     (tmp_path / "upcycle").mkdir()
     (tmp_path / "upcycle" / "ours.yaml").write_text(yaml_text)
     with pytest.raises(ConfigurationError, match=message) as refused:
-        stages(compose_job(["stages=[upcycle]", "upcycle=ours"], tmp_path))
+        jobs(compose_groups(["jobs=[upcycle]", "upcycle=ours"], tmp_path))
     assert "\n" not in str(refused.value)
 
 

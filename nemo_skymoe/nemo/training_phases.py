@@ -1,4 +1,4 @@
-"""Training in stages (section 5): each has its tokens, its mixture and its learning-rate schedule."""
+"""Training in phases (section 5): each has its tokens, its mixture and its learning-rate schedule."""
 # No `from __future__ import annotations`: NeMo-Run reads these signatures.
 
 import math
@@ -17,13 +17,13 @@ from nemo_skymoe.nemo.learning_rate import SHAPES, LearningRateSchedule
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage of a training.
+class Phase:
+    """One phase of a training.
 
     Args:
         tokens: To train on; rounded up to whole steps.
         max_lr: Learning rate after the warm-up.
-        min_lr: At the end of the stage.
+        min_lr: At the end of the phase.
         mixture: Domains and weights as "en:7 zh:2 code:1".
         shape: "cosine", "linear" or "constant", from `max_lr` to `min_lr`.
         warmup_steps: Optimizer steps from near zero to `max_lr`.
@@ -55,7 +55,7 @@ class Stage:
         """Optimizer steps that see at least its tokens.
 
         Raises:
-            ConfigurationError: The warm-up is as long as the stage.
+            ConfigurationError: The warm-up is as long as the phase.
         """
         steps = -(-round(self.tokens) // tokens_per_step)
         if self.warmup_steps >= steps:
@@ -75,23 +75,23 @@ class Stage:
         }
 
 
-def read_stages(file: Path) -> list[Stage]:
-    """Read a YAML list of stages, whose keys are those of `Stage`.
+def read_phases(file: Path) -> list[Phase]:
+    """Read a YAML list of phases, whose keys are those of `Phase`.
 
     Raises:
-        ConfigurationError: The file, or a stage in it by its number and key.
+        ConfigurationError: The file, or a phase in it by its number and key.
     """
     try:
         values = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as reason:
-        raise ConfigurationError(f"the stages in '{file}' cannot be read: {reason}") from None
+        raise ConfigurationError(f"the phases in '{file}' cannot be read: {reason}") from None
     if not isinstance(values, list) or not values:
-        raise ConfigurationError(f"'{file}' is {type(values).__name__}, expected a list of stages")
-    return [_stage(value, f"stage {number} of '{file}'") for number, value in enumerate(values, start=1)]
+        raise ConfigurationError(f"'{file}' is {type(values).__name__}, expected a list of phases")
+    return [_phase(value, f"phase {number} of '{file}'") for number, value in enumerate(values, start=1)]
 
 
-def _stage(value: Any, place: str) -> Stage:
-    known = [field.name for field in fields(Stage)]
+def _phase(value: Any, place: str) -> Phase:
+    known = [field.name for field in fields(Phase)]
     if not isinstance(value, dict) or not set(value) <= set(known):
         raise ConfigurationError(f"{place} is {value!r}, expected the keys {', '.join(known)}")
     for name in ("tokens", "max_lr", "min_lr"):
@@ -99,7 +99,7 @@ def _stage(value: Any, place: str) -> Stage:
             raise ConfigurationError(f"{place} has no {name}")
     numbers = {name: _number(value[name]) for name in ("tokens", "max_lr", "min_lr")}
     try:
-        return Stage(**(value | numbers))
+        return Phase(**(value | numbers))
     except ConfigurationError as reason:
         raise ConfigurationError(f"{place}: {reason}") from None
 
@@ -116,31 +116,31 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-class StagedLearningRate(LRSchedulerModule):
+class PhasedLearningRate(LRSchedulerModule):
     """One schedule after the other, for one optimizer whose learning rate is the first one's peak.
 
     Every parameter group keeps its proportion to the others, as in `LearningRateSchedule`.
 
     Args:
-        stages: The schedules; the `max_steps` of each are its own.
+        phases: The schedules; the `max_steps` of each are its own.
         peaks: Of each, as a multiple of the first one's.
     """
 
-    def __init__(self, stages: list[LearningRateSchedule], peaks: list[float]) -> None:
+    def __init__(self, phases: list[LearningRateSchedule], peaks: list[float]) -> None:
         super().__init__()
-        self.stages, self.peaks = stages, peaks
-        self._ends = list(accumulate(stage.max_steps for stage in stages))
+        self.phases, self.peaks = phases, peaks
+        self._ends = list(accumulate(phase.max_steps for phase in phases))
 
     def factor(self, step: int) -> float:
         """The multiple of the first peak at optimizer step `step`, counted from 0."""
         number = next((n for n, end in enumerate(self._ends) if step < end), len(self._ends) - 1)
-        stage = self.stages[number]
-        return self.peaks[number] * stage.factor(step - (self._ends[number] - stage.max_steps))
+        phase = self.phases[number]
+        return self.peaks[number] * phase.factor(step - (self._ends[number] - phase.max_steps))
 
     scheduler = LearningRateSchedule.scheduler
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A checkpoint has the rate of the step after it, which a stage that was added since may know better."""
+        """A checkpoint has the rate of the step after it, which a phase that was added since may know better."""
         for config in trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
             for group, peak in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):

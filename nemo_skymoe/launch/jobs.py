@@ -1,4 +1,4 @@
-"""What the stages of a composed job are: a task, where it runs, and NeMo-Run's plugins. Nothing is decided here that a
+"""What the jobs of an experiment are: a task, where it runs, and NeMo-Run's plugins. Nothing is decided here that a
 recipe or an executor decides."""
 
 import inspect
@@ -15,8 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_skymoe import credentials
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.paths import check_paths
+from nemo_skymoe.launch.planner_options import planner_options
+from nemo_skymoe.launch.recipe import check_recipe, make_recipe, run_folder
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
-from nemo_skymoe.launch.training import check_recipe, make_recipe, planner_options, run_folder
 from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
 from nemo_skymoe.nemo.recipe_check import check_start, plan_of
@@ -26,12 +27,12 @@ from nemo_skymoe.recipes.executors import EXECUTORS, plugins
 from nemo_skymoe.shell import word
 
 Tasks = Mapping[str, Callable[..., None]]
-"""The functions that NeMo-Run runs for the stages conversion, upcycle, plan and export, by the stage's name."""
+"""The functions that NeMo-Run runs for the jobs conversion, upcycle, plan and export, by the job's name."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One job of the experiment."""
+class Job:
+    """One job of an experiment."""
 
     name: str
     summary: str
@@ -40,28 +41,28 @@ class Stage:
     plugins: list[run.Plugin]
 
 
-def stages(job: DictConfig, tasks: Tasks) -> list[Stage]:
-    """The stages of a composed job in their order, each checked as far as that is possible where it is launched.
+def jobs(composed: DictConfig, tasks: Tasks) -> list[Job]:
+    """The jobs of a composed configuration in their order, each checked as far as that is possible where it is launched.
 
-    A stage takes up what those before it write: an upcycling and a training a checkpoint, a training its plan, an
+    A job takes up what those before it write: an upcycling and a training a checkpoint, a training its plan, an
     export the run; unless it is given another.
 
     Args:
-        job: The composed groups.
-        tasks: The commands of the stages that are no training.
+        composed: The composed groups.
+        tasks: The commands of the jobs that are no training.
 
     Raises:
         ConfigurationError: A key, a recipe or an executor that there is not, with the nearest one; a value that is
             missing or does not fit.
     """
     try:
-        values: Any = OmegaConf.to_container(job, resolve=True)
+        values: Any = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as refused:
         raise ConfigurationError(" ".join(str(refused).split())) from None
     credentials.check_options(values)
-    found: dict[str, Stage] = {}
+    found: dict[str, Job] = {}
     checkpoint: str | None = None
-    for name in values["stages"]:
+    for name in values["jobs"]:
         if name in ("conversion", "upcycle"):
             given = {} if checkpoint is None else {"source": checkpoint}
             found[name] = _command(name, tasks[name], values, given)
@@ -77,9 +78,7 @@ def stages(job: DictConfig, tasks: Tasks) -> list[Stage]:
     return list(found.values())
 
 
-def _command(
-    name: str, command: Callable[..., None], values: dict[str, Any], derived: dict[str, Any]
-) -> Stage:
+def _command(name: str, command: Callable[..., None], values: dict[str, Any], derived: dict[str, Any]) -> Job:
     """A command of skymoe in one process; `derived` are its options where its group has no others."""
     given = {
         option: value for option, value in values[name].items() if option not in derived or value != MISSING
@@ -99,11 +98,11 @@ def _command(
     if name == "plan":
         _plan_of(task)
     shown = " ".join(word(f"{key}={value}") for key, value in arguments.items())
-    return Stage(name, f"nemo skymoe {command.__name__} {shown}", task, executor, [])
+    return Job(name, f"nemo skymoe {command.__name__} {shown}", task, executor, [])
 
 
 def _plan_of(task: run.Partial) -> PipelinePlan | None:
-    """What the stage is going to write; None where that takes a profile that is not on this machine."""
+    """What the job is going to write; None where that takes a profile that is not on this machine."""
     options: dict[str, Any] = {str(name): value for name, value in fdl.ordered_arguments(task).items()}
     del options["output_path"]
     if profile := options.pop("profile", None):
@@ -114,12 +113,12 @@ def _plan_of(task: run.Partial) -> PipelinePlan | None:
     return PipelinePlan(plan.layout, plan.recompute)
 
 
-def _training(values: dict[str, Any], recipe: Any, planning: Stage | None, checkpoint: str | None) -> Stage:
+def _training(values: dict[str, Any], recipe: Any, planning: Job | None, checkpoint: str | None) -> Job:
     section = values["training"]
     if planning is not None:
         if section.get("pipeline_layout") is not None:
             raise ConfigurationError(
-                f"training.pipeline_layout is {section['pipeline_layout']!r} and stages has plan, expected one of them"
+                f"training.pipeline_layout is {section['pipeline_layout']!r} and jobs has plan, expected one of them"
             )
         recipe.pipeline = run.Config(written_plan, file=planning.task.output_path)
         plan = _plan_of(planning.task)
@@ -132,7 +131,7 @@ def _training(values: dict[str, Any], recipe: Any, planning: Stage | None, check
     written = checkpoint is not None and section.get("resume_path") is None
     check_start(recipe, local=not isinstance(executor, run.SlurmExecutor), written_before=written)
     kind = section.get("task", "pretrain")
-    return Stage("training", f"{kind} {section['recipe']}: {layout}", recipe, executor, chosen)
+    return Job("training", f"{kind} {section['recipe']}: {layout}", recipe, executor, chosen)
 
 
 def _executor(cluster: dict[str, Any], nodes: int, gpus_per_node: int | None) -> tuple[Any, list[run.Plugin]]:

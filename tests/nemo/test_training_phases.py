@@ -1,4 +1,4 @@
-"""A Skywork-MoE trained by NeMo in two stages: an exact resume inside the second, its own mixture, learning rates."""
+"""A Skywork-MoE trained by NeMo in two phases: an exact resume inside the second, its own mixture, learning rates."""
 
 import json
 import tempfile
@@ -19,19 +19,19 @@ from nemo_skymoe.nemo import mixture
 from nemo_skymoe.nemo.callbacks import SkyworkMoECallback
 from nemo_skymoe.nemo.learning_rate import LearningRateSchedule
 from nemo_skymoe.nemo.mixture import MixtureDataModule, Stream, mixture_data
-from nemo_skymoe.nemo.stages import Stage, StagedLearningRate, read_stages
+from nemo_skymoe.nemo.training_phases import Phase, PhasedLearningRate, read_phases
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
 from nemo_skymoe.recipes import skywork_moe_146b, skywork_moe_tiny
 
 SEQUENCE, BATCH = 64, 4
-STAGES = """
+PHASES = """
 - {tokens: 512, max_lr: 1.0e-3, min_lr: 1e-4, mixture: {en: 3, code: 1}, warmup_steps: 1}
 - {tokens: 1000, max_lr: 5e-4, min_lr: 0, mixture: "code:1 zh:1", shape: linear}
 """
 FIRST, SECOND = 2, 4
 CUT = 4
-"""In the middle of the second stage."""
+"""In the middle of the second phase."""
 
 
 @dataclass
@@ -70,9 +70,9 @@ class Recorded(mixture.MixedSamples):
         return super().__getitem__(sample)
 
 
-def recipe(folder: Path, name: str, stages: str = "stages.yaml") -> Any:
+def recipe(folder: Path, name: str, phases: str = "phases.yaml") -> Any:
     made = skywork_moe_tiny.pretrain_recipe(
-        dir=str(folder), name=name, corpus=str(folder / "data"), stages=str(folder / stages), scale="toy", edp=1,
+        dir=str(folder), name=name, corpus=str(folder / "data"), phases=str(folder / phases), scale="toy", edp=1,
         devices=1, similarity_interval=0,
     )  # fmt: skip
     made.trainer.devices = 1
@@ -118,7 +118,7 @@ def folder() -> Iterator[Path]:
             (root / f"{domain}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
             inputs.append(f"{domain}={root / domain}.jsonl")
         preprocess(inputs, root / "data", corpus.tokenizer)
-        (root / "stages.yaml").write_text(STAGES)
+        (root / "phases.yaml").write_text(PHASES)
         yield root
 
 
@@ -128,7 +128,7 @@ def whole(folder: Path) -> Kept:
     return kept
 
 
-def test_each_stage_reads_its_mixture_and_goes_on_in_each_domain(whole: Kept) -> None:
+def test_each_phase_reads_its_mixture_and_goes_on_in_each_domain(whole: Kept) -> None:
     first, second = whole.samples[: FIRST * BATCH], whole.samples[FIRST * BATCH :]
     assert [domain for domain, _ in first].count("en") == 6
     assert {domain for domain, _ in second} == {"code", "zh"} and len(second) == SECOND * BATCH
@@ -137,7 +137,7 @@ def test_each_stage_reads_its_mixture_and_goes_on_in_each_domain(whole: Kept) ->
         assert positions == list(range(len(positions)))
 
 
-def test_the_learning_rate_follows_each_stages_schedule(whole: Kept) -> None:
+def test_the_learning_rate_follows_each_phases_schedule(whole: Kept) -> None:
     first = LearningRateSchedule("cosine", 1, FIRST, 0.1)
     second = LearningRateSchedule("linear", 0, SECOND, 0.0)
     expected = [1e-3 * first.factor(n) for n in range(FIRST)] + [
@@ -147,7 +147,7 @@ def test_the_learning_rate_follows_each_stages_schedule(whole: Kept) -> None:
     assert expected == pytest.approx([5e-4, 1e-3, 5e-4, 3.75e-4, 2.5e-4, 1.25e-4])
 
 
-def test_a_run_stopped_in_the_second_stage_goes_on_as_if_it_had_not(folder: Path, whole: Kept) -> None:
+def test_a_run_stopped_in_the_second_phase_goes_on_as_if_it_had_not(folder: Path, whole: Kept) -> None:
     run_ranks(train, 1, recipe(folder, "cut"), CUT)
     (resumed,) = run_ranks(train, 1, recipe(folder, "cut"))
     assert min(resumed.losses) == CUT + 1, "the second run started from scratch"
@@ -162,8 +162,8 @@ def test_a_run_stopped_in_the_second_stage_goes_on_as_if_it_had_not(folder: Path
 
 
 @pytest.mark.long
-def test_a_stage_added_to_a_finished_run_goes_on(folder: Path) -> None:
-    third = STAGES + '- {tokens: 512, max_lr: 2e-3, min_lr: 1e-3, mixture: "en:1 code:1"}\n'
+def test_a_phase_added_to_a_finished_run_goes_on(folder: Path) -> None:
+    third = PHASES + '- {tokens: 512, max_lr: 2e-3, min_lr: 1e-3, mixture: "en:1 code:1"}\n'
     (folder / "more.yaml").write_text(third)
     (expected,) = run_ranks(train, 1, recipe(folder, "at_once", "more.yaml"))
     run_ranks(train, 1, recipe(folder, "extended"))
@@ -210,23 +210,23 @@ def test_every_epoch_has_every_sample_once(size: int) -> None:
     assert Stream(list(range(size)), 1)[3 * size] == epochs[3][0], "the order depends on what was read before"
 
 
-def test_stages_that_have_begun_cannot_change(folder: Path) -> None:
-    stages = {"mixtures": ["en:1", "zh:1"], "steps": [2, 2]}
-    module = built(folder, **stages)
+def test_phases_that_have_begun_cannot_change(folder: Path) -> None:
+    phases = {"mixtures": ["en:1", "zh:1"], "steps": [2, 2]}
+    module = built(folder, **phases)
     position = {"consumed_samples": 24, "history": module.blend.history(24), "epochs": module._epochs()}
     for changed in (
         {"steps": [1, 3]},
         {"mixtures": ["en:1", "en:1 zh:1"]},
         {"global_batch_size": 4, "steps": [2, 6]},
     ):
-        other = data(folder, **(stages | changed))
+        other = data(folder, **(phases | changed))
         other.build(sum(other.steps), 2, 1, 1)
-        with pytest.raises(ConfigurationError, match="stages that have begun cannot change"):
+        with pytest.raises(ConfigurationError, match="phases that have begun cannot change"):
             other.load_state_dict(position)
     with pytest.raises(
         ConfigurationError, match=r"'.*/data/zh' had 1 samples when the checkpoint was written"
     ):
-        built(folder, **stages).load_state_dict(position | {"epochs": {"zh": 1}})
+        built(folder, **phases).load_state_dict(position | {"epochs": {"zh": 1}})
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_stages_that_have_begun_cannot_change(folder: Path) -> None:
         ({"mixtures": ["en:1 fr:1"]}, "the domain 'fr', for which '.*/data/fr.bin' is missing; in the folder are: code, en, zh"),
         ({"mixtures": ["en:0"]}, "gives 'en' the weight 0"),
         ({"steps": [1, 2]}, r"there are 1 mixtures and steps=\[1, 2\]"),
-        ({"steps": [0]}, r"the stages' steps are \[0\]"),
+        ({"steps": [0]}, r"the phases' steps are \[0\]"),
         ({"held_out": 0.0}, "held_out is 0.0, expected a share between 0 and 1"),
     ],
 )  # fmt: skip
@@ -247,7 +247,7 @@ def test_bad_mixtures_are_refused_by_name(folder: Path, options: dict[str, Any],
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": [3]}, "trainer.max_steps is 4, the data's stages have 3 steps: add a stage"),
+        ({"steps": [3]}, "trainer.max_steps is 4, the data's phases have 3 steps: add a phase"),
         ({"seq_length": 4000}, "'.*/data/en' has .* tokens in 16 documents for train: expected more than seq_length=4000"),
     ],
 )  # fmt: skip
@@ -275,59 +275,59 @@ def test_the_context_of_a_checkpoint_makes_the_same_data_module(folder: Path) ->
     assert again.index_mapping_dir == module.index_mapping_dir
 
 
-def test_a_recipe_in_stages_survives_serialisation(folder: Path) -> None:
+def test_a_recipe_in_phases_survives_serialisation(folder: Path) -> None:
     made, serializer = recipe(folder, "any"), ZlibJSONSerializer()
     assert serializer.deserialize(serializer.serialize(made)) == made
     assert made.trainer.max_steps == FIRST + SECOND
 
 
-def test_a_recipe_takes_a_mixture_or_stages() -> None:
+def test_a_recipe_takes_a_mixture_or_phases() -> None:
     made = skywork_moe_146b.pretrain_recipe(corpus="text", mixture="en:70 zh:30")
     assert made.data.__fn_or_cls__ is mixture_data and made.data.mixtures == ["en:7 zh:3"]
     assert (made.data.seq_length, made.data.global_batch_size, made.data.seed) == (8192, 2048, 1)
     for arguments, message in (
         ({"mixture": "en:1"}, "corpus is None, expected the folder with the domains"),
         (
-            {"corpus": "text", "mixture": "en:1", "stages": "file"},
-            "mixture is 'en:1', expected none beside stages",
+            {"corpus": "text", "mixture": "en:1", "phases": "file"},
+            "mixture is 'en:1', expected none beside phases",
         ),
         ({"corpus": "text", "mixture": "en:-1"}, "gives 'en' the weight -1"),
-        ({"corpus": "text", "stages": "nowhere.yaml"}, "the stages in 'nowhere.yaml' cannot be read"),
+        ({"corpus": "text", "phases": "nowhere.yaml"}, "the phases in 'nowhere.yaml' cannot be read"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             skywork_moe_146b.pretrain_recipe(**arguments)
 
 
 def test_schedules_follow_each_other() -> None:
-    stages = [LearningRateSchedule("linear", 0, 4, 0.5), LearningRateSchedule("constant", 1, 3, 1.0)]
-    factors = [StagedLearningRate(stages, [1.0, 0.25]).factor(step) for step in range(9)]
+    phases = [LearningRateSchedule("linear", 0, 4, 0.5), LearningRateSchedule("constant", 1, 3, 1.0)]
+    factors = [PhasedLearningRate(phases, [1.0, 0.25]).factor(step) for step in range(9)]
     assert factors == pytest.approx([1, 0.875, 0.75, 0.625, 0.125, 0.25, 0.25, 0.25, 0.25])
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tokens: 3", "is dict, expected a list of stages"),
-        ("[]", "is list, expected a list of stages"),
+        ("tokens: 3", "is dict, expected a list of phases"),
+        ("[]", "is list, expected a list of phases"),
         ("- [", "cannot be read"),
-        ("- {tokens: 1, max_lr: 1}", "stage 1 of '.*' has no min_lr"),
-        ("- {tokens: 1, max_lr: 1, min_lr: 0, lr: 3}", "stage 1 of .* expected the keys tokens, max_lr, min_lr, mixture"),
-        ("- {tokens: many, max_lr: 1, min_lr: 0}", "stage 1 of .*: tokens is 'many', expected a positive number"),
+        ("- {tokens: 1, max_lr: 1}", "phase 1 of '.*' has no min_lr"),
+        ("- {tokens: 1, max_lr: 1, min_lr: 0, lr: 3}", "phase 1 of .* expected the keys tokens, max_lr, min_lr, mixture"),
+        ("- {tokens: many, max_lr: 1, min_lr: 0}", "phase 1 of .*: tokens is 'many', expected a positive number"),
         ("- {tokens: .inf, max_lr: 1, min_lr: 0}", "tokens is inf"),
         ("- {tokens: 1, max_lr: 1, min_lr: 2}", "min_lr is 2, expected 0 to max_lr=1"),
         ("- {tokens: 1, max_lr: 1, min_lr: 0, shape: step}", "shape is 'step', expected one of cosine"),
         ("- {tokens: 1, max_lr: 1, min_lr: 0, warmup_steps: -1}", "warmup_steps is -1"),
-        ("- {tokens: 1, max_lr: 1, min_lr: 0, mixture: en}", "stage 1 of .*: the mixture is 'en'"),
+        ("- {tokens: 1, max_lr: 1, min_lr: 0, mixture: en}", "phase 1 of .*: the mixture is 'en'"),
     ],
 )  # fmt: skip
-def test_stages_that_make_no_sense_are_named(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "stages.yaml").write_text(text)
+def test_phases_that_make_no_sense_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "phases.yaml").write_text(text)
     with pytest.raises(ConfigurationError, match=message):
-        read_stages(tmp_path / "stages.yaml")
+        read_phases(tmp_path / "phases.yaml")
 
 
-def test_a_warm_up_as_long_as_its_stage_is_refused() -> None:
+def test_a_warm_up_as_long_as_its_phase_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="warmup_steps is 2, expected fewer than the 2 steps"):
-        Stage(100, 1e-3, 1e-4, warmup_steps=2).steps(64)
+        Phase(100, 1e-3, 1e-4, warmup_steps=2).steps(64)
     with pytest.raises(ConfigurationError, match="cannot be read"):
-        read_stages(Path("nowhere.yaml"))
+        read_phases(Path("nowhere.yaml"))
