@@ -31,7 +31,7 @@ test-versions: $(STAMP)
 
 # Every supported pair of NeMo and megatron-core in its own environment, once 700 MB; writes benchmarks/compat.md.
 compat: $(STAMP)
-	@PIP_ARGS="$(PIP_ARGS)" $(RUN) $(BIN)/python tests/compat/run.py $(PAIRS)
+	@PIP_ARGS="$(PIP_ARGS)" $(RUN) $(BIN)/python -m tests.compat.run $(PAIRS)
 
 # The site, into build/docs; a warning is an error.
 docs: .venv/.docs

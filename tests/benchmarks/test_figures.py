@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from factories import leaves
 
 from benchmarks.paper import command, defaults, figure2, figure3, figure4, figures
 from benchmarks.paper.claim import CONTRADICTED, HOLDS
@@ -16,6 +15,7 @@ from benchmarks.paper.command import Figure
 from benchmarks.paper.results import Result
 from benchmarks.paper.runs import BUDGETS, Run, Start, Workshop
 from nemo_skymoe.report.curves import Curve
+from tests.recipes.factories import leaves
 
 FIGURES = {figure.name: figure for figure in figures.FIGURES}
 ALL = pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES)

@@ -1,11 +1,6 @@
-"""Lets the tests of this folder import the checkpoints that they convert, and load code that travels with one."""
-
-import sys
-from pathlib import Path
+"""Code that travels with a checkpoint is copied where a run of the tests ends."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,14 @@ from random import Random
 
 import pytest
 import torch
-from fakes import random_weights
-from simple_formats import TINY, write
 
 from nemo_skymoe.checkpoint import buffers, checksums
 from nemo_skymoe.checkpoint.checksums import Checksummer, FileChecksum, TensorChecksum, blocks, check_file
 from nemo_skymoe.checkpoint.reading import Extent, tensor_bytes
 from nemo_skymoe.checkpoint.scanning import count_nonfinite, scan
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint.fakes import random_weights
+from tests.checkpoint.simple_formats import TINY, write
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 

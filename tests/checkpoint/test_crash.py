@@ -8,11 +8,12 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import crash
 import pytest
 import torch
-from fakes import random_weights
-from simple_formats import TINY, open_folder, write
+
+from tests.checkpoint import crash
+from tests.checkpoint.fakes import random_weights
+from tests.checkpoint.simple_formats import TINY, open_folder, write
 
 ways = pytest.mark.parametrize("way", [("hf", "torch_dist"), ("torch_dist", "hf")], ids="-to-".join)
 

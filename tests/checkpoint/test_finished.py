@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import crash
 import pytest
-from fakes import random_weights
-from simple_formats import JOB, TINY, Interrupting, flip, open_folder, target, write
 
 from nemo_skymoe.checkpoint.job import run
 from nemo_skymoe.checkpoint.receipt import RECEIPT
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint import crash
+from tests.checkpoint.fakes import random_weights
+from tests.checkpoint.simple_formats import JOB, TINY, Interrupting, flip, open_folder, target, write
 
 
 @pytest.fixture(params=["hf", "torch_dist"])

@@ -9,10 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import crash
 import pytest
-from fakes import random_weights
-from simple_formats import JOB, TINY, Interrupting, flip, open_folder, target, write
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import output_file
@@ -20,6 +17,9 @@ from nemo_skymoe.checkpoint.job import run
 from nemo_skymoe.checkpoint.journal import JOURNAL
 from nemo_skymoe.checkpoint.receipt import RECEIPT
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint import crash
+from tests.checkpoint.fakes import random_weights
+from tests.checkpoint.simple_formats import JOB, TINY, Interrupting, flip, open_folder, target, write
 
 kinds = pytest.mark.parametrize("kind", ["hf", "torch_dist"])
 

@@ -6,15 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import crash
 import pytest
 import torch
-from fakes import random_weights
-from simple_formats import JOB, TINY, Interrupting, flip, open_folder, write
 
 from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt
 from nemo_skymoe.checkpoint.tensors import Key
 from nemo_skymoe.config import ConfigurationError
+from tests.checkpoint import crash
+from tests.checkpoint.fakes import random_weights
+from tests.checkpoint.simple_formats import JOB, TINY, Interrupting, flip, open_folder, write
 
 
 def nothing_there(output: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What one pair of NeMo and megatron-core does, in whose environment this runs: python tests/compat/pair.py RESULT.json
+"""What one pair of NeMo and megatron-core does, in whose environment this runs: python -m tests.compat.pair RESULT.json
 
 Every module of nemo_skymoe is imported, every recipe dry-run and two of them trained, by the commands a user types,
 forked from this process, which imports NeMo once. Whatever fails ends it.
@@ -19,15 +19,13 @@ import nemo_skymoe
 from nemo_skymoe.patches import unified_memory
 
 unified_memory.apply()  # before commands imports Megatron
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "recipes"))
-
-from commands import last_checkpoint, losses, nemo_llm  # noqa: E402
 
 from nemo_skymoe.data.corpus import build_corpus  # noqa: E402
 from nemo_skymoe.ranks import RankFailed  # noqa: E402
 from nemo_skymoe.recipes.registry import RECIPES  # noqa: E402
+from tests.recipes.commands import last_checkpoint, losses, nemo_llm  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 STEPS, CUT = 6, 3
 TINY = {"seq_length": 64, "warmup_steps": 1, "val_check_interval": CUT, "limit_val_batches": 1}
 

@@ -1,4 +1,4 @@
-"""Every supported pair of NeMo and megatron-core in an environment of its own: python tests/compat/run.py [NEMO/CORE ...]
+"""Every supported pair of NeMo and megatron-core in an environment of its own: python -m tests.compat.run [NEMO/CORE ...]
 
 An environment holds what differs from the one that this runs in, which stands behind it; it is made once and reused.
 With every pair the table goes to benchmarks/compat.md; with some, named as 2.7.3/0.16.1, to the terminal.
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from table import markdown
-
 from nemo_skymoe.doctor import PAIRS, TESTED
+from tests.compat.table import markdown
 
 ROOT = Path(__file__).parents[2]
 LOG = ROOT / "benchmarks" / "compat.md"
@@ -100,7 +99,7 @@ def outcome(pair: tuple[str, str], scratch: Path) -> Outcome:
         raise Failed(f"the environment of {pair} has {versions}")
     versions["transformers"] = step("transformers", python, "-c", _TRANSFORMERS).strip()
     figures = scratch / "figures.json"
-    step("imports, dry runs, training", python, str(Path(__file__).with_name("pair.py")), str(figures))
+    step("imports, dry runs, training", python, "-m", "tests.compat.pair", str(figures))
     tests = step("tests", python, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not long", *TESTS)
     single = [patch["name"] for patch in seen["patches"] if "." not in patch["name"]]
     return Outcome(

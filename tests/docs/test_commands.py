@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import typer
-from pages import PAGES, ROOT, Block, Page
 from typer.testing import CliRunner
-from workplace import prepare
 
 from nemo_skymoe.cli import app
 from nemo_skymoe.launch.composition import compose_groups
+from tests.docs.pages import PAGES, ROOT, Block, Page
+from tests.docs.workplace import prepare
 
 NEEDS = {"cluster", "network", "weights", "Megatron-Bridge", "container"}
 BLOCKS = [block for page in PAGES for block in page.blocks]

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from pages import PAGES, Page
 
 from nemo_skymoe.dispatchers import DISPATCHERS
 from nemo_skymoe.ranks import run_ranks
+from tests.docs.pages import PAGES, Page
 
 RANKS = 2
 IN_NEMO = ("data", "monitor", "pretrain", "resume")

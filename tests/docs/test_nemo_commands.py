@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from nemo_run.cli import api
-from pages import PAGES
 
 from nemo_skymoe import nemo_cli  # noqa: F401
 from nemo_skymoe.ranks import run_ranks
+from tests.docs.pages import PAGES
 
 COMMANDS = [
     words for page in PAGES for b in page.blocks for words in (b.commands if b.language == "bash" else [])

@@ -6,10 +6,10 @@ from dataclasses import fields
 from functools import cache
 
 import pytest
-from pages import PAGES, ROOT, Page
 
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig
 from nemo_skymoe.recipes.registry import RECIPES
+from tests.docs.pages import PAGES, ROOT, Page
 
 FOLDERS = "nemo_skymoe|recipes|conf|patches|benchmarks|slurm|tests|docs"
 PATH = re.compile(rf"(?:{FOLDERS})/[\w./-]*(?:::\w+)?")

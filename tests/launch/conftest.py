@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "checkpoint"))  # its files of checkpoints
 CLUSTER = {"ACCOUNT": "llm", "PARTITION": "a800", "IMAGE": "/images/skymoe.sqsh", "MOUNTS": "/data:/data", "TIME": "24:00:00"}  # fmt: skip
 
 

@@ -3,16 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import megatron_files
 import pytest
 import torch
-from fakes import random_weights
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.commands.launch import jobs
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.composition import compose_groups
 from nemo_skymoe.nemo import run_numbers, schedule_length
+from tests.checkpoint import megatron_files
+from tests.checkpoint.fakes import random_weights
 
 SLURM = ["cluster=a800_slurm", "training.dir=/data/runs"]
 TRAINER, STRATEGY = "training.trainer", "training.trainer.strategy"

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
-from worlds import Layout, Training, groups, in_world
 
 from nemo_skymoe.moe.controller import AuxLossController
 from nemo_skymoe.ranks import run_ranks
+from tests.moe.worlds import Layout, Training, groups, in_world
 
 STEPS, MICRO_BATCHES, LAYERS, TOPK, EXPERTS = 4, 4, 4, 2, 8
 # Estimates on both sides of the maximum, and coefficients that move within a few steps.

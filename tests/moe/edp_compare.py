@@ -2,7 +2,8 @@
 
 import numpy
 import torch
-from edp_worlds import Outcome, context_positions
+
+from tests.moe.edp_worlds import Outcome, context_positions
 
 
 def whole_logits(outcomes: list[Outcome], index: int) -> numpy.ndarray:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
 from torch import Tensor
-from worlds import on_ranks
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.aux_loss import AdaptiveAuxLossCoefficients, scale_value, squared_load_balancing_loss
+from tests.moe.worlds import on_ranks
 
 EXPERTS, TOKENS, TOPK = 8, 40, 2
 

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from worlds import (
+
+from nemo_skymoe.moe.capacity import with_capacity_in_reach
+from nemo_skymoe.ranks import run_ranks
+from tests.moe.worlds import (
     Layout,
     Training,
     configuration,
@@ -17,9 +20,6 @@ from worlds import (
     on_ranks,
     relative_errors,
 )
-
-from nemo_skymoe.moe.capacity import with_capacity_in_reach
-from nemo_skymoe.ranks import run_ranks
 
 ROOMY = [(8, 1.25), (8, 1.0), (2, 4.0), (2, 1e6), (3, 2.7)]
 

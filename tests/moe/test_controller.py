@@ -4,7 +4,11 @@ from unittest import mock
 
 import pytest
 import torch
-from adaptive import (
+
+from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.moe.aux_loss import AdaptiveAuxLossCoefficients
+from nemo_skymoe.moe.controller import AuxLossController
+from tests.moe.adaptive import (
     ADAPTIVE,
     EXPERTS,
     LAYERS,
@@ -14,11 +18,7 @@ from adaptive import (
     eq_7_to_9,
     trajectories,
 )
-from worlds import BATCH, LENGTH, Layout, Training, groups, on_ranks
-
-from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.moe.aux_loss import AdaptiveAuxLossCoefficients
-from nemo_skymoe.moe.controller import AuxLossController
+from tests.moe.worlds import BATCH, LENGTH, Layout, Training, groups, on_ranks
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)

@@ -6,11 +6,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from adaptive import LAYERS, LAYOUTS, Adaptive, trajectories
-from worlds import Layout, groups, in_world, on_ranks
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.ranks import run_ranks
+from tests.moe.adaptive import LAYERS, LAYOUTS, Adaptive, trajectories
+from tests.moe.worlds import Layout, groups, in_world, on_ranks
 
 
 def resume(layout: Layout, state: dict[str, Any] | None, first: int) -> tuple[dict[str, Any], Any]:

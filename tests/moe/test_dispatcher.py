@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from edp_crafted import (
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
+from torch import Tensor, distributed
+
+from nemo_skymoe.moe.permutation import by_capacity, by_expert, true_positions
+from nemo_skymoe.ranks import run_ranks
+from tests.moe.edp_crafted import (
     EXPERTS,
     HIDDEN,
     PADDED,
@@ -17,11 +22,6 @@ from edp_crafted import (
     start,
     top_weights,
 )
-from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
-from torch import Tensor, distributed
-
-from nemo_skymoe.moe.permutation import by_capacity, by_expert, true_positions
-from nemo_skymoe.ranks import run_ranks
 
 DISPATCHERS = ("replicated", "allgather", "alltoall")
 Routing = Callable[[Tensor], Tensor]

@@ -5,10 +5,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import edp_worlds
 import pytest
 import torch
-from edp_crafted import (
+from megatron.core import parallel_state
+from torch import distributed
+
+from nemo_skymoe.moe.collectives import CollectiveFailed
+from nemo_skymoe.moe.dispatch_replicated import RoutingDiverged
+from nemo_skymoe.patches import cpu_runtime
+from nemo_skymoe.ranks import run_ranks
+from tests.moe import edp_worlds
+from tests.moe.edp_crafted import (
     EXPERTS,
     HIDDEN,
     TOKENS,
@@ -18,13 +25,6 @@ from edp_crafted import (
     start,
     top_weights,
 )
-from megatron.core import parallel_state
-from torch import distributed
-
-from nemo_skymoe.moe.collectives import CollectiveFailed
-from nemo_skymoe.moe.dispatch_replicated import RoutingDiverged
-from nemo_skymoe.patches import cpu_runtime
-from nemo_skymoe.ranks import run_ranks
 from tests.waiting import wait_until
 
 

@@ -4,13 +4,13 @@ import logging
 from typing import Any
 
 import pytest
-from edp_crafted import PADDED, config_for
 
 from nemo_skymoe.config import EDP_DISPATCHERS, ConfigurationError
 from nemo_skymoe.dispatchers import DISPATCHERS
 from nemo_skymoe.moe import edp
 from nemo_skymoe.moe.dispatch_alltoall import AllToAllTokenDispatcher, PaddedAllToAllTokenDispatcher
 from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
+from tests.moe.edp_crafted import PADDED, config_for
 
 SHARED_EXPERT = {
     "moe_shared_expert_overlap": True,

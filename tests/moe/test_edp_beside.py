@@ -3,17 +3,17 @@
 import functools
 from typing import Any
 
-import edp_worlds
 import pytest
 import torch
-from edp_worlds import Case
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor, distributed
-from worlds import Layout, Training, groups, in_world, relative_errors
 
 from nemo_skymoe.ranks import run_ranks
+from tests.moe import edp_worlds
+from tests.moe.edp_worlds import Case
+from tests.moe.worlds import Layout, Training, groups, in_world, relative_errors
 
 DISPATCHERS = ("replicated", "allgather", "alltoall")
 PER_TOKEN = {"calculate_per_token_loss": True}

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import edp_worlds
 import pytest
 import torch
-from edp_worlds import Case
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 
 from nemo_skymoe.moe.layer import get_skywork_block_spec
 from nemo_skymoe.ranks import run_ranks
+from tests.moe import edp_worlds
+from tests.moe.edp_worlds import Case
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},

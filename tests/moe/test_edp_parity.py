@@ -6,13 +6,13 @@ same slices of the sequence, as if each were a rank. With "edp" it is the plain 
 
 from collections.abc import Callable
 
-import edp_worlds
 import pytest
 import torch
-from edp_compare import gradient_errors, logit_error
-from edp_worlds import Case, Outcome
 
 from nemo_skymoe.ranks import run_ranks
+from tests.moe import edp_worlds
+from tests.moe.edp_compare import gradient_errors, logit_error
+from tests.moe.edp_worlds import Case, Outcome
 
 TOLERANCE = 1e-10
 CAPACITY = 1.0

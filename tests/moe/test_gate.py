@@ -4,9 +4,18 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.moe.router import TopKRouter
-from worlds import Layout, build, configuration, fresh_router, generator, groups, make_router, on_ranks
 
 from nemo_skymoe.moe.router import SkyworkRouter
+from tests.moe.worlds import (
+    Layout,
+    build,
+    configuration,
+    fresh_router,
+    generator,
+    groups,
+    make_router,
+    on_ranks,
+)
 
 HIDDEN, EXPERTS = 16, 8
 TWO_LAYERS = {"moe_router_two_layer_gate": True, "moe_router_gate_bias": True}

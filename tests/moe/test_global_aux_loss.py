@@ -8,10 +8,10 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
-from worlds import Layout, configuration, generator, groups, in_world, make_router, on_ranks
 
 from nemo_skymoe.moe import router as router_module
 from nemo_skymoe.ranks import run_ranks
+from tests.moe.worlds import Layout, configuration, generator, groups, in_world, make_router, on_ranks
 
 pytestmark = pytest.mark.skipif(
     not hasattr(TopKRouter, "_apply_global_aux_loss"), reason="Megatron 0.15 brought global_aux_loss"

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from worlds import Layout, configuration, groups, model_chunk, on_ranks
 
 from nemo_skymoe.config import ConfigurationError
+from tests.moe.worlds import Layout, configuration, groups, model_chunk, on_ranks
 
 CONTRADICTIONS = [
     # The groups that there are, those that the configuration describes, and the option that is named.

@@ -16,13 +16,13 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
-from worlds import Layout, build, configuration, generator, groups, model_chunk, on_ranks
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.controller import AuxLossController
 from nemo_skymoe.moe.layer import SkyworkMoELayer, get_skywork_block_spec, get_skywork_moe_layer_spec
 from nemo_skymoe.moe.norm import RMSNorm
 from nemo_skymoe.moe.router import SkyworkRouter
+from tests.moe.worlds import Layout, build, configuration, generator, groups, model_chunk, on_ranks
 
 VOCABULARY, LENGTH = 32, 16
 

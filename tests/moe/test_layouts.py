@@ -9,10 +9,20 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
-from worlds import LENGTH, Layout, Training, configuration, groups, in_world, local_part, on_ranks, parameters
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.ranks import run_ranks
+from tests.moe.worlds import (
+    LENGTH,
+    Layout,
+    Training,
+    configuration,
+    groups,
+    in_world,
+    local_part,
+    on_ranks,
+    parameters,
+)
 
 SHARED = {"moe_shared_expert_intermediate_size": 24, "moe_z_loss_coeff": 0.3}
 

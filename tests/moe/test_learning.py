@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from worlds import configuration, generator, groups, make_router, on_ranks
 
 from nemo_skymoe.config import ConfigurationError
+from tests.moe.worlds import configuration, generator, groups, make_router, on_ranks
 
 SEQUENCE, BATCH, HIDDEN = 24, 2, 16
 

@@ -11,7 +11,14 @@ from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
-from worlds import (
+
+from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.moe.controller import find_routers
+from nemo_skymoe.moe.padding import padding_told
+from nemo_skymoe.moe.router import SkyworkRouter
+from nemo_skymoe.moe.telemetry import reduce_statistics
+from nemo_skymoe.ranks import run_ranks
+from tests.moe.worlds import (
     Layout,
     Training,
     configuration,
@@ -23,13 +30,6 @@ from worlds import (
     on_ranks,
     relative_errors,
 )
-
-from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.moe.controller import find_routers
-from nemo_skymoe.moe.padding import padding_told
-from nemo_skymoe.moe.router import SkyworkRouter
-from nemo_skymoe.moe.telemetry import reduce_statistics
-from nemo_skymoe.ranks import run_ranks
 
 LENGTH, BATCH, HIDDEN, EXPERTS, TOPK = 16, 2, 16, 8, 2
 SCALE, AUX, Z = 0.7, 3.0, 0.4

@@ -12,7 +12,12 @@ from megatron.core import package_info, parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
-from worlds import (
+
+from nemo_skymoe.moe import aux_loss
+from nemo_skymoe.moe.gradients import ScaleGradient
+from nemo_skymoe.moe.router import SkyworkRouter
+from nemo_skymoe.ranks import run_ranks
+from tests.moe.worlds import (
     BATCH,
     LENGTH,
     Layout,
@@ -25,11 +30,6 @@ from worlds import (
     make_router,
     relative_errors,
 )
-
-from nemo_skymoe.moe import aux_loss
-from nemo_skymoe.moe.gradients import ScaleGradient
-from nemo_skymoe.moe.router import SkyworkRouter
-from nemo_skymoe.ranks import run_ranks
 
 MICRO_BATCHES = 2
 PER_TOKEN = {"calculate_per_token_loss": True}

@@ -7,10 +7,10 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
-from worlds import configuration, generator, groups, make_router, on_ranks
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.router import SkyworkRouter
+from tests.moe.worlds import configuration, generator, groups, make_router, on_ranks
 
 SEQUENCE, BATCH, HIDDEN, EXPERTS = 24, 2, 16, 8
 HAS_GLOBAL = hasattr(TopKRouter, "_apply_global_aux_loss")

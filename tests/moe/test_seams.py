@@ -7,7 +7,6 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
-from worlds import Layout, configuration, generator, groups, on_ranks
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.adoption import adopt
@@ -15,6 +14,7 @@ from nemo_skymoe.moe.dispatch_alltoall import AllToAllTokenDispatcher
 from nemo_skymoe.moe.dispatch_replicated import ReplicatedTokenDispatcher
 from nemo_skymoe.moe.layer import SkyworkMoELayer, get_skywork_block_spec
 from nemo_skymoe.moe.router import SkyworkRouter
+from tests.moe.worlds import Layout, configuration, generator, groups, on_ranks
 
 LAYOUT = Layout(tp=2, ep=2)
 

@@ -7,10 +7,20 @@ from unittest import mock
 import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from worlds import Layout, build, configuration, generator, groups, model_chunk, on_ranks, parameters, weight
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.similarity import expert_similarity
+from tests.moe.worlds import (
+    Layout,
+    build,
+    configuration,
+    generator,
+    groups,
+    model_chunk,
+    on_ranks,
+    parameters,
+    weight,
+)
 
 
 def pairwise(vectors: list[torch.Tensor]) -> float:

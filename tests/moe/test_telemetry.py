@@ -8,7 +8,9 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
-from worlds import (
+
+from nemo_skymoe.moe.telemetry import GATE_SAMPLE, METRICS, LayerMetrics, RouterStatistics, reduce_statistics
+from tests.moe.worlds import (
     BATCH,
     LENGTH,
     Layout,
@@ -20,8 +22,6 @@ from worlds import (
     on_ranks,
     weight,
 )
-
-from nemo_skymoe.moe.telemetry import GATE_SAMPLE, METRICS, LayerMetrics, RouterStatistics, reduce_statistics
 
 HIDDEN, MICRO_BATCHES = 16, 4
 CPU = torch.device("cpu")

@@ -5,10 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import fiddle as fdl
-import megatron_files
 import pytest
 import torch
-from fakes import random_weights
 from nemo.collections.llm.peft import LoRA
 from nemo.lightning.pytorch.callbacks.deepep import DeepEPCallback
 
@@ -22,6 +20,8 @@ from nemo_skymoe.nemo.model import SkyworkMoETinyConfig, SkyworkTinyConfig
 from nemo_skymoe.patches import lora_without_te
 from nemo_skymoe.ranks import RankFailed, run_ranks
 from nemo_skymoe.recipes import skywork_moe_tiny
+from tests.checkpoint import megatron_files
+from tests.checkpoint.fakes import random_weights
 
 
 def trainer(devices: int, **sizes: int) -> Any:

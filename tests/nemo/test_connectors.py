@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import hf_models
 import pytest
 import torch
 from nemo.collections import llm
@@ -18,6 +17,7 @@ from nemo_skymoe import nemo_cli  # noqa: F401
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo.model import SkyworkModel, SkyworkMoEModel, SkyworkMoETinyConfig, SkyworkTinyConfig
 from nemo_skymoe.ranks import run_ranks
+from tests.checkpoint import hf_models
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

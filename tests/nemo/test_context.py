@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
 import torch
-from megatron_files import save
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
@@ -27,6 +25,8 @@ from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.nemo.model import SkyworkConfig, SkyworkModel, SkyworkMoEConfig, SkyworkMoEModel
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
+from tests.checkpoint import hf_models
+from tests.checkpoint.megatron_files import save
 
 TOKENS = torch.arange(100, 164).view(2, 32)
 

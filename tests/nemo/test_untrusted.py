@@ -12,11 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import hostile
 import numpy as np
 import pytest
 import torch
-from hostile import configured, context, leaf, metadata, names, node, reference
 from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 from nemo.lightning import AutoResume
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
@@ -26,6 +24,8 @@ from nemo_skymoe.checkpoint.untrusted.context_check import check_context
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo import checks
 from nemo_skymoe.nemo.index_check import check_data_module, check_indices
+from tests.checkpoint import hostile
+from tests.checkpoint.hostile import configured, context, leaf, metadata, names, node, reference
 
 TOKENIZERS = "nemo.collections.common.tokenizers"
 AUTO = f"{TOKENIZERS}.huggingface.auto_tokenizer.AutoTokenizer"

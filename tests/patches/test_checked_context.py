@@ -1,7 +1,6 @@
 """Every way on which NeMo loads a context walks it first, and what lies beside the weights."""
 
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,7 @@ import pytest
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_loaded
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import checked_context
-
-sys.path.append(str(Path(__file__).parents[1] / "checkpoint"))
-
-import hostile
+from tests.checkpoint import hostile
 
 
 @pytest.fixture

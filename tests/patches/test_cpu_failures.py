@@ -13,10 +13,10 @@ from _pytest.mark import ParameterSet
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.fusions.fused_bias_gelu import bias_gelu
-from tiny_gpt import FORMATS, VERSION, Case, Run, groups
 
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.ranks import RankFailed, run_ranks
+from tests.patches.tiny_gpt import FORMATS, VERSION, Case, Run, groups
 from tests.waiting import wait_until
 
 

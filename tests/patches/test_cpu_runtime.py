@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_gpt import FORMATS, Case, Run, groups
 from torch._dynamo import trace_rules
 
 from nemo_skymoe.patches import cpu_runtime, nemo_cpu
 from nemo_skymoe.ranks import run_ranks
+from tests.patches.tiny_gpt import FORMATS, Case, Run, groups
 
 DENSE, MOE = Case(), Case(experts=4)
 LAYOUTS = [

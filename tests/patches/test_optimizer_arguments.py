@@ -13,11 +13,11 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from nemo.lightning._strategy_lib import setup_megatron_optimizer
-from tiny_gpt import VERSION, Case, Run, groups
 
 from nemo_skymoe.nemo.learning_rate import is_expert_parameter
 from nemo_skymoe.patches import cpu_runtime, optimizer_arguments
 from nemo_skymoe.ranks import RankFailed, run_ranks
+from tests.patches.tiny_gpt import VERSION, Case, Run, groups
 
 LR, DECAY, EXPERTS_LR = 1e-2, 0.1, 2.5e-3
 needs_016 = pytest.mark.skipif(

@@ -16,11 +16,20 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from torch import Tensor
-from worlds import Layout, configuration, generator, global_shape, groups, local_part, parameters, weight
 
 from nemo_skymoe.moe.controller import AuxLossController, find_routers
 from nemo_skymoe.moe.layer import get_skywork_block_spec
 from nemo_skymoe.pipeline.apply import apply_layout, apply_recompute
+from tests.moe.worlds import (
+    Layout,
+    configuration,
+    generator,
+    global_shape,
+    groups,
+    local_part,
+    parameters,
+    weight,
+)
 
 LAYERS, VOCABULARY, LENGTH, BATCH, MICRO_BATCHES, STEPS = 6, 32, 16, 2, 4, 2
 DENSE: dict[str, Any] = {"num_moe_experts": None}

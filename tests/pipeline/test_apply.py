@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from staged_gpt import LAYERS, Case, Found, Run, mesh, train
-from worlds import configuration, groups, in_world
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.pipeline.apply import apply_layout, apply_recompute
 from nemo_skymoe.ranks import RankFailed, run_ranks
+from tests.moe.worlds import configuration, groups, in_world
+from tests.pipeline.staged_gpt import LAYERS, Case, Found, Run, mesh, train
 
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]}
 TWO, TWO_VIRTUAL, FOUR = "Ett|ttttL", "Ett|t|tt|tL", "E|ttt|tt|tL"

@@ -1,6 +1,5 @@
-"""Lets the tests of this folder import factories, the table that they go through; their corpus."""
+"""The corpus that the recipes are run on."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +8,6 @@ import pytest
 
 from nemo_skymoe.data.corpus import build_corpus
 
-sys.path.insert(0, str(Path(__file__).parent))
 FILES = ("argparse", "typing", "inspect", "pydoc", "shutil", "uuid", "ast", "pickle")
 
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import last_checkpoint, losses, nemo_llm, skymoe
 
 from nemo_skymoe.report.curves import read_curves
+from tests.recipes.commands import last_checkpoint, losses, nemo_llm, skymoe
 
 FIRST = "- {tokens: 512, mixture: {en: 7, zh: 2, code: 1}, max_lr: 1e-3, min_lr: 1e-4, shape: linear}\n"
 SECOND = '- {tokens: 1024, mixture: "code:1 zh:1", max_lr: 5e-4, min_lr: 0, shape: linear}\n'

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import last_checkpoint, losses, nemo_llm, skymoe
 from torch.distributed.checkpoint import FileSystemReader
+
+from tests.recipes.commands import last_checkpoint, losses, nemo_llm, skymoe
 
 pytestmark = pytest.mark.long
 UNTRAINED = 6.2

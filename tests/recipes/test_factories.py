@@ -6,7 +6,6 @@ from typing import Any
 import fiddle as fdl
 import nemo_run as run
 import pytest
-from factories import FACTORIES, VARIANTS, label, leaves
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from nemo.collections.llm import api
 from nemo.collections.llm.recipes.precision.mixed_precision import bf16_mixed
@@ -17,6 +16,7 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo.model import SkyworkMoEModel
 from nemo_skymoe.pipeline import plan
 from nemo_skymoe.recipes import _common
+from tests.recipes.factories import FACTORIES, VARIANTS, label, leaves
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=label)
 # What `scale=` may change, beside what only says so again.

@@ -4,11 +4,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from factories import FACTORIES
 from nemo.collections import llm
 from nemo_run.cli.api import resolve_factory
 
 from nemo_skymoe.recipes import registry
+from tests.recipes.factories import FACTORIES
 
 ROOT = Path(__file__).resolve().parents[2]
 

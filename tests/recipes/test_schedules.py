@@ -7,9 +7,9 @@ from typing import Any
 import fiddle as fdl
 import pytest
 import torch
-from factories import FACTORIES, VARIANTS
 
 from nemo_skymoe.nemo.schedule_length import follow_max_steps
+from tests.recipes.factories import FACTORIES, VARIANTS
 
 LONGEST = 2000
 """Steps up to which torch's scheduler is run; beyond, what it multiplies the peak with is asked for."""

@@ -9,13 +9,13 @@ import lightning.pytorch as pl
 import nemo_run as run
 import pytest
 import torch
-from commands import last_checkpoint, losses, nemo_llm
-from factories import FACTORIES, VARIANTS, label
 
 from nemo_skymoe.nemo.pipeline import PipelinePlan
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
 from nemo_skymoe.report.curves import read_curves
+from tests.recipes.commands import last_checkpoint, losses, nemo_llm
+from tests.recipes.factories import FACTORIES, VARIANTS, label
 
 STEPS = 4
 SHORT = {"pretrain skywork_13b", "pretrain skywork_moe_146b", "finetune skywork_moe_146b"}

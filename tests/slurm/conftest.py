@@ -11,12 +11,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from cluster import Cluster, missing, running
-
 from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.patches import unified_memory
+from tests.slurm.cluster import Cluster, missing, running
 
 FILES = ("argparse", "typing", "inspect", "pydoc", "shutil", "uuid", "ast", "pickle")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cluster import Cluster
 
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.report.curves import read_curves
+from tests.slurm.cluster import Cluster
 from tests.waiting import wait_until
 
 SECONDS = 1200

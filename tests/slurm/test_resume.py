@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import NODES, Cluster
-from jobs import SECONDS, Job, Kept, checkpoint, kept
 
 from nemo_skymoe.checkpoint.verification.verifier import verify
+from tests.slurm.cluster import NODES, Cluster
+from tests.slurm.jobs import SECONDS, Job, Kept, checkpoint, kept
 from tests.waiting import wait_until
 
 SLURM = Path(__file__).resolve().parents[2] / "slurm"
