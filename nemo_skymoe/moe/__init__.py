@@ -1,1 +1,1 @@
-"""The MoE layer of Skywork-MoE for Megatron-Core: needs torch and megatron.core, nothing else."""
+"""The MoE layer of Skywork-MoE for Megatron-Core. It needs torch and megatron.core, and nothing else."""

@@ -1,4 +1,4 @@
-"""The one place where an object that Megatron has built gets another class, where Megatron has no argument for it.
+"""This is the only place that changes the class of an object. Megatron offers no argument for what is needed here.
 
 Building a second router would draw from the random number generator again and change every later initial weight;
 building a second stock dispatcher would need arguments that Megatron's versions name differently.
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def adopt(built: Any, cls: type[T]) -> T:
-    """The same object as one of `cls`, a subclass of its class that adds no state in its constructor.
+    """Return the same object with the class `cls`, a subclass of its class that adds no state in its constructor.
 
     Raises:
         TypeError: `cls` is not a subclass of the object's class.

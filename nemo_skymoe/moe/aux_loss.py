@@ -1,4 +1,4 @@
-"""Auxiliary load-balancing loss: the report's eq. (4), and coefficients that adapt to the drop rate (eq. 7-9)."""
+"""The auxiliary load-balancing loss of eq. (4), and coefficients that adapt to the drop rate (eq. 7-9)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ from nemo_skymoe.config import ConfigurationError
 def squared_load_balancing_loss(
     scores: Tensor, total_tokens: int | Tensor, coefficient: float, group: torch.distributed.ProcessGroup
 ) -> Tensor:
-    """Eq. (4): coefficient * sum_j (1/n - P_j)^2, P_j the mean gate of expert j over the tokens of `group`.
+    """Compute eq. (4), coefficient * sum_j (1/n - P_j)^2, where P_j is the mean gate of expert j over `group`'s tokens.
 
-    As with Megatron's Switch form, the value is this rank's share (the shares of the group's ranks add up
-    to the loss) and the gradient is that of the whole loss with respect to this rank's scores.
+    The value is this rank's share of the loss: the shares of the group's ranks add up to it. The gradient is that of
+    the whole loss with respect to this rank's scores. Megatron's Switch form has the same convention.
 
     Args:
         scores: [tokens, n] gate values (softmax over all experts).
@@ -25,7 +25,8 @@ def squared_load_balancing_loss(
         coefficient: alpha.
         group: The ranks that share a micro-batch (TP x CP).
     """
-    # Summed in float64: the loss is a small difference, and must not depend on how tokens are spread over ranks.
+    # The sum is in float64, because the loss is a small difference of means near 1/n, and because its bits must not
+    # depend on how tokens are spread over ranks.
     share = scores.sum(dim=0, dtype=torch.float64) / total_tokens
     mean_gate = reduce_from_tensor_model_parallel_region(share, group)
     loss = coefficient * (mean_gate - 1.0 / scores.shape[-1]).square().sum()
@@ -33,23 +34,23 @@ def squared_load_balancing_loss(
 
 
 def scale_value(loss: Tensor, factor: float) -> Tensor:
-    """`loss` with its value multiplied by `factor` and its gradient untouched."""
+    """Multiply the value of `loss` by `factor`, and leave its gradient as it is."""
     return loss if factor == 1.0 else loss + (factor - 1.0) * loss.detach()
 
 
 class AdaptiveAuxLossCoefficients:
-    """One auxiliary-loss coefficient per MoE layer, following that layer's token drop rate (eq. 7-9).
+    """One auxiliary-loss coefficient per MoE layer, which follows that layer's token drop rate (eq. 7-9).
 
-    Per optimizer step: estimate = min(sensitivity * drop_rate, maximum);
-    coefficient = smoothing * coefficient + (1 - smoothing) * estimate. Python floats throughout, so neither
-    bf16 training nor a device changes them. The constants are those of the report's section 4.2.
+    Each optimizer step computes estimate = min(sensitivity * drop_rate, maximum), and then
+    coefficient = smoothing * coefficient + (1 - smoothing) * estimate. All of these are Python floats, so neither
+    bf16 training nor a device changes them. The default constants are those of the report's section 4.2.
 
     Args:
         num_layers: Number of MoE layers, counted over the whole model.
         sensitivity: xi.
         maximum: alpha_max.
         smoothing: beta.
-        initial: alpha_0, which the report does not give; None starts at `maximum`, as its Figure 4 does.
+        initial: alpha_0, which the report does not give. With None they start at `maximum`, as in its Figure 4.
     """
 
     def __init__(
@@ -69,9 +70,14 @@ class AdaptiveAuxLossCoefficients:
         self.values: list[float] = [self.initial] * num_layers
 
     def update(self, drop_rates: Sequence[float | None]) -> None:
-        """Take one optimizer step's drop rates in [0, 1], one per layer; refuses anything else.
+        """Update the coefficients from one optimizer step's drop rates.
 
-        A layer whose rate is None saw no token that counts, and keeps its coefficient.
+        Args:
+            drop_rates: One rate in [0, 1] for each layer. A layer whose rate is None saw no token that counts, and
+                keeps its coefficient.
+
+        Raises:
+            ConfigurationError: The number of rates is not the number of layers, or a rate is outside [0, 1].
         """
         if len(drop_rates) != len(self.values):
             raise ConfigurationError(f"{len(drop_rates)} drop rates for {len(self.values)} MoE layers")
@@ -90,7 +96,11 @@ class AdaptiveAuxLossCoefficients:
         return {"aux_loss_coefficients": list(self.values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`; refuses a wrong number of layers and values that are not finite and >= 0."""
+        """Continue from `state`.
+
+        Raises:
+            ConfigurationError: The number of layers differs, or a value is negative or not finite.
+        """
         values = [float(value) for value in state["aux_loss_coefficients"]]
         if len(values) != len(self.values):
             raise ConfigurationError(
@@ -102,7 +112,7 @@ class AdaptiveAuxLossCoefficients:
 
 
 def check_coefficients(values: Mapping[int, float]) -> None:
-    """Refuse coefficients, by layer number, that are not finite and >= 0."""
+    """Refuse coefficients that are negative or not finite; `values` has them by layer number."""
     for layer, value in values.items():
         if not (math.isfinite(value) and value >= 0.0):
             raise ConfigurationError(

@@ -1,7 +1,7 @@
-"""Collectives over the ranks that share a layer's experts: differentiable, and named when they fail.
+"""Differentiable collectives over the ranks that share a layer's experts. A failure names the layer and the group.
 
-Megatron's own (tensor_parallel/mappings.py) return an unreduced tensor for a non-contiguous input up to
-0.18, and a failure in one says neither which layer nor which group it was.
+Megatron's own collectives (tensor_parallel/mappings.py) return an unreduced tensor for a non-contiguous input up to
+0.18, and their failures say neither which layer nor which group it was.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +20,12 @@ class CollectiveFailed(RuntimeError):
 class ExpertGroup:
     """The ranks that share a layer's experts, and the collectives among them.
 
-    Every method returns a new contiguous tensor and raises `CollectiveFailed` where a partner has died,
-    or has not come within the process group's timeout.
+    Every method returns a new contiguous tensor, or the tensor itself if the group is one rank. It raises
+    `CollectiveFailed` if another rank of the group has died or does not take part within the group's timeout.
 
     Args:
         group: The EDP group: Megatron's tensor-parallel or expert-parallel group, whose ranks are the same.
-        layer_number: Says which layer this is; asked only when a collective has failed.
+        layer_number: Returns the number of the layer. It is called only when a collective has failed.
     """
 
     def __init__(self, group: ProcessGroup, layer_number: Callable[[], int | None]) -> None:
@@ -48,7 +48,7 @@ class ExpertGroup:
             ) from error
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks; one rank gets its tensor back."""
+        """Return the sum over the ranks."""
         if self.size == 1:
             return tensor
         result = tensor.clone(memory_format=torch.contiguous_format)
@@ -57,7 +57,7 @@ class ExpertGroup:
         return result
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """[r, ...] of each rank to [size * r, ...], in rank order."""
+        """Concatenate each rank's [r, ...] to [size * r, ...], in rank order."""
         if self.size == 1:
             return tensor
         result = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
@@ -66,7 +66,7 @@ class ExpertGroup:
         return result
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        """[size * r, ...] to this rank's [r, ...] of the sum."""
+        """Sum [size * r, ...] over the ranks, and return this rank's part [r, ...] of the sum."""
         if self.size == 1:
             return tensor
         result = tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
@@ -81,8 +81,11 @@ class ExpertGroup:
 
         Args:
             tensor: [sum(sent), ...].
-            received: Rows from each rank; None for equal pieces.
-            sent: Rows to each rank; None for equal pieces.
+            received: The number of rows from each rank; None for equal pieces.
+            sent: The number of rows to each rank; None for equal pieces.
+
+        Returns:
+            [sum(received), ...].
         """
         if self.size == 1:
             return tensor
@@ -169,7 +172,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _GatherAssignments(torch.autograd.Function):
-    """One collective for the weights and the experts they belong to: their bytes side by side."""
+    """Gathers the weights and their experts' numbers in one collective, with their bytes side by side."""
 
     @staticmethod
     def forward(ctx, weights_TK: Tensor, experts_TK: Tensor, ranks: ExpertGroup):
@@ -194,22 +197,22 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 def copy_to_group(tensor: Tensor, ranks: ExpertGroup) -> Tensor:
-    """A replicated tensor of which each rank will use its own part: the gradients of the parts are summed."""
+    """Return a replicated tensor of which each rank uses its own part. Backward sums the ranks' gradients."""
     return _apply(_Copy, tensor, ranks)
 
 
 def reduce_from_group(tensor: Tensor, ranks: ExpertGroup) -> Tensor:
-    """The sum over the ranks, replicated; its gradient is everyone's."""
+    """Return the sum over the ranks. Backward hands the gradient of the sum to every rank unchanged."""
     return _apply(_Reduce, tensor, ranks)
 
 
 def gather_from_group(tensor: Tensor, ranks: ExpertGroup) -> Tensor:
-    """[r, ...] to [size * r, ...]; the gradient is reduce-scattered."""
+    """Gather each rank's [r, ...] to [size * r, ...]. Backward reduce-scatters the gradient."""
     return _apply(_Gather, tensor, ranks)
 
 
 def reduce_scatter_to_group(tensor: Tensor, ranks: ExpertGroup) -> Tensor:
-    """[size * r, ...] to this rank's [r, ...] of the sum; the gradient is gathered."""
+    """Sum [size * r, ...] over the ranks, and return this rank's [r, ...]. Backward gathers the gradient."""
     return _apply(_ReduceScatter, tensor, ranks)
 
 
@@ -219,12 +222,12 @@ def all_to_all(
     received: Sequence[int] | None = None,
     sent: Sequence[int] | None = None,
 ) -> Tensor:
-    """As `ExpertGroup.all_to_all`; the gradient travels back."""
+    """Do the same as `ExpertGroup.all_to_all`. Backward sends the gradient back the same way."""
     return _apply(_AllToAll, tensor, ranks, received, sent)
 
 
 def gather_assignments(weights_TK: Tensor, experts_TK: Tensor, ranks: ExpertGroup) -> tuple[Tensor, Tensor]:
-    """[t, k] weights and the experts (any integer type) they belong to, of all ranks: [size * t, k] each."""
+    """Gather [t, k] weights and the numbers of their experts (any integer type) to [size * t, k] each."""
     return _apply(_GatherAssignments, weights_TK, experts_TK, ranks)
 
 

@@ -1,4 +1,4 @@
-"""Runs the adaptive coefficients over a model: reduce once per step, commit when the optimizer has stepped."""
+"""The controller of adaptive coefficients: it reduces once per step, and commits when the optimizer has stepped."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,11 @@ _KEY = "aux_loss_coefficients"
 
 
 def find_routers(model_chunks: Sequence[torch.nn.Module]) -> dict[int, SkyworkRouter]:
-    """The Skywork routers of all local (virtual) pipeline chunks by global layer number, which counts from 1."""
+    """Return the Skywork routers of all local (virtual) pipeline chunks by global layer number, which counts from 1.
+
+    Raises:
+        ConfigurationError: A router has no layer number, or two have the same.
+    """
     routers: dict[int, SkyworkRouter] = {}
     for chunk in model_chunks:
         for module in chunk.modules():
@@ -33,22 +37,22 @@ def find_routers(model_chunks: Sequence[torch.nn.Module]) -> dict[int, SkyworkRo
 
 
 class AuxLossController:
-    """Owner of a model's adaptive auxiliary-loss coefficients and of what its routers observed last.
+    """Owner of a model's adaptive auxiliary-loss coefficients and of the metrics of the last step.
 
-    Once per optimizer step it sums the routers' statistics over all micro-batches, the tensor-, context- and
-    data-parallel ranks in one reduction for all layers, when Megatron finalises the gradients. Only after the
-    optimizer has stepped do the coefficients (eq. 7-9) follow; a skipped step leaves them alone. Evaluation
-    and recomputation are never counted.
+    Once per optimizer step, when Megatron finalises the gradients, the controller sums the routers' statistics over
+    all micro-batches and over the tensor-, context- and data-parallel ranks. This takes one reduction for all layers.
+    The coefficients (eq. 7-9) change only after the optimizer has stepped; a skipped step leaves them as they are.
+    Evaluation and recomputation are never counted.
 
     Args:
-        model_chunks: The model, one module per virtual pipeline stage; wrapped in DDP or not.
+        model_chunks: The model, one module per virtual pipeline stage, wrapped in DDP or not.
 
     Attributes:
-        coefficients: One per local MoE layer, in the order of `layers`.
+        coefficients: One coefficient per local MoE layer, in the order of `layers`.
         layers: Global numbers of the local MoE layers.
-        metrics: What the last committed step showed, by global layer number.
-        drop_rate_is_virtual: Nothing is dropped in training: `LayerMetrics.drop_rate` is what a capacity factor
-            of `moe_nominal_capacity_factor` would have dropped.
+        metrics: The metrics of the last committed step, by global layer number.
+        drop_rate_is_virtual: True if training drops nothing. `LayerMetrics.drop_rate` is then the share that a
+            capacity factor of `moe_nominal_capacity_factor` would have dropped.
     """
 
     def __init__(self, model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -72,10 +76,13 @@ class AuxLossController:
     def attach(self, optimizer: Any) -> None:
         """Follow training: stage when `config.finalize_model_grads_func` runs, commit when `optimizer.step` succeeds.
 
-        A controller attached to the same model before is replaced.
+        This replaces a controller that was attached to the same model before.
 
         Args:
             optimizer: A Megatron optimizer, whose `step()` returns (success, gradient norm, zeros).
+
+        Raises:
+            ConfigurationError: `config.finalize_model_grads_func` is None.
         """
         if self.config.finalize_model_grads_func is None:
             raise ConfigurationError(
@@ -98,14 +105,14 @@ class AuxLossController:
 
         self.config.finalize_model_grads_func = _replace(finalize, finalize_and_stage)
         optimizer.step = _replace(step, step_and_commit)
-        # What was seen before belongs to no step.
+        # Micro-batches that the routers saw before belong to no step.
         for router in self._routers.values():
             router.statistics.reset()
 
     def stage(self) -> None:
-        """Reduce and forget the routers' sums; nothing follows from them before `commit`.
+        """Reduce the routers' sums over the ranks and reset them. The coefficients do not change before `commit`.
 
-        Gradients may be finalised several times before the optimizer steps: what was staged before is added to.
+        Gradients may be finalised several times before the optimizer steps. Each time adds to the staged sums.
         """
         routers = list(self._routers.values())
         if routers:
@@ -116,7 +123,7 @@ class AuxLossController:
             router.told_padding.forget()
 
     def commit(self) -> None:
-        """The optimizer stepped: let the coefficients follow the staged drop rates."""
+        """Update the coefficients from the staged drop rates, because the optimizer has stepped."""
         if self._staged is None:
             return
         self.metrics = dict(zip(self.layers, layer_metrics(self._staged), strict=True))
@@ -126,17 +133,17 @@ class AuxLossController:
         self._staged = None
 
     def discard(self) -> None:
-        """The optimizer skipped the step: as if its micro-batches had not been."""
+        """Forget the staged sums, because the optimizer has skipped the step."""
         self._staged = None
 
     def coefficient_by_layer(self) -> dict[int, float]:
-        """The coefficient in force in each local MoE layer, by global layer number."""
+        """Return the current coefficient of each local MoE layer, by global layer number."""
         return {n: router.get_aux_loss_coeff("aux_loss") for n, router in self._routers.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Coefficients of the whole model by global layer number; gathered over the pipeline, so every rank calls.
+        """Return the coefficients of the whole model by global layer number, or nothing if they are not adaptive.
 
-        Empty where they are not adaptive.
+        They are gathered over the pipeline, so every rank has to call this.
         """
         if not self.adaptive:
             return {}
@@ -148,13 +155,12 @@ class AuxLossController:
         return {_KEY: dict(sorted(item for part in gathered for item in part.items()))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the whole model's coefficients, saved under any parallel layout.
+        """Continue from the whole model's coefficients, whatever parallel layout they were saved under.
 
-        An empty `state`, of a checkpoint that knows no coefficients, leaves the initial value in force with a
-        warning.
+        If `state` has no coefficients, every layer starts at the initial value, and a warning says so.
 
         Raises:
-            ConfigurationError: The MoE layers are others, or a coefficient is not finite and >= 0.
+            ConfigurationError: The MoE layers differ, or a coefficient is negative or not finite.
         """
         if not self.adaptive:
             return
@@ -191,7 +197,7 @@ def _original(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _moe_layers(config: Any) -> list[int]:
-    """Global numbers of all MoE layers of the model."""
+    """Return the global numbers of all MoE layers of the model."""
     frequency = config.moe_layer_freq
     if isinstance(frequency, int):
         return list(range(1, config.num_layers + 1, frequency))

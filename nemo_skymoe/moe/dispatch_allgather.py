@@ -1,4 +1,4 @@
-"""EDP with sequence parallelism by all-gather and reduce-scatter: the fewest bytes once k approaches n."""
+"""EDP with sequence parallelism by all-gather and reduce-scatter, which sends the fewest bytes once k approaches n."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from nemo_skymoe.moe.permutation import Permutation, by_capacity
 
 
 class AllGatherTokenDispatcher(EdpTokenDispatcher):
-    """Every rank gets all tokens of the group and sums what its experts make of them.
+    """Every rank gets all tokens of the group, and sums the outputs of its experts for them.
 
-    Hidden states travel in the model's dtype both ways, although the router's weights are float32. Beside
-    them go K weights and K expert numbers a token; the routing map is the non-zero weights. With
-    `moe_capacity_scope="edp"` tokens are dropped here, where the whole group's are known.
+    Hidden states travel in the model's dtype both ways, although the router's weights are float32. K weights and K
+    expert numbers per token travel with them. The routing map follows from the weights that are not zero. With
+    `moe_capacity_scope="edp"` this class drops tokens, because it knows all tokens of the group.
     """
 
     kind = "allgather"
@@ -28,7 +28,7 @@ class AllGatherTokenDispatcher(EdpTokenDispatcher):
         )
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """[t, H] to [T, H]; weights [t, E] to those of the local experts for all tokens, [T, e]."""
+        """Gather tokens [t, H] to [T, H], and weights [t, E] to those of the local experts for all tokens, [T, e]."""
         weights_TK, experts_TK = gather_assignments(*self.assignments(probs), self.ranks)
         weights_TE = self.spread(weights_TK, experts_TK)
         if self._drops:
@@ -40,7 +40,7 @@ class AllGatherTokenDispatcher(EdpTokenDispatcher):
         return gather_from_group(hidden_states, self.ranks), weights_TE[:, self.local_experts]
 
     def _drop(self, weights_TE: Tensor) -> Tensor:
-        # The very function that the router of TP = 1 calls, on the same values in the same order.
+        # The router of TP = 1 calls this same function on the same values in the same order, so the bits agree.
         kept, _ = apply_router_token_dropping(
             weights_TE,
             weights_TE.detach() != 0,
@@ -52,7 +52,7 @@ class AllGatherTokenDispatcher(EdpTokenDispatcher):
 
     @torch.no_grad()
     def _observe_dropped(self, weights_TE: Tensor, kept_TE: Tensor) -> None:
-        # For the router, which leaves dropping to us: the assignments that this rank's experts do not take.
+        # The router leaves dropping to us. Each rank counts the assignments that its own experts do not take.
         dropped_Te = ((weights_TE != 0) & (kept_TE == 0))[:, self.local_experts]
         if self.router.valid_tokens is not None:
             valid_t1 = self.router.valid_tokens.mask_T1
@@ -60,12 +60,12 @@ class AllGatherTokenDispatcher(EdpTokenDispatcher):
         self.router.statistics.observe_dropped(dropped_Te.sum())
 
     def permutation(self, weights_Re: Tensor) -> Permutation:
-        """Which token goes to which local expert; fixed shapes with capacity padding."""
+        """Assign the tokens to local experts; with capacity padding the shapes are fixed."""
         if not self.padded:
             return super().permutation(weights_Re)
         segments = 1 if self._drops else self.ranks.size
         return by_capacity(weights_Re, self.capacity(weights_Re.shape[0] // segments), segments)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] to this rank's [t, H] of the sum over the ranks."""
+        """Sum [T, H] over the ranks, and return this rank's tokens [t, H]."""
         return reduce_scatter_to_group(hidden_states, self.ranks)

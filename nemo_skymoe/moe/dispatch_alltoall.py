@@ -1,4 +1,4 @@
-"""EDP with sequence parallelism by all-to-all: a token goes once to each rank that has an expert for it."""
+"""EDP with sequence parallelism by all-to-all, which sends a token once to each rank that has an expert for it."""
 
 from typing import Any
 
@@ -11,23 +11,24 @@ from nemo_skymoe.moe.permutation import Permutation, by_capacity, by_expert, tru
 
 
 class AllToAllTokenDispatcher(EdpTokenDispatcher):
-    """Send a token at most once to each rank, sum its experts' outputs there, send back one row.
+    """Sends a token at most once to each rank, which sums its experts' outputs and sends back one row.
 
-    Stock all-to-all sends a row for every assignment; of two picked experts on the same rank, one row and one
-    returned row are saved. The host reads once a layer: rows to and from each rank, and rows per expert.
+    Megatron's all-to-all sends a row for every assignment. If two picked experts are on the same rank, this class saves
+    one row each way. The host reads from the device once per layer: the number of rows to and from each rank, and the
+    number of rows per expert.
     """
 
     kind = "alltoall"
 
     @classmethod
     def of(cls, config: Any) -> type[EdpTokenDispatcher]:
-        """With experts padded to their capacity every rank sends as many rows, which nobody has to count."""
+        """Return a class that counts no rows if experts are padded to their capacity, because all pieces are equal."""
         return PaddedAllToAllTokenDispatcher if config.moe_pad_expert_input_to_capacity else cls
 
     def dispatch_preprocess(
         self, tokens: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """[S, B, H] to the rows to send [R, H], rank after rank, and their weights there [R, e]."""
+        """Turn tokens [S, B, H] into the rows to send [R, H], rank after rank, and their weights there [R, e]."""
         hidden_tH, weights_tE = super().dispatch_preprocess(tokens, routing_map, probs)
         self._num_tokens = hidden_tH.shape[0]
         weights_nte = weights_tE.view(-1, self.ranks.size, self.num_local_experts).transpose(0, 1)
@@ -40,7 +41,7 @@ class AllToAllTokenDispatcher(EdpTokenDispatcher):
 
     @torch.no_grad()
     def _exchange_counts(self, weights_nte: Tensor, sent_nt: Tensor) -> None:
-        """Tell each rank how many rows it gets and how many of them are for which expert; then read once."""
+        """Tell each rank how many rows it gets in all and for each expert, and read all counts at once."""
         counts = [sent_nt.sum(dim=1, keepdim=True), (weights_nte != 0).sum(dim=1)]
         counts_n1e = torch.cat(counts, dim=1).int()
         table = torch.cat([counts_n1e[:, :1], self.ranks.all_to_all(counts_n1e)], dim=1).cpu()
@@ -49,30 +50,30 @@ class AllToAllTokenDispatcher(EdpTokenDispatcher):
         self._tokens_per_expert = table[:, 2:].sum(dim=0)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and weights to their ranks."""
+        """Send rows and weights to their ranks."""
         return (
             all_to_all(hidden_states, self.ranks, self._received, self._sent),
             all_to_all(probs, self.ranks, self._received, self._sent),
         )
 
     def permutation(self, weights_Re: Tensor) -> Permutation:
-        """Which received row goes to which local expert."""
+        """Assign the received rows to local experts."""
         return by_expert(weights_Re, self._tokens_per_expert)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """One row back for each row received."""
+        """Send one row back for each row received."""
         return all_to_all(hidden_states, self.ranks, self._sent, self._received)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
-        """Sum the ranks' rows of a token, [R, H] to [S, B, H]."""
+        """Sum the rows [R, H] that came back for each token to [S, B, H]."""
         tokens = hidden_states.new_zeros(self._num_tokens, hidden_states.shape[-1])
         return tokens.index_add(0, self._rows, hidden_states).view(self.hidden_shape)
 
 
 class PaddedAllToAllTokenDispatcher(EdpTokenDispatcher):
-    """All-to-all of equal pieces for `moe_pad_expert_input_to_capacity`: no counts, nothing read by the host.
+    """All-to-all of equal pieces for `moe_pad_expert_input_to_capacity`, without counts and without reads by the host.
 
-    Rows are (expert, place) pairs as in Megatron's own: since an expert's places travel full or empty,
+    A row is a place of an expert, as in Megatron's own class. The places travel whether they are full or empty, so
     sending a token once for two experts of a rank would save no byte.
     """
 
@@ -81,32 +82,32 @@ class PaddedAllToAllTokenDispatcher(EdpTokenDispatcher):
     def dispatch_preprocess(
         self, tokens: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """[S, B, H] to the rows to send [E * capacity, H], expert after expert, and their weights."""
+        """Turn tokens [S, B, H] into the rows to send [E * capacity, H], expert after expert, and their weights."""
         hidden_tH, weights_tE = super().dispatch_preprocess(tokens, routing_map, probs)
         self._places = self.capacity(hidden_tH.shape[0])
         self._permutation = by_capacity(weights_tE, self._places)
         return self._permutation.permute(hidden_tH), self._permutation.select(weights_tE)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and weights to their ranks."""
+        """Send rows and weights to their ranks."""
         return all_to_all(hidden_states, self.ranks), all_to_all(probs, self.ranks)
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From rank after rank to expert after expert."""
+        """Reorder the rows: they come rank after rank, and the experts take them expert after expert."""
         shape = (self.ranks.size, self.num_local_experts)
         rows = torch.full(shape[1:], self.ranks.size * self._places, dtype=torch.int64, device="cpu")
         return self._regroup(hidden_states, *shape), rows, self._regroup(probs, *shape)
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
-        """From expert after expert to rank after rank."""
+        """Undo the reordering of `dispatch_postprocess`."""
         return self._regroup(hidden_states, self.num_local_experts, self.ranks.size)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """One row back for each row received."""
+        """Send one row back for each row received."""
         return all_to_all(hidden_states, self.ranks)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
-        """Sum a token's rows, [E * capacity, H] to [S, B, H]."""
+        """Sum the rows of each token, from [E * capacity, H] to [S, B, H]."""
         return super().combine_postprocess(super().combine_preprocess(hidden_states))
 
     def _regroup(self, rows: Tensor, outer: int, inner: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""EDP without sequence parallelism: every rank holds the tokens already, so one all-reduce is all there is."""
+"""EDP without sequence parallelism. Every rank holds the tokens already, so one all-reduce of the outputs is enough."""
 
 from typing import Any
 
@@ -17,9 +17,9 @@ class RoutingDiverged(RuntimeError):
 class ReplicatedTokenDispatcher(EdpTokenDispatcher):
     """Each rank takes its experts' rows from its own copy of the tokens; an all-reduce combines the outputs.
 
-    Forward, hidden states and weights are only read. Backward, each rank knows the gradient of its own
-    experts alone, which makes three corrections necessary; without any one of them the loss is right and
-    the gradients are not: `share_tokens`, `share_weights`, and `edp.exclude_replicas` for the router's losses.
+    The forward pass only reads hidden states and weights. In the backward pass each rank knows the gradient of its own
+    experts alone. This makes three corrections necessary: `share_tokens`, `share_weights`, and `edp.exclude_replicas`
+    for the router's losses. Without any one of them the loss is right, but the gradients are wrong.
     """
 
     kind = "replicated"
@@ -32,7 +32,7 @@ class ReplicatedTokenDispatcher(EdpTokenDispatcher):
     def dispatch_preprocess(
         self, tokens: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """[S, B, H] to [T, H]; weights of the local experts [T, e]."""
+        """Return the tokens as [T, H], and the weights of the local experts [T, e]."""
         hidden_TH, weights_TE = super().dispatch_preprocess(tokens, routing_map, probs)
         weights_TK, experts_TK = self.assignments(weights_TE)
         self._calls += 1
@@ -42,34 +42,35 @@ class ReplicatedTokenDispatcher(EdpTokenDispatcher):
         return self.share_tokens(hidden_TH), weights_TE[:, self.local_experts]
 
     def share_tokens(self, hidden_TH: Tensor) -> Tensor:
-        """A token's gradient is the sum of what the experts of all ranks send back."""
+        """Return the tokens; their gradient is the sum of the gradients from the experts of all ranks."""
         return copy_to_group(hidden_TH, self.ranks)
 
     def share_weights(self, weights_TK: Tensor) -> Tensor:
-        """Likewise a weight's, which only the rank of that expert knows."""
+        """Return the weights; the rank of its expert alone knows a weight's gradient, and the sum spreads it."""
         return copy_to_group(weights_TK, self.ranks)
 
     def permutation(self, weights_Re: Tensor) -> Permutation:
-        """Which token goes to which local expert; fixed shapes with capacity padding."""
+        """Assign the tokens to local experts; with capacity padding the shapes are fixed."""
         if self.padded:
             return by_capacity(weights_Re, self.capacity(weights_Re.shape[0]))
         return super().permutation(weights_Re)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """Sum the ranks' [T, H]."""
+        """Sum the outputs [T, H] over the ranks."""
         return reduce_from_group(hidden_states, self.ranks)
 
 
 @torch.no_grad()
 def check_replicas(weights_TK: Tensor, experts_TK: Tensor, ranks: ExpertGroup) -> None:
-    """Compare a checksum of the routing bit for bit over the group; costs one small all-gather and a host read.
+    """Compare a checksum of the routing over the group, which costs one small all-gather and one read by the host.
 
     Raises:
-        RoutingDiverged: On every rank of the group, if any two differ.
+        RoutingDiverged: The routing of any two ranks differs in a bit. Every rank of the group raises it.
     """
     integer = torch.int64 if weights_TK.element_size() == 8 else torch.int32
     bits = torch.stack([weights_TK.contiguous().view(integer).long(), experts_TK.long()]).flatten()
-    # Odd multipliers: a changed or moved entry changes the sum, which wraps around.
+    # The multipliers are odd, hence invertible modulo 2^64, where the sum wraps around: a changed entry always
+    # changes the sum. They differ, so that exchanged entries change it too.
     odd = 2 * torch.arange(bits.shape[0], device=bits.device) + 1
     checksum = (bits * odd * 0x9E3779B97F4A7C1).sum().reshape(1)
     checksums = ranks.all_gather(checksum).tolist()

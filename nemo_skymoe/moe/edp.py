@@ -26,8 +26,8 @@ def install(layer: MoELayer, dispatcher: type[EdpTokenDispatcher] | None = None)
     """Give a freshly built layer its EDP dispatcher, and its router the groups that go with it.
 
     Args:
-        layer: With Megatron's own dispatcher and process groups.
-        dispatcher: The class to use; None for that of `config.edp_dispatcher`.
+        layer: An MoE layer with Megatron's own dispatcher and process groups.
+        dispatcher: The class to use; None for the one that `config.edp_dispatcher` names.
 
     Raises:
         ConfigurationError: The layer's process groups are not EDP's, or the class does not fit the configuration.
@@ -39,10 +39,10 @@ def install(layer: MoELayer, dispatcher: type[EdpTokenDispatcher] | None = None)
     entry = DISPATCHERS[chosen.kind]
     if (reason := entry.unfit(config)) is not None:
         raise ConfigurationError(f"{chosen.__name__} is of the kind {entry.name!r}: {reason}")
-    # Of the two groups of the same ranks attention's: one communicator less, and it has the timeout that was
-    # asked for, which Megatron does not pass on to the expert-parallel group.
+    # The group of attention and that of the experts have the same ranks. Attention's saves a communicator, and has the
+    # timeout that was asked for, which Megatron does not pass on to the expert-parallel group.
     tensor = layer.attn_tp_group
-    # The class that Megatron passes here has another name in 0.14.
+    # Megatron passes a class of its own here, which has another name in 0.14.
     groups = SimpleNamespace(ep=tensor, expt_tp=stock.tp_group, tp_ep=tensor)
     layer.token_dispatcher = chosen(config, groups, layer.router)
     if not entry.needs_sequence_parallel:
@@ -54,7 +54,7 @@ def install(layer: MoELayer, dispatcher: type[EdpTokenDispatcher] | None = None)
 
 
 def resolve_dispatcher(config: Any) -> str:
-    """The name of the dispatcher; the choice of "auto" and its count are logged once by rank 0."""
+    """Return the name of the dispatcher. Rank 0 logs once what "auto" chooses, and the bytes that decide it."""
     options = cast(SkyworkOptions, config)
     if options.edp_dispatcher != "auto":
         return options.edp_dispatcher
@@ -66,7 +66,7 @@ def resolve_dispatcher(config: Any) -> str:
 
 
 def exchange_of(config: Any, tokens: int = _TYPICAL_TOKENS) -> Exchange:
-    """What a layer of this configuration exchanges, for so many tokens a rank."""
+    """Describe the exchange of a layer with this configuration for `tokens` tokens per rank."""
     double = config.params_dtype == torch.float64 or config.moe_router_dtype == "fp64"
     return Exchange(
         ranks=config.expert_model_parallel_size,
@@ -94,15 +94,15 @@ def _log_choice(name: str, totals: tuple[tuple[str, float], ...], ranks: int) ->
 def exclude_replicas(router: Any) -> None:
     """Leave the ranks that hold the same tokens out of the router's auxiliary and z-loss.
 
-    Megatron divides both losses by the tensor-parallel size and adds the ranks' gradients up afterwards,
-    which it only does under sequence parallelism.
+    Megatron divides both losses by the tensor-parallel size, and expects the ranks' gradients to be added up
+    afterwards. It only adds them up under sequence parallelism.
     """
     router.tp_cp_group = router.cp_group
     router.tp_dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def leave_dropping_to_the_dispatcher(router: Any) -> None:
-    """A capacity of the whole group cannot be applied by a router that sees one rank's tokens."""
+    """Keep the router from dropping: it sees one rank's tokens, so it cannot apply a capacity of the whole group."""
     router.config = copy.copy(router.config)
     router.config.moe_expert_capacity_factor = None
     router.config.moe_pad_expert_input_to_capacity = False

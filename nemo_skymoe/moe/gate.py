@@ -1,4 +1,4 @@
-"""The gate's parameters and matrix products: linear, with a bias, or the two-layer tanh gate.
+"""The parameters and matrix products of the gate, which is linear, linear with a bias, or has two layers and a tanh.
 
 Shape suffixes: S sequence, B micro-batch, H hidden, F = 8 * E gate width, E experts.
 """
@@ -13,16 +13,16 @@ from torch.nn import Parameter
 
 from nemo_skymoe.config import SkyworkOptions
 
-# Of the authors' published two-layer gate (MoE++): 8 hidden units an expert.
+# The authors' published two-layer gate (MoE++) has 8 hidden units per expert.
 _WIDTH_PER_EXPERT = 8
 _LINEAR_TAKES_BIAS = "bias" in inspect.signature(moe_utils.router_gating_linear).parameters
 
 
 def add_gate_parameters(router: Any) -> None:
-    """Give a stock router the gate its configuration asks for.
+    """Give one of Megatron's routers the gate that its configuration asks for.
 
-    `weight` [E, H] stays Megatron's in the linear gate. The two-layer gate z = W2 tanh(W1 x) keeps W1 [8 E, H]
-    in `hidden_weight` and W2 [E, 8 E] in `weight`. `bias` [E] starts at zero.
+    The linear gate keeps Megatron's `weight` [E, H]. The two-layer gate z = W2 tanh(W1 x) keeps W1 [8 E, H] in
+    `hidden_weight` and W2 [E, 8 E] in `weight`. `bias` [E] starts at zero.
     """
     options = cast(SkyworkOptions, router.config)
     experts, hidden = router.weight.shape
@@ -40,13 +40,14 @@ def _parameter(router: Any, value: Tensor, initialize: bool = False) -> Paramete
     if initialize and config.perform_initialization:
         config.init_method(value)
     parameter = Parameter(value.to(config.params_dtype))
-    # With sequence parallelism every tensor-parallel rank sees other tokens: Megatron sums such gradients.
+    # With sequence parallelism every tensor-parallel rank sees other tokens. Megatron sums the gradients of parameters
+    # with this attribute over the ranks.
     setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
     return parameter
 
 
 def gate_logits(router: Any, input_SBH: Tensor) -> Tensor:
-    """Raw gating logits [S, B, E] in float32; float64 for a float64 model or `moe_router_dtype="fp64"`."""
+    """Return the raw gating logits [S, B, E] in float32; float64 for a float64 model or `moe_router_dtype="fp64"`."""
     double = input_SBH.dtype == torch.float64 or router.config.moe_router_dtype == "fp64"
     dtype = torch.float64 if double else torch.float32
     if cast(SkyworkOptions, router.config).moe_router_two_layer_gate:
@@ -56,12 +57,12 @@ def gate_logits(router: Any, input_SBH: Tensor) -> Tensor:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     linear: Any = moe_utils.router_gating_linear
-    if input.numel() == 0:  # Megatron's cannot shape its result
+    if input.numel() == 0:  # Megatron's function fails for no tokens
         return torch.nn.functional.linear(
             input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         )
     if _LINEAR_TAKES_BIAS:
         return linear(input, weight, bias, dtype)
-    # Megatron 0.14 knows no gate bias.
+    # The function of Megatron 0.14 takes no bias.
     logits = linear(input, weight, dtype)
     return logits if bias is None else logits + bias.to(dtype)

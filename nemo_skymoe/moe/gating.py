@@ -1,4 +1,4 @@
-"""Gating logit normalisation (eq. 6): pure functions on tensors.
+"""Normalisation of gating logits (eq. 6), as pure functions on tensors.
 
 Shape suffixes: S sequence, B micro-batch, E experts.
 """
@@ -9,21 +9,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-# Smaller than any rounding of a softmax, larger than the smallest normal float: it orders exact ties
-# in a top-k and leaves the gate itself exactly uniform.
+# This is smaller than any rounding of a softmax and larger than the smallest normal float. It orders exact ties in
+# a top-k, and leaves the gate itself exactly uniform.
 _TIE_STEP = 1e-30
 
 
 class _Normalize(torch.autograd.Function):
-    """The forward and its analytic gradient: a dozen kernels, the result and one number a row saved."""
+    """Forward pass and analytic gradient. They take a dozen kernels, and save the result and one number per row."""
 
     @staticmethod
     def forward(
         ctx, logits: Tensor, scale: float, correction: int, eps: float, ties: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        # In float64, where the square of every float32 is a number: in float32 logits beyond 1e19 would have an
-        # infinite standard deviation and hence a uniform gate. Subtracting one entry first makes rows of equal
-        # logits exactly zero, whatever their common offset.
+        # float64 holds the square of every float32. In float32, logits beyond 1e19 would have an infinite standard
+        # deviation and hence a uniform gate. Subtracting one entry first makes rows of equal logits exactly zero,
+        # whatever value they share: the mean alone may be off by a rounding.
         centred = logits.double() - logits[..., :1]
         centred -= centred.mean(dim=-1, keepdim=True)
         freedom = max(logits.shape[-1] - correction, 1)
@@ -33,7 +33,7 @@ class _Normalize(torch.autograd.Function):
         normalized = centred.mul_(factor.masked_fill(flat, 0.0)).to(logits.dtype)
         if ties is not None:
             normalized += ties
-        # A flat row passes its gradient on as a softmax of un-normalised logits would.
+        # A flat row has the factor 1 in the backward pass, so its gradient is that of un-normalised logits.
         ctx.save_for_backward(normalized, factor.masked_fill_(flat, 1.0))
         ctx.curvature = 1.0 / (scale * scale * freedom)
         ctx.mark_non_differentiable(flat)
@@ -41,6 +41,8 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
+        # For z~ = s (z - mean) / std the gradient is s / std * (g - mean(g) - z~ <g, z~> / (s^2 (E - correction))):
+        # the second and third term take away the directions in which z~ cannot move, its mean and its length.
         grad = gradients[0]
         normalized, factor = ctx.saved_tensors
         along = (grad * normalized).sum(dim=-1, keepdim=True)
@@ -55,8 +57,8 @@ def normalize_gating_logits(
 
     Args:
         logits: [..., E], any floating type.
-        scale: lambda, the standard deviation afterwards.
-        correction: 1 for the sample standard deviation of the released weights, 0 for the population one.
+        scale: lambda, the standard deviation of the result.
+        correction: 1 for the sample's standard deviation, as in the released model, 0 for the population's.
         eps: A row whose standard deviation is not above this counts as equal logits: its gate is uniform and
             its gradient that of an un-normalised softmax, never NaN.
 
@@ -69,11 +71,14 @@ def normalize_gating_logits(
 def normalize_and_break_ties(
     logits: Tensor, scale: float, correction: int, eps: float, ties: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`normalize_gating_logits`, with `ties` added, and [..., 1] booleans: the rows of equal logits.
+    """Normalise as `normalize_gating_logits` does, add `ties`, and find the rows of equal logits.
 
     Args:
-        logits: As the other arguments, those of `normalize_gating_logits`.
-        ties: [..., E] from `tie_order`, added to the result; too small to change anything but exact ties.
+        logits: This and the next three arguments are those of `normalize_gating_logits`.
+        ties: [..., E] from `tie_order`, or None. They are too small to change anything but exact ties.
+
+    Returns:
+        The normalised logits [..., E], and [..., 1] booleans that are true for rows of equal logits.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     normalized, flat = cast(Any, _Normalize.apply(logits.to(dtype), scale, correction, eps, ties))
@@ -91,11 +96,11 @@ def tie_order(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """What to add to normalised logits so that tokens with equal logits spread over the experts.
+    """Return small numbers that spread tokens with equal logits over the experts when they are added to the logits.
 
-    Token i prefers experts i*k, i*k + 1, ... (modulo E), i its global index: a router that knows nothing
-    yet loads all experts alike, and the choice is the same however the tokens are spread over ranks. The
-    values are below the rounding of any other logit and of the softmax: the gate itself does not change.
+    The token with the global index i prefers the experts i*k, i*k + 1, ... (modulo E). A router that has learned
+    nothing yet therefore loads all experts alike, and the choice is the same however the tokens are spread over ranks.
+    The numbers are below the rounding of any other logit and of the softmax, so the gate itself does not change.
 
     Args:
         sequence: Local sequence length S of the router's input [S, B, H].
@@ -104,11 +109,11 @@ def tie_order(
         topk: k, experts per token.
         tensor: (rank, size) over which the sequence is split; (0, 1) without sequence parallelism.
         context: (rank, size) of context parallelism.
-        dtype: Of the logits.
-        device: Of the logits.
+        dtype: The dtype of the logits.
+        device: The device of the logits.
 
     Returns:
-        [S, B, E] to add, and [S, B, E] booleans: the experts that a token of equal logits gets.
+        The numbers [S, B, E] to add, and [S, B, E] booleans that are true for the experts of a token with equal logits.
     """
     token_SB1 = global_token_index(sequence, batch, tensor, context, device).unsqueeze(-1)
     expert_E = torch.arange(num_experts, device=device)
@@ -119,10 +124,13 @@ def tie_order(
 def global_token_index(
     sequence: int, batch: int, tensor: tuple[int, int], context: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Index of each local token in its micro-batch, as TP = CP = 1 would count it; arguments as `tie_order`.
+    """Return the index of each local token in its micro-batch, as a single rank would count it.
 
-    Context parallelism gives rank c of n the chunks c and 2n - 1 - c of the sequence (Megatron's zigzag);
-    sequence parallelism then splits what a rank holds into equal consecutive parts.
+    Context parallelism gives rank c of n the chunks c and 2n - 1 - c of the sequence (Megatron's zigzag). Sequence
+    parallelism then splits the positions of a rank into equal consecutive parts.
+
+    Args:
+        sequence: All arguments are those of `tie_order`.
 
     Returns:
         [S, B] int64.

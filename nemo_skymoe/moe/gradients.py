@@ -1,11 +1,11 @@
-"""Autograd functions that leave a value alone and decide what its gradient is."""
+"""Autograd functions that return a value unchanged and decide its gradient."""
 
 import torch
 from torch import Tensor
 
 
 class ScaleGradient(torch.autograd.Function):
-    """Return the tensor; multiply its gradient by a factor."""
+    """Returns the tensor unchanged, and multiplies its gradient by a factor."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, factor: float | Tensor) -> Tensor:
@@ -18,7 +18,7 @@ class ScaleGradient(torch.autograd.Function):
 
 
 class CarryGradient(torch.autograd.Function):
-    """Return the first tensor; let losses attached to the second take part in the backward pass."""
+    """Returns the first tensor unchanged, and runs the backward pass of losses that are attached to the second."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, carried: Tensor) -> Tensor:

@@ -39,11 +39,18 @@ class SkyworkTransformerConfig(SkyworkOptions, TransformerConfig):
 
 
 class SkyworkMoELayer(MoELayer):
-    """Megatron's MoE layer with the Skywork router; under EDP with our dispatcher, its process groups checked.
+    """Megatron's MoE layer with the Skywork router and, under `moe_edp`, one of our dispatchers.
+
+    A subclass of the layer selects another router or dispatcher by naming its class. The constructor checks that the
+    process groups are those that the configuration describes.
 
     Attributes:
-        router_class: What the layer routes with; a subclass of the layer names another.
-        dispatcher_class: What it dispatches with under `moe_edp`; None for the one that `edp_dispatcher` names.
+        router_class: The class of the layer's router.
+        dispatcher_class: The class of the layer's dispatcher under `moe_edp`; None for the one that `edp_dispatcher`
+            names.
+
+    Raises:
+        ConfigurationError: The process groups, the router or the dispatcher do not fit the configuration.
     """
 
     router_class: ClassVar[type[SkyworkRouter]] = SkyworkRouter
@@ -74,7 +81,7 @@ class SkyworkMoELayer(MoELayer):
             self.token_dispatcher = adopt(self.token_dispatcher, StockAllGatherTokenDispatcher)
 
     def _check_gathered_tokens(self) -> None:
-        """Megatron 0.14 runs the shared experts after its all-gather, whose buffer they then overwrite."""
+        """Refuse Megatron 0.14's all-gather with shared experts, which overwrite the buffer of the gathered tokens."""
         config: Any = self.config
         shares_buffer = config.sequence_parallel and self.use_shared_expert
         after_dispatch = not hasattr(MoELayer, "shared_experts_compute")
@@ -87,36 +94,41 @@ class SkyworkMoELayer(MoELayer):
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As Megatron's, which refuses to train without sequence parallelism as if it were slow."""
+        """Run Megatron's forward pass, after refusing a layout that cannot train with a message of our own."""
         if self.training:
             cast(SkyworkOptions, self.config).check_training()
         return super().forward(*args, **kwargs)
 
 
 class StockAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
-    """Megatron's, except that it combines in the model's dtype rather than in the router weights' float32."""
+    """Megatron's dispatcher, except that it combines in the model's dtype instead of the router weights' float32."""
 
     def token_combine(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[T, H] to this rank's [t, H] of the sum over the ranks; Megatron takes the dtype from `local_probs`."""
+        """Sum [T, H] over the ranks to this rank's [t, H]. Megatron takes the dtype of the sum from `local_probs`."""
         self.local_probs = self.local_probs.to(hidden_states.dtype)
         return super().token_combine(hidden_states, *args, **kwargs)
 
 
 def have_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed."""
+    """Say whether Transformer Engine is installed."""
     return importlib.util.find_spec("transformer_engine") is not None
 
 
 def get_skywork_moe_layer_spec(
     config: TransformerConfig, moe_layer: type[SkyworkMoELayer] = SkyworkMoELayer
 ) -> ModuleSpec:
-    """One transformer layer: Transformer Engine's where it is installed, else Megatron's local one.
+    """Make the spec of one transformer layer, for `GPTModel(transformer_layer_spec=...)` if all layers are alike.
 
-    With `config.num_moe_experts` its MLP is a `moe_layer`; without, it is the dense layer of Skywork-13B.
+    The layer is Transformer Engine's if that is installed, else Megatron's local one. If `config.num_moe_experts` is
+    set, its MLP is a `moe_layer`; otherwise it is the dense layer of Skywork-13B.
+
+    Args:
+        config: The model's configuration.
+        moe_layer: `SkyworkMoELayer`, or a subclass with another router or dispatcher.
 
     Raises:
-        ConfigurationError: Sequence parallelism without Transformer Engine, for which a spec of one layer cannot
-            bring the final norm.
+        ConfigurationError: Sequence parallelism is on without Transformer Engine. It needs another final norm, which
+            the spec of one layer cannot bring.
     """
     if config.sequence_parallel and not have_transformer_engine():
         raise ConfigurationError(
@@ -141,13 +153,18 @@ def get_skywork_block_spec(
     transformer_engine: bool | None = None,
     moe_layer: type[SkyworkMoELayer] = SkyworkMoELayer,
 ) -> TransformerBlockSubmodules:
-    """This pipeline stage's layers and the final norm; what `GPTModel(transformer_layer_spec=...)` takes.
+    """Make the specs of this pipeline stage's layers and of the final norm, for `GPTModel(transformer_layer_spec=...)`.
 
-    Which layers are MoE follows `config.moe_layer_freq`; `transformer_engine=None` takes it where it is installed;
-    `moe_layer` is a subclass with a router or dispatcher of its own.
+    `config.moe_layer_freq` says which layers are MoE layers.
+
+    Args:
+        config: The model's configuration.
+        vp_stage: The virtual pipeline stage; None without virtual stages.
+        transformer_engine: Whether to use Transformer Engine's layers; None uses them if it is installed.
+        moe_layer: `SkyworkMoELayer`, or a subclass with another router or dispatcher.
 
     Raises:
-        ConfigurationError: A norm that neither Megatron nor this package has without Transformer Engine.
+        ConfigurationError: The configuration needs a norm that exists only with Transformer Engine.
     """
     if transformer_engine is None:
         transformer_engine = have_transformer_engine()
@@ -175,12 +192,12 @@ def _adapt(
 
 
 def _not_about_the_mlp(record: logging.LogRecord) -> bool:
-    """Megatron warns of every MLP class it does not know, once a layer."""
+    """Filter out Megatron's warning about MLP classes that it does not know, which it gives once per layer."""
     return "Unknown MLP type" not in record.getMessage()
 
 
 def _needs_local_norm(config: TransformerConfig, transformer_engine: bool) -> bool:
-    """Megatron's own norms refuse sequence parallelism without Transformer Engine."""
+    """Say whether our norm has to replace Megatron's, which refuses sequence parallelism without Transformer Engine."""
     if transformer_engine:
         return False
     if config.layernorm_zero_centered_gamma:

@@ -1,8 +1,8 @@
-"""Expert Data Parallelism's meshes (appendix B.1): views of Megatron's process groups, checked and shown.
+"""The device meshes of Expert Data Parallelism (appendix B.1): checks and views of Megatron's process groups.
 
 Megatron uses "EDP" (and `expt_dp`) for the size of the expert-*data-parallel* group. Here EDP is the report's
-Expert Data Parallelism, the layout in which the expert-parallel group is the tensor-parallel group: a special
-case of what Megatron calls MoE Parallel Folding.
+Expert Data Parallelism: the expert-parallel group is the tensor-parallel group. This is a special case of what
+Megatron calls MoE Parallel Folding.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,11 +20,14 @@ EXPERTS = ("pp", "dp", "ep")
 
 
 def check_group_sizes(config: Any, **groups: ProcessGroup | None) -> None:
-    """Refuse process groups of other sizes than the configuration says, by which layers cut their weights.
+    """Refuse process groups whose sizes differ from the configuration's, because layers cut their weights by those.
 
     Args:
         config: The layer's configuration.
-        groups: Each option of the configuration that is a size, and the group that has it; None where there is none.
+        groups: The group for each option of the configuration that is a size; None if there is no such group.
+
+    Raises:
+        ConfigurationError: A group has another size than its option says.
     """
     for option, group in groups.items():
         if group is not None and group.size() != getattr(config, option):
@@ -43,9 +46,12 @@ def check_edp_groups(
     """Refuse process groups that are not EDP's, on the rank that finds them.
 
     Args:
-        tensor: Tensor-parallel group of attention; None for Megatron's, here and below.
+        tensor: Tensor-parallel group of attention. Here and below, None stands for Megatron's own group.
         expert: Expert-parallel group, which must list the same ranks in the same order.
         expert_tensor: Tensor-parallel group within an expert, which must be this rank alone.
+
+    Raises:
+        ConfigurationError: The groups are not EDP's.
     """
     tensor = tensor or cast(ProcessGroup, parallel_state.get_tensor_model_parallel_group())
     expert = expert or cast(ProcessGroup, parallel_state.get_expert_model_parallel_group())
@@ -66,13 +72,13 @@ def check_edp_groups(
 
 
 def edp_device_meshes(device_type: str | None = None) -> tuple[DeviceMesh, DeviceMesh]:
-    """Attention mesh [pp, dp, tp] and expert mesh [pp, dp, ep] over Megatron's own groups; every rank calls.
+    """Return the attention mesh [pp, dp, tp] and the expert mesh [pp, dp, ep] over Megatron's own groups.
 
-    No communicator is created. The axis dp holds context parallelism too, as the groups do over which
-    Megatron averages gradients.
+    Every rank has to call this. It creates no communicator. The axis dp contains context parallelism, as do the groups
+    over which Megatron averages gradients.
 
     Args:
-        device_type: "cuda" or "cpu"; None for what there is.
+        device_type: "cuda" or "cpu"; None for "cuda" if it is available, else "cpu".
 
     Raises:
         ConfigurationError: The groups are not EDP's.
@@ -111,9 +117,9 @@ def _mesh(
 
 
 def edp_mesh_rows() -> list[dict[str, int]]:
-    """One row a rank: its place in the attention mesh [pp, dp, tp] and in the expert mesh [pp, expert dp, ep].
+    """Return each rank's place in the attention mesh [pp, dp, tp] and in the expert mesh [pp, expert dp, ep].
 
-    Gathered over the world, so every rank calls.
+    The rows are gathered over the world, so every rank has to call this.
     """
     place = {
         "rank": torch.distributed.get_rank(),
@@ -129,18 +135,19 @@ def edp_mesh_rows() -> list[dict[str, int]]:
 
 
 def report_mesh_rows(pipeline: int, data: int, tensor: int) -> list[dict[str, int]]:
-    """The report's three expert meshes beside attention's, from the sizes alone (Megatron's default order).
+    """Compute the report's three expert meshes beside that of attention, from the sizes alone.
 
-    In its terms, per pipeline stage: EP has Size_EP = Size_DP * Size_TP; ETP Size_EP = Size_DP, each expert
-    split over the tensor-parallel ranks; EDP Size_EP = Size_TP, the experts replicated over data parallelism.
+    The ranks are in Megatron's default order. The report compares three layouts of the experts within a pipeline
+    stage. EP has Size_EP = Size_DP * Size_TP. ETP has Size_EP = Size_DP, and splits each expert over the
+    tensor-parallel ranks. EDP has Size_EP = Size_TP, and replicates the experts over data parallelism.
 
     Args:
-        pipeline: Pipeline stages.
+        pipeline: Number of pipeline stages.
         data: Data-parallel size, context parallelism included.
         tensor: Tensor-parallel size.
 
     Returns:
-        One row a rank. `EDP dp` and `EDP ep` equal `dp` and `tp`: the same data in both meshes.
+        One row per rank. `EDP dp` and `EDP ep` equal `dp` and `tp`, because both meshes are the same.
     """
     return [
         {
@@ -159,7 +166,7 @@ def report_mesh_rows(pipeline: int, data: int, tensor: int) -> list[dict[str, in
 
 
 def mesh_table(rows: Sequence[Mapping[str, int]]) -> str:
-    """Rows of `edp_mesh_rows` or `report_mesh_rows` as aligned text, one line a rank under a line of names."""
+    """Format rows of `edp_mesh_rows` or `report_mesh_rows` as aligned text: a line of names, then one line per rank."""
     names = list(rows[0])
     lines = [names, *([str(row[name]) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(names))]

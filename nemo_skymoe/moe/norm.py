@@ -1,4 +1,4 @@
-"""RMSNorm for the local layer spec, usable with sequence parallelism."""
+"""An RMSNorm for the local layer spec that works with sequence parallelism."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm over the last dimension of [S, B, H], as Megatron's layer specs call a norm.
+    """torch's RMSNorm over the last dimension of [S, B, H], with the constructor that Megatron's layer specs expect.
 
-    Megatron's own wrapper refuses sequence parallelism. All it takes is the tag by which Megatron sums the
-    gradient of a parameter that every tensor-parallel rank applies to other tokens.
+    Megatron's own wrapper refuses sequence parallelism. Supporting it takes nothing but the attribute by which Megatron
+    recognises parameters that every tensor-parallel rank applies to other tokens, and whose gradients it sums.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:

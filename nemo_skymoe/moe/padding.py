@@ -1,7 +1,7 @@
-"""Padding: positions of a micro-batch that fill its sequences up and count nowhere in a router.
+"""Padding: positions that fill up the sequences of a micro-batch, and that routers do not count.
 
-Megatron passes a `padding_mask` to its routers from 0.16 on. Where nothing does, as in NeMo, `padding_told` tells
-them. Shape suffixes: B sequences, S positions, T tokens of this rank.
+From 0.16 on, Megatron passes a `padding_mask` to its routers. `padding_told` does so in every other case, such as NeMo.
+Shape suffixes: B sequences, S positions, T tokens of this rank.
 """
 
 from collections import deque
@@ -15,12 +15,12 @@ from torch.distributed import ProcessGroup
 
 
 class ValidTokens:
-    """The tokens of one rank's micro-batch that are no padding.
+    """The tokens of one rank's micro-batch that are not padding, called valid tokens.
 
     Attributes:
-        mask_T1: True for every token that is no padding.
-        count: Their number on this rank, a 0-dimensional int64 tensor.
-        group_count: Their number over the ranks that share the micro-batch, at least 1.
+        mask_T1: True for every valid token.
+        count: Number of valid tokens on this rank, a 0-dimensional int64 tensor.
+        group_count: Number of valid tokens over the ranks that share the micro-batch, at least 1.
     """
 
     def __init__(self, mask_T1: Tensor, group: ProcessGroup) -> None:
@@ -30,7 +30,7 @@ class ValidTokens:
 
 
 def sum_over(count: Tensor, group: ProcessGroup) -> Tensor:
-    """A new tensor: the sum of `count` over the ranks of `group`."""
+    """Return the sum of `count` over the ranks of `group` as a new tensor."""
     total = count.clone()
     if group.size() > 1:
         torch.distributed.all_reduce(total, group=group)
@@ -40,9 +40,9 @@ def sum_over(count: Tensor, group: ProcessGroup) -> Tensor:
 class ToldPadding:
     """The padding masks that one router was told and still needs.
 
-    A layer that is recomputed routes a micro-batch twice: in the forward pass without gradients, and again in the
-    backward pass, when other micro-batches may have been told of. Megatron's schedules run the backward passes of
-    a model chunk in the order of its forward passes, so the masks wait in a queue.
+    A recomputed layer routes a micro-batch twice: in the forward pass, without gradients, and again in the backward
+    pass. By then the router may have been told about other micro-batches. Megatron's schedules run the backward passes
+    of a model chunk in the order of its forward passes, so a queue keeps the masks.
     """
 
     def __init__(self) -> None:
@@ -51,19 +51,19 @@ class ToldPadding:
         self._waiting: deque[Tensor | None] = deque()
 
     def begin(self, mask_BS: Tensor | None) -> None:
-        """A forward pass of this micro-batch begins."""
+        """Begin the forward pass of a micro-batch with this mask."""
         self._telling, self._mask_BS = True, mask_BS
 
     def end(self) -> None:
-        """The forward pass is over."""
+        """End the forward pass."""
         self._telling, self._mask_BS = False, None
 
     def forget(self) -> None:
-        """An optimizer step is over: no backward pass is left to come."""
+        """Forget all masks: the optimizer has stepped, so no backward pass is left."""
         self._waiting.clear()
 
     def of_this_pass(self) -> Tensor | None:
-        """The mask [B, S] of the micro-batch that a router in training mode sees now; None without padding."""
+        """Return the mask [B, S] of the micro-batch that a router sees now in training; None without padding."""
         if self._telling:
             if not torch.is_grad_enabled():
                 self._waiting.append(self._mask_BS)
@@ -73,14 +73,14 @@ class ToldPadding:
 
 @contextmanager
 def padding_told(routers: Iterable[Any], padding_mask: Tensor | None) -> Iterator[None]:
-    """Tell routers, for one forward pass of a micro-batch, which of its tokens are padding.
+    """Tell routers which tokens of a micro-batch are padding, during the forward pass inside the `with` block.
 
-    To be used for every micro-batch or for none.
+    Use it for every micro-batch or for none.
 
     Args:
         routers: The `SkyworkRouter`s of the model chunk whose forward pass runs inside, from `find_routers`.
-        padding_mask: [B, S], True for padding, with the positions that this context-parallel rank has; None
-            where there is no padding. A sequence-parallel rank takes its own part of it.
+        padding_mask: [B, S], True for padding, or None without padding. It has the positions of this context-parallel
+            rank, of which a sequence-parallel rank takes its own part.
     """
     routers = list(routers)
     for router in routers:

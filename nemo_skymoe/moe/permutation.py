@@ -1,4 +1,4 @@
-"""Order tokens by expert and back, for any device, with no read of the host beyond the rows per expert.
+"""Order tokens by expert and back, on any device. The host reads nothing but the number of rows per expert.
 
 Shape suffixes: R rows (tokens of whatever ranks), E local experts, P permuted rows, H hidden.
 """
@@ -14,8 +14,8 @@ class Permutation:
     """Rows copied to the experts that take them, expert after expert.
 
     Attributes:
-        rows_P: Row that each permuted row copies.
-        entries_P: Its place in the transposed [E, R] weights, flattened.
+        rows_P: For each permuted row, the row that it copies.
+        entries_P: For each permuted row, the place of its weight in the flattened, transposed [E, R] weights.
         tokens_per_expert: [E] int64 on the host, as Megatron's experts take them.
         num_rows: R.
     """
@@ -26,27 +26,27 @@ class Permutation:
     num_rows: int
 
     def permute(self, hidden_RH: Tensor) -> Tensor:
-        """[R, H] to [P, H]."""
+        """Copy the rows [R, H] to their experts, [P, H]."""
         return hidden_RH.index_select(0, self.rows_P)
 
     def select(self, weights_RE: Tensor) -> Tensor:
-        """The weight of each permuted row, [P]."""
+        """Return the weight of each permuted row, [P]."""
         return weights_RE.t().reshape(-1).index_select(0, self.entries_P)
 
     def unpermute(self, outputs_PH: Tensor) -> Tensor:
-        """[P, H] to [R, H]: what a row got from all its experts, summed in the outputs' dtype."""
+        """Sum the outputs [P, H] of all experts of each row to [R, H], in the outputs' dtype."""
         rows = outputs_PH.new_zeros(self.num_rows, outputs_PH.shape[-1])
         return rows.index_add(0, self.rows_P, outputs_PH)
 
 
 def by_expert(weights_RE: Tensor, tokens_per_expert: Tensor | None = None) -> Permutation:
-    """Every row with a weight other than 0 goes to that expert.
+    """Send every row to the experts for which its weight is not 0.
 
-    A weight of exactly 0 moves neither an output nor, through any score function, a gradient.
+    A weight of exactly 0 changes neither an output nor, through any score function, a gradient.
 
     Args:
-        weights_RE: Weight of each expert for each row, 0 where it does not take the row.
-        tokens_per_expert: The non-zero weights of each expert, on the host, if known already; else they are read.
+        weights_RE: Weight of each expert for each row, 0 if the expert does not take the row.
+        tokens_per_expert: Number of non-zero weights of each expert, on the host. If None, the host reads it.
     """
     assigned_RE = weights_RE.detach() != 0
     if tokens_per_expert is None:
@@ -57,14 +57,15 @@ def by_expert(weights_RE: Tensor, tokens_per_expert: Tensor | None = None) -> Pe
 
 
 def by_capacity(weights_RE: Tensor, capacity: int, segments: int = 1) -> Permutation:
-    """Every expert takes exactly `capacity` rows of each segment: those with a weight, then any others.
+    """Give every expert exactly `capacity` rows of each segment: first those with a weight, then any others.
 
-    All shapes are known beforehand, so nothing is read. No expert may have more weights in a segment.
+    All shapes are known beforehand, so the host reads nothing. No expert may have more than `capacity` weights in a
+    segment.
 
     Args:
-        weights_RE: As for `by_expert`.
-        capacity: Rows an expert takes of one segment.
-        segments: Equal pieces of the rows, one a rank, each of which the capacity holds for.
+        weights_RE: Weight of each expert for each row, 0 if the expert does not take the row.
+        capacity: Number of rows that an expert takes of one segment.
+        segments: Number of equal pieces of the rows, one per rank. The capacity holds for each of them.
     """
     num_rows, num_experts = weights_RE.shape
     segment = num_rows // segments
@@ -79,7 +80,10 @@ def by_capacity(weights_RE: Tensor, capacity: int, segments: int = 1) -> Permuta
 
 
 def true_positions(mask: Tensor, count: int) -> Tensor:
-    """Ascending positions of the `count` true entries of a flat mask, without reading how many there are."""
+    """Return the ascending positions of the `count` true entries of a flat mask.
+
+    `Tensor.nonzero` would make the host wait for the number of entries.
+    """
     places = torch.where(mask, mask.cumsum(0) - 1, count)
     positions = torch.arange(mask.shape[0], device=mask.device)
     return positions.new_empty(count + 1).scatter_(0, places, positions)[:count]

@@ -1,4 +1,4 @@
-"""SkyworkRouter: normalised gate, adaptive auxiliary loss and telemetry as hooks of Megatron's TopKRouter.
+"""SkyworkRouter adds the normalised gate, the adaptive auxiliary loss and telemetry to Megatron's TopKRouter.
 
 Shape suffixes: S sequence, B micro-batch, T = S * B tokens, H hidden, E experts.
 """
@@ -27,26 +27,26 @@ from nemo_skymoe.moe.telemetry import RouterStatistics
 
 logger = logging.getLogger(__name__)
 
-# Below any effect in float32. A coefficient of zero would take the layer out of Megatron's loss log, whose
-# reduction over the pipeline waits for every stage.
+# This coefficient has no effect in float32. A coefficient of zero would take the layer out of Megatron's loss log,
+# whose reduction over the pipeline waits for every stage.
 _LEAST_COEFFICIENT = 1e-12
 
 
 class SkyworkRouter(TopKRouter):
     """Megatron's top-k router with the report's gate (sec. 4.1) and per-layer auxiliary loss (sec. 4.2).
 
-    `gating` returns normalised logits in float32 (float64 for a float64 model), so top-k, combine weights
-    and auxiliary scores all see them; the z-loss sees the raw ones. With
-    `moe_router_logit_norm_scale=None` this is the stock router with `moe_router_dtype="fp32"`, bit for bit.
-    A token of equal logits gets the experts of `gating.tie_order`; with `moe_router_pre_softmax`, which top-1
-    needs, those that Megatron takes among equal scores.
+    `gating` returns normalised logits in float32 (float64 for a float64 model), so top-k, combine weights and
+    auxiliary scores all see them. The z-loss sees the raw ones. With `moe_router_logit_norm_scale=None` this is
+    Megatron's router with `moe_router_dtype="fp32"`, bit for bit. A token with equal logits gets the experts of
+    `gating.tie_order`. With `moe_router_pre_softmax`, which top-1 needs, it gets those that Megatron takes among equal
+    scores.
 
     Attributes:
-        aux_loss_coefficient: This layer's coefficient; a Python float set by the controller, constant
-            within an optimizer step. None leaves Megatron's `moe_aux_loss_coeff` in force.
-        statistics: Sums over the micro-batches seen in training since they were last taken.
+        aux_loss_coefficient: This layer's coefficient, a Python float that the controller sets and that is constant
+            within an optimizer step. If it is None, Megatron's `moe_aux_loss_coeff` applies.
+        statistics: Sums over the micro-batches of training since they were last taken.
         told_padding: Padding masks from outside the model, see `padding.padding_told`.
-        valid_tokens: Which tokens of the last micro-batch are no padding; None where none is.
+        valid_tokens: The tokens of the last micro-batch that are not padding; None without padding.
     """
 
     aux_loss_coefficient: float | None = None
@@ -60,7 +60,7 @@ class SkyworkRouter(TopKRouter):
 
     @classmethod
     def adopt(cls, router: TopKRouter) -> "SkyworkRouter":
-        """Turn a freshly built stock router into one of this class, in place; its weights stay what they are."""
+        """Turn a freshly built router of Megatron's into one of this class, in place, without changing its weights."""
         adopted = adopt(router, cls)
         adopted._set_up()
         return adopted
@@ -85,7 +85,7 @@ class SkyworkRouter(TopKRouter):
             self.aux_loss_coefficient = options.moe_adaptive_aux_loss_maximum if initial is None else initial
         self.statistics = RouterStatistics(cast(int, self.config.num_moe_experts))
         self.told_padding = ToldPadding()
-        # What one call of `forward` leaves for the hooks that Megatron calls later in it.
+        # `gating` leaves these for the methods that Megatron calls later in the same forward pass.
         self._raw_logits: Tensor | None = None
         self._equal_rows: tuple[Tensor, Tensor] | None = None
         self._gate_logits_TE: Tensor | None = None
@@ -95,11 +95,11 @@ class SkyworkRouter(TopKRouter):
         return cast(SkyworkOptions, self.config)
 
     def _is_training(self) -> bool:
-        """True once per micro-batch: the first pass of recomputation runs without gradients, as does evaluation."""
+        """True once per micro-batch: evaluation and the first pass of recomputation run without gradients."""
         return self.training and torch.is_grad_enabled()
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits [S, B, E] of the router's input [S, B, H]: z~ = lambda (z - mean) / std (eq. 6)."""
+        """Compute the logits [S, B, E] of the router's input [S, B, H]: z~ = lambda (z - mean) / std (eq. 6)."""
         raw_SBE = gate_logits(self, input)
         options = self._options
         if options.moe_router_logit_norm_scale is None:
@@ -114,7 +114,7 @@ class SkyworkRouter(TopKRouter):
         )
         if self._is_training():
             self._raw_logits = raw_SBE
-            if not self.config.moe_router_pre_softmax:  # where the choice is among equal scores, Megatron's
+            if not self.config.moe_router_pre_softmax:  # with it, Megatron chooses among equal scores
                 self._equal_rows = equal_SB1.flatten(0, 1), choice_SBE.flatten(0, 1)
         return logits_SBE
 
@@ -130,12 +130,12 @@ class SkyworkRouter(TopKRouter):
         )
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights and map, both [T, E], of logits [S, B, E]; padding takes part in no loss and no count.
+        """Compute the weights and the routing map, both [T, E]. Padding takes part in no loss and no count.
 
         Args:
-            logits: Gating logits.
-            padding_mask: [S, B], True for padding. Megatron passes it on from 0.16; `padding.padding_told` tells
-                it in every version.
+            logits: Gating logits [S, B, E].
+            padding_mask: [S, B], True for padding. Megatron passes it on from 0.16. `padding.padding_told` passes it
+                in every version.
         """
         if padding_mask is None and self.training:
             padding_mask = self._padding_told(*logits.shape[:2])
@@ -164,10 +164,10 @@ class SkyworkRouter(TopKRouter):
         return mask_SB
 
     def apply_z_loss(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Megatron's z-loss, on the raw logits; its value does not depend on the normalised ones.
+        """Attach Megatron's z-loss of the raw logits, because normalised logits have no size left to penalise.
 
-        It is the mean over the micro-batch's tokens without padding, however they are spread over ranks, and under
-        `calculate_per_token_loss` their sum.
+        It is the mean over the micro-batch's tokens without padding, however they are spread over ranks. Under
+        `calculate_per_token_loss` it is their sum.
         """
         raw, self._raw_logits = self._raw_logits, None
         if not self._is_training():
@@ -186,7 +186,7 @@ class SkyworkRouter(TopKRouter):
         return CarryGradient.apply(logits, penalised)
 
     def _attach_padded_z_loss(self, logits_TE: Tensor, valid: ValidTokens) -> Tensor:
-        """Megatron takes the mean of each rank and then of the ranks, whichever share of the padding they have."""
+        """Attach the z-loss without padding. Megatron's mean of the ranks' means would ignore how padding is spread."""
         config: Any = self.config
         squares_T1 = logits_TE.logsumexp(dim=-1, keepdim=True).square() * valid.mask_T1
         share = squares_T1.sum() / valid.group_count
@@ -198,11 +198,11 @@ class SkyworkRouter(TopKRouter):
         return cast(Tensor, MoEAuxLossAutoScaler.apply(logits_TE, loss))
 
     def is_aux_loss_enabled(self) -> bool:
-        """Also true without an auxiliary loss: `_apply_aux_loss` is where the router is observed."""
+        """Say whether Megatron calls `_apply_aux_loss`. Telemetry needs that call also without an auxiliary loss."""
         return self._options.moe_router_telemetry or super().is_aux_loss_enabled()
 
     def get_aux_loss_coeff(self, aux_loss_type: str) -> float:
-        """This layer's adaptive coefficient if it has one, else Megatron's; a Python float, never a tensor."""
+        """Return this layer's adaptive coefficient if it has one, else Megatron's: a Python float, never a tensor."""
         if self.aux_loss_coefficient is not None and self.routing_type == aux_loss_type:
             return max(self.aux_loss_coefficient, _LEAST_COEFFICIENT)
         return super().get_aux_loss_coeff(aux_loss_type)
@@ -210,8 +210,8 @@ class SkyworkRouter(TopKRouter):
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        # The first of Megatron's auxiliary losses, called in training only. All of them get this map of the
-        # assignments before dropping, so it is put right in place.
+        # Megatron calls this before its other auxiliary losses, in training only. All of them get this map of the
+        # assignments before dropping, so the corrections below change it in place.
         self._assign_equal_rows(routing_map)
         if self.valid_tokens is not None:
             routing_map.logical_and_(self.valid_tokens.mask_T1)
@@ -223,7 +223,7 @@ class SkyworkRouter(TopKRouter):
         if self._options.moe_aux_loss_form == "square":
             return self._apply_squared_loss(probs, scores_for_aux_loss, coefficient)
         if routing_map.shape[0] == 0:
-            # The other ranks of the group wait for this one's share.
+            # A rank without tokens takes part in the reduction, because the others wait for it.
             reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), self.tp_cp_group)
             return probs
         return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, *args, **kwargs)
@@ -254,17 +254,17 @@ class SkyworkRouter(TopKRouter):
 
     @torch.no_grad()
     def _assign_equal_rows(self, routing_map: Tensor) -> None:
-        """Megatron takes the map from the scores, where a tie falls differently than in the logits."""
+        """Correct the map for rows of equal logits. Megatron takes it from the scores, which break ties differently."""
         equal_rows, self._equal_rows = self._equal_rows, None
         if equal_rows is not None and not self.config.moe_router_force_load_balancing:
             equal_T1, choice_TE = equal_rows
-            if equal_T1.is_cpu and not equal_T1.any():  # a GPU would have to be waited for
+            if equal_T1.is_cpu and not equal_T1.any():  # on a GPU, asking would make the host wait
                 return
             torch.where(equal_T1, choice_TE, routing_map, out=routing_map)
 
     @property
     def _drops_tokens(self) -> bool:
-        """Whether this router drops: under `moe_capacity_scope="edp"` the dispatcher does."""
+        """True if this router drops tokens. Under `moe_capacity_scope="edp"` the dispatcher drops them instead."""
         return self.config.moe_expert_capacity_factor is not None
 
     @torch.no_grad()
@@ -288,10 +288,10 @@ class SkyworkRouter(TopKRouter):
 
     @torch.no_grad()
     def _observe_dropped(self, probs_TE: Tensor, routing_map: Tensor) -> None:
-        """What was really dropped: padding competes for capacity, so it does not follow from the valid load."""
+        """Count the assignments that were dropped. Padding competes for capacity, so the valid load does not tell."""
         if not self._options.moe_router_telemetry:
             return
-        # With capacity padding the map has places that nobody was assigned to; they have no weight.
+        # With capacity padding the map also has empty places, whose weight is zero.
         kept_TE = probs_TE != 0 if self.config.moe_pad_expert_input_to_capacity else routing_map
         if self.valid_tokens is None:
             assigned = probs_TE.shape[0] * self.topk
@@ -311,9 +311,13 @@ class SkyworkRouter(TopKRouter):
         without_padding: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """As Megatron's, observed, without padding, and independent of TP x CP under `calculate_per_token_loss`.
+        """Attach a loss as Megatron does, after observing it and correcting it for padding and for per-token losses.
 
-        `without_padding` says that the loss is one of the tokens without padding already; Megatron's are of all.
+        Under `calculate_per_token_loss` the result does not depend on the sizes TP and CP.
+
+        Args:
+            activation: This and the next four arguments are Megatron's.
+            without_padding: True if the loss already leaves out padding. Megatron's own losses do not.
         """
         if not without_padding:
             aux_loss = self._loss_without_padding(activation, aux_loss, reduce_group)
@@ -324,7 +328,7 @@ class SkyworkRouter(TopKRouter):
             if self.valid_tokens is not None:
                 of_group = self.valid_tokens.group_count / max(activation.shape[0], 1)
             aux_loss = ScaleGradient.apply(aux_loss, of_group)
-            # 0.16 counts the positions of a micro-batch as its tokens in the loss over sequences.
+            # Megatron 0.16 passes the number of positions as that of tokens for the loss over sequences.
             kwargs.pop("valid_token_count", None)
         return super().attach_and_log_load_balancing_loss(
             activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, **kwargs
@@ -334,13 +338,13 @@ class SkyworkRouter(TopKRouter):
         self, activation: Tensor, aux_loss: Tensor, reduce_group: torch.distributed.ProcessGroup
     ) -> Tensor:
         over_the_batch = reduce_group is not self.tp_cp_group
-        # Of the data-parallel ranks that share a loss over the whole batch, others may have padding.
+        # In a loss over the whole batch, other data-parallel ranks may have padding even if this one has none.
         if self.valid_tokens is not None or over_the_batch:
-            # Megatron's losses are sums over tokens divided by the square of their number.
+            # Megatron's losses are products of two sums over tokens, each divided by the number of tokens.
             tokens = activation.shape[0] * reduce_group.size()
             aux_loss = aux_loss * (tokens / self._valid_in(reduce_group, activation).double()) ** 2
         if over_the_batch:
-            # Each rank has its share of that loss, of whose gradients Megatron then takes the mean, not the sum.
+            # Each rank has its share of that loss. Megatron takes the mean of the shares' gradients instead of the sum.
             aux_loss = ScaleGradient.apply(aux_loss, reduce_group.size() // self.tp_cp_group.size())
         return aux_loss
 

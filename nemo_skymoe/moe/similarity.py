@@ -1,4 +1,4 @@
-"""Expert similarity (sec. 3.2): how far the experts of a layer have diverged from their common origin."""
+"""Expert similarity (sec. 3.2) measures how far the experts of a layer have diverged from their common origin."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from nemo_skymoe.config import ConfigurationError
 
 @torch.no_grad()
 def expert_similarity(model_chunks: Sequence[torch.nn.Module]) -> dict[int, float]:
-    """Mean cosine over all pairs of experts of a layer, by global layer number.
+    """Compute the mean cosine over all pairs of experts of each layer, by global layer number.
 
-    An expert is the vector of all its weights. With u_e the unit vectors and E experts the mean over
-    ordered pairs is (|sum_e u_e|^2 - E) / (E (E - 1)), which takes one reduction of one expert's size
-    over the expert-parallel group a layer. 1 after upcycling by copies, about 0 from scratch.
+    An expert is the vector of all its weights. If u_e are the unit vectors of E experts, the mean over ordered pairs
+    is (|sum_e u_e|^2 - E) / (E (E - 1)). For each layer this takes one reduction of one expert's size over the
+    expert-parallel group. The mean is 1 after upcycling by copies, and about 0 from scratch.
 
     Raises:
-        ConfigurationError: The layer's experts are of a class whose weights are not known here.
+        ConfigurationError: The layer's experts are of a class whose weights this function does not know.
     """
     return {
         layer.layer_number: _similarity(layer)
@@ -54,13 +54,13 @@ def _accurate(weight: Tensor) -> Tensor:
 
 
 def _squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of all squares, in float64: the similarity of copies is 1 to 1e-6."""
+    """Sum all squares in float64, with which the similarity of copies is 1 to within 1e-6."""
     norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
     return torch.stack(norms).square().sum()
 
 
 def _add_over_tensor_ranks(partial: Tensor) -> Tensor:
-    """Sums over the ranks that each hold a part of every expert; none under EDP."""
+    """Sum over the ranks that each hold a part of every expert. Under EDP a rank holds whole experts."""
     group: Any = parallel_state.get_expert_tensor_parallel_group()
     if group.size() > 1:
         torch.distributed.all_reduce(partial, group=group)
@@ -68,7 +68,7 @@ def _add_over_tensor_ranks(partial: Tensor) -> Tensor:
 
 
 def expert_weights(layer: MoELayer) -> Iterator[list[Tensor]]:
-    """The weight tensors of each local expert, in the order of the local experts."""
+    """Yield the weight tensors of each local expert, in the order of the local experts."""
     experts: Any = layer.experts
     for index in range(layer.num_local_experts):
         if hasattr(experts, "local_experts"):
