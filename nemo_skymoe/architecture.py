@@ -1,7 +1,10 @@
 """The sizes of a Llama-like decoder, dense or MoE, and what follows from them. Plain values, no framework."""
 
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 from nemo_skymoe.config import ConfigurationError
 
@@ -175,3 +178,47 @@ SKYWORK_13B = Architecture(52, 4608, 12288, 36, vocab_size=65519)
 """arXiv 2310.19341, Table 3; 65,519 is the base model's vocabulary."""
 SKYWORK_MOE_146B = Architecture(52, 4608, 12288, 36, vocab_size=65536, num_moe_experts=16)
 """Table 2."""
+MODELS = {"skywork-13b": SKYWORK_13B, "skywork-moe-146b": SKYWORK_MOE_146B}
+
+
+def as_architecture(model: str | Architecture | Mapping[str, Any]) -> Architecture:
+    """The architecture by a name of `MODELS`, by its fields, or by a text of these: `num_layers=4,hidden_size=64,...`.
+
+    Raises:
+        ConfigurationError: It is none of these, or a field is unknown, missing or out of range.
+    """
+    if isinstance(model, Architecture):
+        return model
+    if isinstance(model, str) and "=" not in model:
+        if model.lower() not in MODELS:
+            raise ConfigurationError(
+                f"model is {model!r}, expected one of {', '.join(MODELS)}, or its dimensions"
+            )
+        return MODELS[model.lower()]
+    sizes = _sizes(model) if isinstance(model, str) else model
+    known = {field.name for field in fields(Architecture)}
+    if unknown := set(sizes) - known:
+        raise ConfigurationError(f"model has {sorted(unknown)}, expected some of {sorted(known)}")
+    try:
+        return Architecture(**sizes)
+    except TypeError as reason:
+        raise ConfigurationError(f"model: {str(reason).removeprefix('Architecture.__init__() ')}") from reason
+
+
+def _sizes(text: str) -> dict[str, int | tuple[int, ...]]:
+    pairs = [part.partition("=") for part in re.split(r",(?![^\[]*\])", text)]
+    return {name.strip(): _size(name.strip(), value.strip()) for name, _, value in pairs}
+
+
+def _size(name: str, value: str) -> int | tuple[int, ...]:
+    if value.startswith("[") and value.endswith("]"):
+        return tuple(integer(name, one) for one in value[1:-1].split(","))
+    return integer(name, value)
+
+
+def integer(name: str, value: str) -> int:
+    """The integer that a text spells. ConfigurationError: it spells none, by the option's name."""
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigurationError(f"{name} is {value!r}, expected an integer") from None

@@ -3,14 +3,14 @@
 import logging
 import sys
 import warnings
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from nemo_skymoe import __version__
-from nemo_skymoe.commands import advice, checkpoint, data, evaluation, launch, pipeline
+from nemo_skymoe.commands import advice, checkpoint, data, evaluation, installation, launch, pipeline, report
+from nemo_skymoe.commands.front_ends import as_typer
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import unified_memory
 from nemo_skymoe.ranks import RankFailed
@@ -60,74 +60,17 @@ def root(
     """Skywork-MoE for NVIDIA NeMo and Megatron-Core."""
 
 
-@app.command()
-def doctor(
-    json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
-    patches: Annotated[bool, typer.Option("--patches", help="Also why each patch is needed.")] = False,
-) -> None:
-    """Check this installation.
-
-    Shows what is installed, whether it works together (the exit code is 1 if not), and which patches apply.
-    """
-    from nemo_skymoe import diagnosis
-
-    found = diagnosis.diagnose()
-    if json:
-        diagnosis.show_json(found)
-    else:
-        diagnosis.show(found, patches)
-    raise typer.Exit(0 if found.verdict.supported else 1)
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="Folder for corpus, runs and report.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps.")] = False,
-) -> None:
-    """Train, upcycle and compare small models here."""
-    from nemo_skymoe.demo import story
-
-    story.run(output, quick)
-
-
-@app.command()
-def corpus(
-    directory: Annotated[Path, typer.Argument(help="Folder to write.")],
-    vocab_size: Annotated[int, typer.Option(help="Tokens of the tokenizer to train.")] = 2048,
-) -> None:
-    """Make the demonstration corpus.
-
-    Its text are the sources of Python's standard library.
-    """
-    from nemo_skymoe.data.corpus import build_corpus
-
-    made = build_corpus(directory, vocab_size, progress=typer.echo)
-    typer.echo(f"{made.directory}: {made.train_tokens} tokens to train on, {made.valid_tokens} held out")
-
-
-@app.command()
-def report(
-    run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for the report.")] = None,
-) -> None:
-    """Draw the report of a run.
-
-    One HTML page, from nothing but the TensorBoard logs below RUN_DIR; by default RUN_DIR/report/report.html.
-    """
-    from nemo_skymoe.report.run import report_run
-
-    typer.echo(report_run(run_dir, output))
-
-
 for command in (
-    *checkpoint.COMMANDS,
+    *installation.COMMANDS,
     *data.COMMANDS,
+    *report.COMMANDS,
+    *checkpoint.COMMANDS,
     *evaluation.COMMANDS,
     *pipeline.COMMANDS,
     *advice.COMMANDS,
-    *launch.COMMANDS,
 ):
-    app.command()(command)
+    app.command()(as_typer(command))
+app.command()(launch.launch)
 
 
 def main() -> None:

@@ -9,9 +9,8 @@ from nemo_skymoe.advice import figure1, rule
 from nemo_skymoe.advice.cost import Cluster, TrainingCost, training_cost
 from nemo_skymoe.advice.figure1 import Rates, Schedule
 from nemo_skymoe.advice.rule import Answer
-from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.architecture import Architecture, as_architecture
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.pipeline.planning import as_architecture
 from nemo_skymoe.quantities import check_positive
 
 COSTS = ("sunk", "cumulative")
@@ -117,8 +116,7 @@ def advise(
     """Answer by section 3.3 whether to upcycle a dense model or to train the MoE from scratch.
 
     Args:
-        model: The MoE: a name of `pipeline.planning.MODELS`, an `Architecture` or its fields. The dense model is the
-            same without experts.
+        model: The MoE, see `as_architecture`. The dense model is the same without experts.
         moe_tokens: Budget of the MoE's training.
         hardware: A name of `pipeline.hardware.PRESETS`.
         num_gpus: Of one training; both models are planned on them.

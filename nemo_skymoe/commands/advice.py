@@ -1,43 +1,17 @@
 """`skymoe advise`: upcycle or train from scratch."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from nemo_skymoe.pipeline.texts import model_sizes
-from nemo_skymoe.quantities import parse_tokens
+from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.commands.front_ends import Command
+from nemo_skymoe.commands.values import MODEL, TOKENS
 
 
-def advise(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="The MoE: skywork-moe-146b, or dimensions as of `skymoe plan`, with num_moe_experts."
-        ),
-    ],
-    moe_tokens: Annotated[str, typer.Option(help="Budget of the MoE: 300B, 1.2T.")],
-    hardware: Annotated[str, typer.Option(help="A800-80G, A100-80G, H100 or H200.")],
-    num_gpus: Annotated[int, typer.Option(help="GPUs of one training.")],
-    dense_tokens: Annotated[
-        str | None, typer.Option(help="What the dense checkpoint has seen; default: there is none.")
-    ] = None,
-    dense_schedule_tokens: Annotated[
-        str | None, typer.Option(help="Of its whole learning-rate schedule; default: it is at the end.")
-    ] = None,
-    dense_max_lr: Annotated[
-        float | None, typer.Option(help="Its peak learning rate; without it rates are given as proportions.")
-    ] = None,
-    dense_min_lr: Annotated[float | None, typer.Option(help="Its last learning rate.")] = None,
-    cost: Annotated[
-        str,
-        typer.Option(help="sunk: the dense checkpoint exists anyway; cumulative: it is trained for this."),
-    ] = "sunk",
-    seq_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096,
-    global_batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = 1024,
-    capacity_factor: Annotated[float | None, typer.Option(help="Of experts; default: dropless.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class AdviseOptions:
     """Upcycle or train from scratch?
 
     By section 3.3 of the report, from what the dense checkpoint cost and what the MoE may cost, with a learning
@@ -46,26 +20,49 @@ def advise(
     skymoe advise --model skywork-moe-146b --dense-tokens 3.2T --moe-tokens 500B --hardware A800-80G
     --num-gpus 1536 --seq-length 8192 --global-batch-size 2048
     """
+
+    model: Annotated[
+        Architecture,
+        MODEL,
+        typer.Option(
+            help="The MoE: skywork-moe-146b, or dimensions as of `skymoe plan`, with num_moe_experts.",
+        ),
+    ]
+    moe_tokens: Annotated[int, TOKENS, typer.Option(help="Budget of the MoE: 300B, 1.2T.")]
+    hardware: Annotated[str, typer.Option(help="A800-80G, A100-80G, H100 or H200.")]
+    num_gpus: Annotated[int, typer.Option(help="GPUs of one training.")]
+    dense_tokens: Annotated[
+        int | None,
+        TOKENS,
+        typer.Option(help="What the dense checkpoint has seen; default: there is none."),
+    ] = None
+    dense_schedule_tokens: Annotated[
+        int | None,
+        TOKENS,
+        typer.Option(help="Of its whole learning-rate schedule; default: it is at the end."),
+    ] = None
+    dense_max_lr: Annotated[
+        float | None, typer.Option(help="Its peak learning rate; without it rates are given as proportions.")
+    ] = None
+    dense_min_lr: Annotated[float | None, typer.Option(help="Its last learning rate.")] = None
+    cost: Annotated[
+        str,
+        typer.Option(help="sunk: the dense checkpoint exists anyway; cumulative: it is trained for this."),
+    ] = "sunk"
+    seq_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096
+    global_batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = 1024
+    capacity_factor: Annotated[float | None, typer.Option(help="Of experts; default: dropless.")] = None
+    json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False
+
+
+def advise(options: AdviseOptions) -> None:
+    """Print the advice."""
     from nemo_skymoe.advice.advising import advise as make_advice
     from nemo_skymoe.advice.text import as_text, to_dict
 
-    made = make_advice(
-        model_sizes(model),
-        parse_tokens("moe_tokens", moe_tokens),
-        hardware=hardware,
-        num_gpus=num_gpus,
-        dense_tokens=None if dense_tokens is None else parse_tokens("dense_tokens", dense_tokens),
-        dense_schedule_tokens=None
-        if dense_schedule_tokens is None
-        else parse_tokens("dense_schedule_tokens", dense_schedule_tokens),
-        dense_max_lr=dense_max_lr,
-        dense_min_lr=dense_min_lr,
-        cost=cost,
-        seq_length=seq_length,
-        global_batch_size=global_batch_size,
-        capacity_factor=capacity_factor,
-    )
-    if json:
+    given = {name: value for name, value in vars(options).items() if name != "json"}
+    made = make_advice(**given)
+    if options.json:
         from json import dumps
 
         typer.echo(dumps(to_dict(made), indent=2))
@@ -73,4 +70,4 @@ def advise(
         typer.echo(as_text(made))
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (advise,)
+COMMANDS = (Command("advise", AdviseOptions, advise),)

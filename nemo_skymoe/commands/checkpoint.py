@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from nemo_skymoe.commands.checkpoint_options import (
     parse_bytes,
     parse_sources,
 )
-from nemo_skymoe.commands.front_ends import Command, as_typer
+from nemo_skymoe.commands.front_ends import Command
 from nemo_skymoe.config import ConfigurationError
 
 if TYPE_CHECKING:
@@ -125,4 +125,4 @@ INSPECT = Command("inspect", InspectOptions, inspect)
 CONVERT = Command("convert", ConvertOptions, convert)
 UPCYCLE = Command("upcycle", UpcycleOptions, upcycle)
 VERIFY = Command("verify", VerifyOptions, verify)
-COMMANDS: tuple[Callable[..., None], ...] = tuple(map(as_typer, (INSPECT, CONVERT, UPCYCLE, VERIFY)))
+COMMANDS = (INSPECT, CONVERT, UPCYCLE, VERIFY)

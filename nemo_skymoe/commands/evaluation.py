@@ -1,34 +1,17 @@
 """`skymoe evaluate`."""
 
 import json as json_text
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from nemo_skymoe.commands.front_ends import Command
 
-def evaluate(
-    model: Annotated[
-        Path,
-        typer.Argument(help="Folder of an exported model; the package's own modeling files in it are run."),
-    ],
-    tasks: Annotated[
-        str, typer.Option(help="table1, or names of the harness' tasks and YAML files, separated by commas.")
-    ] = "table1",
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Shots, for tasks by their names.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task, for a trial.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; by default the checkpoint's.")] = "auto",
-    allow_code: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code",
-            help="Run the programs that the model writes (HumanEval), and functions and templates of YAML files.",
-        ),
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
-) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
     """Benchmark an exported model.
 
     This needs lm-evaluation-harness (pip install -e '.[nemo,eval]'). table1 are the report's six benchmarks, with its
@@ -38,20 +21,44 @@ def evaluate(
     Modeling files are run only if they are the package's own, byte for byte. Other code that a model names is
     refused, unless its class is named in the environment variable SKYMOE_ALLOWED_CLASSES.
     """
+
+    model: Annotated[
+        Path,
+        typer.Argument(help="Folder of an exported model; the package's own modeling files in it are run."),
+    ]
+    tasks: Annotated[
+        str, typer.Option(help="table1, or names of the harness' tasks and YAML files, separated by commas.")
+    ] = "table1"
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Shots, for tasks by their names.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task, for a trial.")] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; by default the checkpoint's.")] = "auto"
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code",
+            help="Run the programs that the model writes (HumanEval), and functions and templates of YAML files.",
+        ),
+    ] = False
+    json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Evaluate the model, and print its scores."""
     from dataclasses import asdict
 
     from nemo_skymoe import evaluation
 
     scores = evaluation.evaluate(
-        model,
-        [name.strip() for name in tasks.split(",")],
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        dtype=dtype,
-        allow_code=allow_code,
+        options.model,
+        [name.strip() for name in options.tasks.split(",")],
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        allow_code=options.allow_code,
     )
-    if json:
+    if options.json:
         typer.echo(json_text.dumps([asdict(score) for score in scores]))
         return
     width = max(len(score.task) for score in scores)
@@ -65,4 +72,4 @@ def evaluate(
         )
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (evaluate,)
+COMMANDS = (Command("evaluate", EvaluateOptions, evaluate),)

@@ -14,6 +14,14 @@ REQUIRED: Any = inspect.Parameter.empty
 
 
 @dataclass(frozen=True)
+class Read:
+    """Stands in the annotation of a field whose value front ends give as text."""
+
+    make: Callable[[str, str], Any]
+    """The value, from the option's name and the text. It raises ConfigurationError."""
+
+
+@dataclass(frozen=True)
 class Command:
     """A command: its name, its options, and what it does with them."""
 
@@ -28,11 +36,16 @@ def as_typer(command: Command) -> Callable[..., None]:
     hints = get_type_hints(command.options, include_extras=True)
 
     def call(**options: Any) -> None:
-        command.run(command.options(**options))
+        command.run(
+            command.options(**{name: _read(name, hints[name], value) for name, value in options.items()})
+        )
 
     parameters = [
         inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=hints[field.name]
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=_default(field),
+            annotation=_of_text(hints[field.name]),
         )
         for field in fields(command.options)
     ]
@@ -64,7 +77,8 @@ def as_plain(
         given: Options that are given in another way there; all others by their name.
         fixed: Options that cannot be given there, and their values.
     """
-    hints, known = get_type_hints(command.options), {field.name: field for field in fields(command.options)}
+    hints = get_type_hints(command.options, include_extras=True)
+    known = {field.name: field for field in fields(command.options)}
     ways = {
         name: _by_itself(field, hints[name]) if given is None or name not in given else given[name]
         for name, field in known.items()
@@ -91,16 +105,35 @@ def as_plain(
 
 
 def _by_itself(field: "Field[Any]", hint: Any) -> Given:
-    inner, optional = _without_none(hint)
+    inner, optional = _without_none(_of_text(hint))
     plain = str if inner is Path else inner
     # NeMo-Run reads no `X | None`, and a path there is text.
     annotation = Optional[plain] if optional else plain  # noqa: UP045
 
     def make(**values: Any) -> Any:
-        (value,) = values.values()
+        ((name, value),) = values.items()
+        value = _read(name, hint, value)
         return Path(value) if inner is Path and isinstance(value, str) else value
 
     return Given({field.name: (annotation, _default(field))}, make)
+
+
+def _reader(hint: Any) -> Read | None:
+    return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Read)), None)
+
+
+def _read(name: str, hint: Any, value: Any) -> Any:
+    reader = _reader(hint)
+    return reader.make(name, value) if reader is not None and isinstance(value, str) else value
+
+
+def _of_text(hint: Any) -> Any:
+    """The annotation of the text that a value is read from; any other annotation as it is."""
+    if _reader(hint) is None:
+        return hint
+    kept = tuple(one for one in hint.__metadata__ if not isinstance(one, Read))
+    text = str | None if _without_none(hint)[1] else str
+    return Annotated[(text, *kept)] if kept else text
 
 
 def _signed(call: Any, command: Command, parameters: list[inspect.Parameter]) -> Callable[..., None]:

@@ -1,13 +1,14 @@
 """`skymoe`: commands on pipeline layouts."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nemo_skymoe.commands.front_ends import Command, as_typer
+from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.commands.front_ends import Command
+from nemo_skymoe.commands.values import MODEL
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.pipeline.texts import planned
 from nemo_skymoe.pipeline.training import Training
@@ -28,10 +29,11 @@ class PlanOptions:
     """
 
     model: Annotated[
-        str,
+        Architecture,
+        MODEL,
         typer.Option(
             help="skywork-13b, skywork-moe-146b, or dimensions: num_layers=24,hidden_size=2048,ffn_hidden_size=5632,"
-            "num_attention_heads=16,vocab_size=32000[,num_moe_experts=8,moe_router_topk=2,num_query_groups=4,moe_layer_freq=2]."
+            "num_attention_heads=16,vocab_size=32000[,num_moe_experts=8,moe_router_topk=2,num_query_groups=4,moe_layer_freq=2].",
         ),
     ]
     hardware: Annotated[str, typer.Option(help="A800-80G, A100-80G, H100 or H200.")]
@@ -122,4 +124,4 @@ def _show(made: Any, json: bool) -> None:
 
 
 PLAN = Command("plan", PlanOptions, plan)
-COMMANDS: tuple[Callable[..., None], ...] = (as_typer(PLAN),)
+COMMANDS = (PLAN,)

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from itertools import accumulate
 from typing import Any
 
-from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B, Architecture
+from nemo_skymoe.architecture import Architecture, as_architecture
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.pipeline.cost import CostModel
 from nemo_skymoe.pipeline.efficiency import Efficiency
@@ -17,8 +17,6 @@ from nemo_skymoe.pipeline.problem import PipelineProblem
 from nemo_skymoe.pipeline.profile import measured_blocks
 from nemo_skymoe.pipeline.simulator import simulate
 from nemo_skymoe.pipeline.training import Training
-
-MODELS = {"skywork-13b": SKYWORK_13B, "skywork-moe-146b": SKYWORK_MOE_146B}
 
 
 def plan(
@@ -37,7 +35,7 @@ def plan(
     """Choose the layout of a pipeline and the layers to recompute, and predict what a step takes.
 
     Args:
-        model: A name of `MODELS`, an `Architecture`, or its fields.
+        model: See `as_architecture`.
         hardware: A name of `hardware.PRESETS`, or a `Hardware`.
         num_gpus: All GPUs; `data_parallel` follows from it.
         data_parallel: Data-parallel ranks, in place of `num_gpus`.
@@ -121,25 +119,6 @@ def _check_layers(problem: PipelineProblem, layers: Sequence[int]) -> None:
             f"layers is {list(layers)}: {sum(layers)} layers in {len(layers)} chunks, expected {total} in"
             f" {problem.stages} stages x {problem.virtual_stages} virtual stages"
         )
-
-
-def as_architecture(model: str | Architecture | Mapping[str, Any]) -> Architecture:
-    """The architecture by a name of `MODELS` or by its fields. ConfigurationError: neither."""
-    if isinstance(model, Architecture):
-        return model
-    if isinstance(model, str):
-        if model.lower() not in MODELS:
-            raise ConfigurationError(
-                f"model is {model!r}, expected one of {', '.join(MODELS)}, or its dimensions"
-            )
-        return MODELS[model.lower()]
-    known = {field.name for field in fields(Architecture)}
-    if unknown := set(model) - known:
-        raise ConfigurationError(f"model has {sorted(unknown)}, expected some of {sorted(known)}")
-    try:
-        return Architecture(**model)
-    except TypeError as reason:
-        raise ConfigurationError(f"model: {str(reason).removeprefix('Architecture.__init__() ')}") from reason
 
 
 def _training(options: Mapping[str, Any], num_gpus: int | None, data_parallel: int | None) -> Training:

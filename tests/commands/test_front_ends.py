@@ -9,7 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from nemo_skymoe.commands.front_ends import REQUIRED, Command, Given, as_plain, as_typer
+from nemo_skymoe.commands.front_ends import REQUIRED, Command, Given, Read, as_plain, as_typer
+from nemo_skymoe.config import ConfigurationError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,3 +80,36 @@ def test_options_are_not_taken_by_position() -> None:
             function("a.png", 0.5, 0.25)
     with pytest.raises(TypeError):
         PaintOptions("a.png", 0.5, 0.25)  # type: ignore[misc]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameOptions:
+    """Frame a picture."""
+
+    size: Annotated[
+        tuple[int, ...], Read(lambda name, text: read_size(name, text)), typer.Option(help="4x3.")
+    ]
+    inner: Annotated[tuple[int, ...] | None, Read(lambda name, text: read_size(name, text))] = None
+
+
+def read_size(name: str, text: str) -> tuple[int, ...]:
+    if "x" not in text:
+        raise ConfigurationError(f"{name} is {text}, expected two numbers")
+    return tuple(map(int, text.split("x")))
+
+
+def test_a_value_is_read_from_text_once_and_refused_by_its_option() -> None:
+    framed: list[FrameOptions] = []
+    frame = Command("frame", FrameOptions, framed.append)
+    app = typer.Typer()
+    app.command()(as_typer(frame))
+    assert "4x3." in CliRunner().invoke(app, ["--help"]).stdout
+    assert CliRunner().invoke(app, ["--size", "4x3", "--inner", "2x1"]).exit_code == 0
+    refused = CliRunner().invoke(app, ["--size", "4x3", "--inner", "2"]).exception
+    assert isinstance(refused, ConfigurationError) and str(refused) == "inner is 2, expected two numbers"
+    function = as_plain(frame, module="somewhere")
+    annotations = {name: one.annotation for name, one in inspect.signature(function).parameters.items()}
+    assert annotations == {"size": str, "inner": Optional[str]}  # noqa: UP045
+    function(size="4x3", inner="2x1")
+    function(size=(4, 3), inner=(2, 1))  # as a program gives it
+    assert framed == [FrameOptions(size=(4, 3), inner=(2, 1))] * 3

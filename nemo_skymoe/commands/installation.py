@@ -1,0 +1,50 @@
+"""`skymoe doctor` and `skymoe demo`: is this installation whole, and what does it do."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_skymoe.commands.front_ends import Command
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Check this installation.
+
+    Shows what is installed, whether it works together (the exit code is 1 if not), and which patches apply.
+    """
+
+    json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False
+    patches: Annotated[bool, typer.Option("--patches", help="Also why each patch is needed.")] = False
+
+
+def doctor(options: DoctorOptions) -> None:
+    """Print what was found; the exit code is 1 where the parts do not work together."""
+    from nemo_skymoe import diagnosis
+
+    found = diagnosis.diagnose()
+    if options.json:
+        diagnosis.show_json(found)
+    else:
+        diagnosis.show(found, options.patches)
+    raise typer.Exit(0 if found.verdict.supported else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Train, upcycle and compare small models here."""
+
+    output: Annotated[Path, typer.Option(help="Folder for corpus, runs and report.")] = Path("runs/demo")
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps.")] = False
+
+
+def demo(options: DemoOptions) -> None:
+    """Run the demo."""
+    from nemo_skymoe.demo import story
+
+    story.run(options.output, options.quick)
+
+
+COMMANDS = (Command("doctor", DoctorOptions, doctor), Command("demo", DemoOptions, demo))
