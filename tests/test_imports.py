@@ -1,18 +1,15 @@
 """The shape of the tree: who may import whom, what is light, and what every file owes its reader."""
 
 import ast
-import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Set
 from pathlib import Path
 
-import pytest
-
 from tests.cases import every
+from tests.modules import MODULES, ROOT, imported, parsed, python_files
 
-ROOT = Path(__file__).resolve().parents[1]
 # One way: a module imports only from rooms that stand before its own. It belongs to the longest name that it begins with.
 ORDER = (
     "durable",
@@ -30,7 +27,7 @@ ORDER = (
     *("checkpoint.convert", "checkpoint.inspection", "checkpoint.verification"),
     "data",
     *("doctor", "diagnosis", "report", "advice", "evaluation"),
-    *("nemo", "recipes", "demo", "launch", "commands", "cli", "nemo_cli", "__main__"),
+    *("nemo", "recipes", "demo", "conf", "launch", "commands", "cli", "nemo_cli", "__main__"),
 )
 LAYERS = {"nemo_skymoe": -1} | {f"nemo_skymoe.{name}": height for height, name in enumerate(ORDER)}
 # What must outlive NeMo, and what must work before it is installed.
@@ -67,22 +64,8 @@ LIGHT = (
     ".__main__",
 )
 HEAVY = {"torch", "megatron", "numpy", "matplotlib", "rich"} | NEMO
-
-
-def python_files(*folders: str) -> Iterator[Path]:
-    for folder in folders:
-        for place, _, names in os.walk(ROOT / folder):  # does not follow links: nemo_skymoe/recipes is one
-            yield from (Path(place, name) for name in names if name.endswith(".py"))
-
-
-def module_name(file: Path) -> str:
-    parts = file.relative_to(ROOT).with_suffix("").parts
-    parts = parts if parts[0] == "nemo_skymoe" else ("nemo_skymoe", *parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_name(file): file for file in python_files("nemo_skymoe", "recipes", "patches")}
-every_module = every(module=sorted(MODULES))
+PACKAGE = sorted(name for name in MODULES if name.partition(".")[0] == "nemo_skymoe")
+every_module = every(module=PACKAGE)
 
 
 def layer(module: str) -> tuple[str, int]:
@@ -94,52 +77,11 @@ def layer(module: str) -> tuple[str, int]:
     return name, LAYERS[name]
 
 
-@cache
-def parsed(file: Path) -> ast.Module:
-    return ast.parse(file.read_text())
-
-
-@cache
-def imported(module: str, *, on_import: bool = False) -> set[str]:
-    """Modules that `module` imports anywhere, or only those that load when it is imported itself."""
-    tree = parsed(MODULES[module])
-    nodes = at_module_level(tree.body) if on_import else ast.walk(tree)
-    names: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {origin(module, node, alias.name) for alias in node.names}
-    return names
-
-
-def at_module_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    for node in body:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        yield node
-        for inner in ("body", "orelse", "finalbody"):
-            if isinstance(node, ast.If | ast.Try | ast.With):
-                yield from at_module_level(getattr(node, inner, []))
-        for handler in getattr(node, "handlers", []):
-            yield from at_module_level(handler.body)
-
-
-def origin(module: str, node: ast.ImportFrom, name: str) -> str:
-    """What `from X import name` loads: the submodule X.name where it is one of ours, else X."""
-    source = node.module or ""
-    if node.level:
-        is_package = MODULES[module].name == "__init__.py"
-        parents = module.split(".")[: len(module.split(".")) - node.level + is_package]
-        source = ".".join([*parents, *([source] if source else [])])
-    return f"{source}.{name}" if f"{source}.{name}" in MODULES else source
-
-
-def ours(names: set[str]) -> set[str]:
+def ours(names: Set[str]) -> set[str]:
     return {name for name in names if name.partition(".")[0] == "nemo_skymoe"}
 
 
-def foreign(names: set[str]) -> set[str]:
+def foreign(names: Set[str]) -> set[str]:
     return {name.partition(".")[0] for name in names} - {"nemo_skymoe"}
 
 
@@ -148,6 +90,36 @@ def test_imports_point_down(module: str):
     room, height = layer(module)
     below = [name for name in ours(imported(module)) if layer(name)[0] != room]
     assert [name for name in below if layer(name)[1] >= height] == []
+
+
+def test_the_readme_states_the_order():
+    """The line says that a module imports only from what stands left of it; every file and folder of the package is on it."""
+    [line] = re.findall(r"^```\n([^`]* <- [^`]*)```$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    groups = [[name.strip() for name in group.split(",")] for group in line.split("<-")]
+    height = {name: number for number, group in enumerate(groups) for name in group}
+    assert height.keys() == {name.partition(".")[0] for name in ORDER} - {"__main__", "conf"}
+
+    def place(module: str) -> str:
+        return module.partition(".")[2].partition(".")[0]
+
+    sideways = [
+        f"{module} imports {name}"
+        for module in PACKAGE
+        for name in ours(imported(module))
+        if place(module) != place(name)
+        and height.get(place(name), -1) >= height.get(place(module), len(groups))
+    ]
+    assert sideways == []
+
+
+def test_linked_folders_are_read(tmp_path: Path):
+    assert {"nemo_skymoe.recipes.registry", "nemo_skymoe.patches.cpu_adam"} <= MODULES.keys()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "module.py").touch()
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "package")
+    assert [*python_files(tmp_path / "package")] == [tmp_path / "package" / "link" / "module.py"]
 
 
 @every_module
@@ -171,7 +143,7 @@ def test_patches_are_imported_only_where_they_are_applied(module: str):
 
 @every(name=LIGHT)
 def test_light_modules_load_only_the_standard_library_and_each_other(name: str):
-    on_import = imported(f"nemo_skymoe{name}", on_import=True)
+    on_import = imported(f"nemo_skymoe{name}", "when it is imported")
     allowed = {"typer"} if name == ".cli" or name.startswith(".commands") else set()
     assert foreign(on_import) - sys.stdlib_module_names <= allowed
     assert ours(on_import) <= {f"nemo_skymoe{light}" for light in LIGHT}
@@ -194,13 +166,13 @@ def test_importing_the_package_loads_nothing_else():
     assert answer.stdout.split() == ["nemo_skymoe"]
 
 
-@pytest.mark.parametrize("file", sorted(python_files("recipes")), ids=lambda file: file.name)
-def test_recipes_keep_their_annotations(file: Path):
+@every(module=[name for name in PACKAGE if name.startswith("nemo_skymoe.recipes")])
+def test_recipes_keep_their_annotations(module: str):
     """NeMo-Run evaluates the annotations of factories; as strings they take the whole entry point down."""
     futures = [
-        n
-        for n in ast.walk(ast.parse(file.read_text()))
-        if isinstance(n, ast.ImportFrom) and n.module == "__future__"
+        node
+        for node in ast.walk(parsed(module))
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__"
     ]
     assert [alias.name for node in futures for alias in node.names if alias.name == "annotations"] == []
 
@@ -208,14 +180,15 @@ def test_recipes_keep_their_annotations(file: Path):
 def test_no_file_is_longer_than_400_lines():
     lengths = {
         str(file.relative_to(ROOT)): len(file.read_text().splitlines())
-        for file in python_files("nemo_skymoe", "recipes", "patches", "conf", "benchmarks", "tests")
+        for folder in ("nemo_skymoe", "benchmarks", "tests", "docs")
+        for file in python_files(ROOT / folder)
     }
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
 @every_module
 def test_what_is_public_is_documented(module: str):
-    tree = parsed(MODULES[module])
+    tree = parsed(module)
     definitions = [
         node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
     ]
