@@ -5,12 +5,9 @@ milliseconds instead of the 20 seconds that its import takes. The ranks see the 
 that `torchrun` would give them.
 """
 
-import ctypes
-import multiprocessing
 import os
 import pickle
 import random
-import signal
 import socket
 import sys
 import time
@@ -20,6 +17,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from nemo_skymoe.durable.pool import ending, forked
 
 
 class RankFailed(RuntimeError):
@@ -55,30 +54,19 @@ def run_ranks(
         RankFailed: A rank raised (its traceback is in the message), died, or did not end in time.
             The other ranks are killed first, so nothing is left hanging in a collective.
     """
-    fork = multiprocessing.get_context("fork")
     port = _free_port()
-    processes: list[BaseProcess] = []
-    pipes: dict[Connection, int] = {}
-    try:
-        for rank in range(world_size):
-            reader, writer = fork.Pipe(duplex=False)
-            variables = {**_torchrun_environment(rank, world_size, port), **(env or {})}
-            process = fork.Process(target=_child, args=(writer, variables, function, args))
-            processes.append(process)
-            process.start()
-            writer.close()
-            pipes[reader] = rank
-        return _collect(pipes, processes, timeout)
-    finally:
-        started = [process for process in processes if process.pid is not None]
-        for process in started:
-            process.kill()
-        for process in started:
-            process.join()
+
+    def run(rank: int, writer: Connection) -> None:
+        os.environ.update({**_torchrun_environment(rank, world_size, port), **(env or {})})
+        _report(writer, function, args)
+
+    with forked(world_size, run) as processes:
+        return _collect(processes, timeout)
 
 
-def _collect(pipes: dict[Connection, int], processes: list[BaseProcess], timeout: float) -> list[Any]:
+def _collect(processes: dict[Connection, BaseProcess], timeout: float) -> list[Any]:
     results: list[Any] = [None] * len(processes)
+    pipes = {reader: rank for rank, reader in enumerate(processes)}
     deadline = time.monotonic() + timeout
     while pipes:
         ready = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
@@ -90,7 +78,7 @@ def _collect(pipes: dict[Connection, int], processes: list[BaseProcess], timeout
         for reader in ready:
             assert isinstance(reader, Connection)
             rank = pipes.pop(reader)
-            report = _receive(reader, processes[rank])
+            report = _receive(reader, processes[reader])
             results[rank] = report.value
             if not report.succeeded:
                 failures.append((report.moment, rank, report.value))
@@ -105,18 +93,10 @@ def _receive(reader: Connection, process: BaseProcess) -> _Report:
     try:
         return pickle.loads(reader.recv_bytes())
     except (EOFError, OSError):  # nothing, or half a message
-        process.join(timeout=60.0)  # it has closed its pipe; a busy machine lets it end later
-        code = process.exitcode
-        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        return _Report(False, f"died without a word ({how})")
+        return _Report(False, f"died without a word ({ending(process)})")
 
 
-def _child(writer: Connection, env: dict[str, str], function: Callable[..., Any], args: tuple) -> None:
-    _follow_the_parent()
-    os.environ.update(env)
-    if "torch" in sys.modules:
-        # OpenMP's workers do not survive a fork: a parallel region would wait for them forever.
-        sys.modules["torch"].set_num_threads(1)
+def _report(writer: Connection, function: Callable[..., Any], args: tuple) -> None:
     try:
         # Plain pickle: torch would hand tensors over in shared memory that dies with this process.
         message = pickle.dumps(_Report(True, function(*args)))
@@ -127,17 +107,6 @@ def _child(writer: Connection, env: dict[str, str], function: Callable[..., Any]
     sys.stdout.flush()
     sys.stderr.flush()
     writer.send_bytes(message)
-    # Skip interpreter shutdown: it would run the parent's atexit hooks and wait for collectives.
-    os._exit(0)
-
-
-def _follow_the_parent() -> None:
-    """Leave Ctrl-C, which reaches every process of a terminal, to the parent, and die with it."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # <linux/prctl.h>
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -35,8 +35,7 @@ WITHOUT_NEMO = {f"nemo_skymoe.{name}" for name in ORDER[: ORDER.index("nemo")]} 
 NEMO = {"nemo", "nemo_run", "lightning", "pytorch_lightning", "fiddle"}
 LIGHT = (
     "",
-    ".durable",
-    ".durable.errors",
+    *(".durable", *(f".durable.{file.stem}" for file in (ROOT / "nemo_skymoe/durable").glob("[a-z]*.py"))),
     ".config",
     ".option_values",
     ".traffic",

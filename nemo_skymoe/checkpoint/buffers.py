@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from nemo_skymoe.checkpoint.reading import DTYPE_SIZES
+from nemo_skymoe.checkpoint.regions import DTYPE_SIZES
+from nemo_skymoe.durable.output_file import new_memory
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +55,3 @@ def _memory(size: int) -> mmap.mmap:
         if size <= _LARGE:
             _pieces.append(piece)
         return piece
-
-
-def new_memory(size: int) -> mmap.mmap:
-    """Memory that begins at a page and is this process's own: forked writers must not share what was kept."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # a fault for every 2 MB, not for every 4 KB
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

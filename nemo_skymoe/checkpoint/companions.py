@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nemo_skymoe.checkpoint.config_values import read_bytes, read_json
-from nemo_skymoe.checkpoint.stand_in import refuse_broken_link
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.stand_in import refuse_broken_link
 
 KINDS: dict[str, tuple[str, ...]] = {
     "tokenizer": (

@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.stand_in import LFS_POINTER, refuse_stand_in
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.stand_in import LFS_POINTER, refuse_stand_in
 
 logger = logging.getLogger(__name__)
 

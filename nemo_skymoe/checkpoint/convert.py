@@ -19,7 +19,6 @@ from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.mapping import StoredWeights
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
-from nemo_skymoe.checkpoint.stand_in import refuse_broken_link
 from nemo_skymoe.checkpoint.target import Target, check_complete, stored_dtypes
 from nemo_skymoe.checkpoint.tensors import TensorInfo, Weights
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
@@ -31,6 +30,7 @@ from nemo_skymoe.checkpoint.torch_dist.target import TorchDistTarget
 from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
 from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled, check_same_base
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.stand_in import refuse_broken_link
 
 FORMS = ("hf", "nemo")
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.checksums import FileChecksum, available_processors, check_file, checksum_like
 from nemo_skymoe.checkpoint.mapping import listed
-from nemo_skymoe.checkpoint.reading import FileStorage
-from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt, same_receipt
+from nemo_skymoe.checkpoint.regions import FileStorage
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.checksums import FileChecksum, check_file, checksum_like
+from nemo_skymoe.durable.pool import in_threads
+from nemo_skymoe.durable.receipt import RECEIPT, read_receipt, same_receipt
 
 Advance = Callable[[int, str], None]
 _WITH_REPAIR = "the same command with --repair"
@@ -77,8 +77,7 @@ def _changed(storage: FileStorage, written: Mapping[str, Any], advance: Advance)
         claimed = FileChecksum.from_json(written[name])
         return check_file(files[name], claimed, lambda count: advance(count, files[name].name))
 
-    with ThreadPoolExecutor(available_processors()) as pool:
-        same = dict(zip(files, pool.map(unchanged, files), strict=True))
+    same = in_threads(unchanged, list(files))
     return next((files[name] for name in files if not same[name]), None)
 
 
@@ -110,9 +109,8 @@ def damaged_files(
             return Damage(f"is {size:,} bytes, expected {claimed.bytes:,}")
         return Damage(f"is not the bytes that {RECEIPT} lists", found)
 
-    with ThreadPoolExecutor(available_processors()) as pool:
-        found = zip(written, pool.map(damage, written), strict=True)
-        damages = {name: wrong for name, wrong in found if wrong is not None}
+    found = in_threads(damage, list(written))
+    damages = {name: wrong for name, wrong in found.items() if wrong is not None}
     if own and (output / RECEIPT).read_bytes() != same_receipt(receipt, written):
         damages[RECEIPT] = Damage("is not as it was written")
     return damages

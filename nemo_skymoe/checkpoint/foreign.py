@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from nemo_skymoe.checkpoint.stand_in import refuse_broken_link, refuse_pointer
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.stand_in import refuse_broken_link, refuse_pointer
 
 MERGE = (
     "merge it into its base with peft (PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload()), save that, and give"

@@ -12,13 +12,13 @@ from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.companions import companion_kinds
 from nemo_skymoe.checkpoint.convert import Source
 from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
-from nemo_skymoe.checkpoint.reading import DTYPE_SIZES
-from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt
+from nemo_skymoe.checkpoint.regions import DTYPE_SIZES
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
-from nemo_skymoe.checkpoint.stand_in import refuse_pointer
 from nemo_skymoe.checkpoint.tensors import Key, Storage, TensorInfo
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.receipt import RECEIPT, read_receipt
+from nemo_skymoe.durable.stand_in import refuse_pointer
 
 FORMATS = {
     "hf": "Hugging Face safetensors",

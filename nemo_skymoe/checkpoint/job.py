@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nemo_skymoe.checkpoint.checksums import FileChecksum, available_processors, check_file
 from nemo_skymoe.checkpoint.finished import Damage, damaged_files, finished, own_receipt, refuse_damaged
-from nemo_skymoe.checkpoint.journal import JOURNAL, Journal
 from nemo_skymoe.checkpoint.lost_receipt import adopt, is_lost
-from nemo_skymoe.checkpoint.output_file import sync_folder, write_small
-from nemo_skymoe.checkpoint.reading import FileStorage
-from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt, receipt_bytes
+from nemo_skymoe.checkpoint.regions import FileStorage
 from nemo_skymoe.checkpoint.repair import repaired
 from nemo_skymoe.checkpoint.source_check import check_same_sources, check_sources, check_unchanged
 from nemo_skymoe.checkpoint.target import Target, check_complete
 from nemo_skymoe.checkpoint.tensors import Weights
-from nemo_skymoe.checkpoint.workers import write_files
+from nemo_skymoe.checkpoint.writing import write_files
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.checksums import FileChecksum, check_file
+from nemo_skymoe.durable.files import sync, write_small
+from nemo_skymoe.durable.journal import JOURNAL, Journal
+from nemo_skymoe.durable.pool import in_threads
+from nemo_skymoe.durable.receipt import RECEIPT, read_receipt, receipt_bytes
+from nemo_skymoe.durable.unfinished import absolute, check_space, plain_errors, publish, unfinished
 
-UNFINISHED = ".unfinished"
 Progress = Callable[[int, int, str], None]
 OnDamage = Callable[[Mapping[str, str]], None]
 
@@ -66,12 +64,12 @@ def run(
         The receipt, as in `<output>/skymoe_receipt.json`.
 
     Raises:
-        ConfigurationError: The output exists and is not this job's, or not as it was written, or is being written; there
-            is nothing to repair; a source is damaged or has changed; the disk is too small, full or read-only. What was
-            complete stays, and the same command continues.
+        ConfigurationError: The output exists and is not this job's, or there is nothing to repair.
+        CheckpointError: The output is not as it was written, or a source is damaged or has changed.
+        JobError: The output is being written; the disk is too small, full or read-only; a worker died. What was complete
+            stays, and the same command continues.
     """
     output = absolute(output)
-    unfinished = output.with_name(output.name + UNFINISHED)
     if workers < 1:
         raise ConfigurationError(f"workers is {workers}, expected at least 1")
     counter = _Counter(sources, target, progress)
@@ -88,23 +86,21 @@ def run(
         return _repaired(output, damages, receipt, weights, target, workers, counter.advance)
     check_complete(target.chunks, weights)
     _check_extras(target)
-    with _plain_errors(unfinished), _journal(unfinished, job, target) as journal:
+    with unfinished(output, _identity(job, target)) as journal:
         check_same_sources(sources, journal)
         _keep_finished(journal, target, counter)
-        _check_space(unfinished, target, journal)
+        check_space(journal.folder, target.bytes - sum(kept.bytes for kept in journal.files.values()))
         checked = check_sources(sources, journal, allow_nonfinite, counter.advance)
         files = [file for file in target.files() if file.name not in journal.files]
-        write_files(target, files, weights, unfinished, workers, journal.add_file, counter.advance)
+        write_files(target, files, weights, journal.folder, workers, journal.add_file, counter.advance)
         check_unchanged(sources, journal)
-        _finish(unfinished, target, journal, checked)
+        _finish(target, journal, checked)
         if lost:
-            _tell(on_damage, adopt(output, unfinished, counter.advance))
-            shutil.rmtree(unfinished)
+            _tell(on_damage, adopt(output, journal.folder, counter.advance))
+            shutil.rmtree(journal.folder)
+            sync(output.parent)
         else:
-            journal.remove()
-            sync_folder(unfinished)
-            os.rename(unfinished, output)
-        sync_folder(output.parent)
+            publish(journal, output)
     receipt = read_receipt(output)
     assert receipt is not None
     return receipt
@@ -118,12 +114,6 @@ def check_output(output: Path, job: Mapping[str, Any], target: Target) -> None:
     place = next(parent for parent in output.parents if os.path.lexists(parent))
     if not place.is_dir():
         raise ConfigurationError(f"'{output}' cannot be written: '{place}' is no folder")
-
-
-def absolute(output: Path) -> Path:
-    """The same place by whichever path it is named. The last name is not followed if it is a link."""
-    whole = Path(os.path.realpath(output))
-    return whole if output.name in ("", "..") else Path(os.path.realpath(output.parent)) / output.name
 
 
 def _damages(
@@ -145,7 +135,7 @@ def _repaired(
 ) -> dict[str, Any]:
     if not damages:
         return receipt
-    with _plain_errors(output):
+    with plain_errors(output):
         return repaired(output, damages, receipt, weights, target, _small(target, receipt), workers, advance)
 
 
@@ -181,33 +171,6 @@ def _identity(job: Mapping[str, Any], target: Target) -> dict[str, Any]:
     return {"job": dict(job), "layout": layout}
 
 
-@contextmanager
-def _journal(unfinished: Path, job: Mapping[str, Any], target: Target) -> Iterator[Journal]:
-    journal = Journal(unfinished, _identity(job, target))
-    try:
-        yield journal
-    except ConfigurationError:
-        if set(os.listdir(unfinished)) == {JOURNAL}:  # refused before anything was written
-            shutil.rmtree(unfinished)
-        raise
-    finally:
-        journal.close()
-
-
-@contextmanager
-def _plain_errors(unfinished: Path) -> Iterator[None]:
-    """What the operating system refuses, in a sentence."""
-    try:
-        yield
-    except OSError as reason:
-        place = reason.filename or unfinished
-        if reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message = f"no space left for '{place}' ({reason.strerror}): make room"
-        else:
-            message = f"cannot write '{place}': {reason.strerror or reason}; change that"
-        raise ConfigurationError(f"{message}, then run the same command again to continue") from reason
-
-
 class _Counter:
     """Bytes done of bytes in all, from any thread."""
 
@@ -232,8 +195,8 @@ def _keep_finished(journal: Journal, target: Target, counter: _Counter) -> None:
     def intact(name: str) -> bool:
         return check_file(folder / name, claimed[name], lambda count: counter.advance(count, name))
 
-    with ThreadPoolExecutor(available_processors()) as pool:
-        kept = {name for name, good in zip(names, pool.map(intact, names), strict=True) if good}
+    found = in_threads(intact, names)
+    kept = {name for name in names if found[name]}
     journal.files = {name: claimed[name] for name in names if name in kept}
     for path in sorted(folder.rglob("*"), reverse=True):
         name = path.relative_to(folder).as_posix()
@@ -246,28 +209,17 @@ def _keep_finished(journal: Journal, target: Target, counter: _Counter) -> None:
             path.unlink()
 
 
-def _check_space(unfinished: Path, target: Target, journal: Journal) -> None:
-    finished = sum(checksum.bytes for checksum in journal.files.values())
-    needed, free = target.bytes - finished, shutil.disk_usage(unfinished).free
-    if needed > free:
-        raise ConfigurationError(
-            f"'{unfinished}' needs {needed / 1e9:.3f} GB, its disk has {free / 1e9:.3f} GB free: make room, then run"
-            " the same command again"
-        )
-
-
-def _finish(unfinished: Path, target: Target, journal: Journal, sources: Sequence[Mapping[str, Any]]) -> None:
+def _finish(target: Target, journal: Journal, sources: Sequence[Mapping[str, Any]]) -> None:
     """Everything beside the tensors; the files that make the folder a checkpoint come last."""
-    sizes = {name: checksum.bytes for name, checksum in journal.files.items()}
-    last = target.last_files(sizes)
-    small: dict[str, FileChecksum] = {}
+    folder = journal.folder
+    last = target.last_files({name: checksum.bytes for name, checksum in journal.files.items()})
     for name, data in target.extras.items():
-        (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-        small[name] = write_small(unfinished / name, data)
-    small |= {name: FileChecksum(len(data), hashlib.sha256(data).hexdigest()) for name, data in last.items()}
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_small(folder / name, data)
+    small = {name: FileChecksum.of(data) for name, data in {**target.extras, **last}.items()}
     files = {file.name: journal.files[file.name] for file in target.files()} | small
-    write_small(unfinished / RECEIPT, receipt_bytes(journal.identity, sources, files))
+    write_small(folder / RECEIPT, receipt_bytes(journal.identity, sources, files))
     for name, data in last.items():
-        write_small(unfinished / name, data)
-    for folder in {unfinished, *(path for path in unfinished.rglob("*") if path.is_dir())}:
-        sync_folder(folder)
+        write_small(folder / name, data)
+    for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        sync(place)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from nemo_skymoe.checkpoint.finished import Damage, damaged_files, refused
 from nemo_skymoe.checkpoint.mapping import listed
-from nemo_skymoe.checkpoint.output_file import TEMPORARY, sync_folder, write_small
-from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt
 from nemo_skymoe.checkpoint.target import Target
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.files import move, sync, write_small
+from nemo_skymoe.durable.receipt import RECEIPT, read_receipt
 
 
 def is_lost(output: Path, target: Target) -> bool:
@@ -56,21 +53,8 @@ def adopt(output: Path, again: Path, advance: Callable[[int, str], None]) -> dic
         )
     for name in damages:
         (output / name).parent.mkdir(parents=True, exist_ok=True)
-        _move(again / name, output / name)
-        sync_folder((output / name).parent)
+        move(again / name, output / name)
+        sync((output / name).parent)
     write_small(output / RECEIPT, (again / RECEIPT).read_bytes())
-    sync_folder(output)
+    sync(output)
     return damages | {RECEIPT: Damage("is missing or damaged")}
-
-
-def _move(file: Path, place: Path) -> None:
-    try:
-        os.replace(file, place)
-    except OSError as reason:
-        if reason.errno != errno.EXDEV:  # the output is a link to another disk
-            raise
-        temporary = place.with_name(place.name + TEMPORARY)
-        shutil.copyfile(file, temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, place)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.reading import FileStorage
+from nemo_skymoe.checkpoint.regions import FileStorage
 from nemo_skymoe.checkpoint.storage_view import Renamed, StorageView
 from nemo_skymoe.config import ConfigurationError
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.checksums import FileChecksum
 from nemo_skymoe.checkpoint.finished import Damage
-from nemo_skymoe.checkpoint.output_file import sync_folder, write_small
-from nemo_skymoe.checkpoint.receipt import RECEIPT, same_receipt
 from nemo_skymoe.checkpoint.target import Target
 from nemo_skymoe.checkpoint.tensors import Weights
-from nemo_skymoe.checkpoint.workers import write_files
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.checkpoint.writing import write_files
+from nemo_skymoe.durable.checksums import FileChecksum
+from nemo_skymoe.durable.errors import CheckpointError
+from nemo_skymoe.durable.files import sync, write_small
+from nemo_skymoe.durable.journal import lock
+from nemo_skymoe.durable.receipt import RECEIPT, same_receipt
+from nemo_skymoe.durable.unfinished import check_space
 
 
 def repaired(
@@ -42,18 +42,21 @@ def repaired(
         The receipt. Where a file was intact and the receipt wrong about it, the receipt is written again.
 
     Raises:
-        ConfigurationError: Another process is at it, the disk is too small, or the bytes are not those of the receipt.
+        JobError: Another process is at it, or the disk is too small.
+        CheckpointError: The bytes are not those of the receipt.
     """
     with _lock(output):
-        _check_space(output, sum(receipt["files"][name]["bytes"] for name in damages if name != RECEIPT))
+        needed = sum(receipt["files"][name]["bytes"] for name in damages if name != RECEIPT)
+        check_space(output, needed, " for its damaged files")
         written: dict[str, FileChecksum] = {}
         files = [file for file in target.files() if file.name in damages]
         write_files(target, files, weights, output, workers, written.__setitem__, advance)
         for name in small.keys() & damages.keys():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
-            written[name] = write_small(output / name, small[name])
+            write_small(output / name, small[name])
+            written[name] = FileChecksum.of(small[name])
         for folder in {output, *((output / name).parent for name in damages)}:
-            sync_folder(folder)
+            sync(folder)
         return _corrected(output, damages, receipt, written)
 
 
@@ -70,7 +73,7 @@ def _corrected(
         return dict(receipt)
     strange = [name for name in wrong if damages[name].found != written[name]]
     if strange:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{output / strange[0]}' was written again with other bytes than {RECEIPT} lists: one of its sources"
             f" changed meanwhile, or the receipt is damaged; delete '{output}' to start over"
         )
@@ -84,21 +87,7 @@ def _lock(output: Path) -> Iterator[None]:
     """One process at a time, by a lock on the receipt."""
     descriptor = os.open(output / RECEIPT, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigurationError(
-                f"'{output}' is being written by another process: wait for it, or stop it and run this again"
-            ) from None
+        lock(descriptor, output / RECEIPT)
         yield
     finally:
         os.close(descriptor)
-
-
-def _check_space(output: Path, needed: int) -> None:
-    free = shutil.disk_usage(output).free
-    if needed > free:
-        raise ConfigurationError(
-            f"'{output}' needs {needed / 1e9:.3f} GB for its damaged files, its disk has {free / 1e9:.3f} GB free: make"
-            " room, then run the same command again"
-        )

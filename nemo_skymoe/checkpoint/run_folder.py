@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from nemo_skymoe.checkpoint.stand_in import refuse_broken_link
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.stand_in import refuse_broken_link
 
 _CHECKPOINTS, _LAST, _UNFINISHED = "checkpoints", "*-last", "-unfinished"
 _PARTS = ("weights", "context")

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_skymoe.checkpoint.checksums import Checksummer, FileChecksum, blocks
-from nemo_skymoe.checkpoint.reading import DTYPE_SIZES, Extent
+from nemo_skymoe.checkpoint.regions import DTYPE_SIZES, Extent
+from nemo_skymoe.durable.checksums import Checksummer, FileChecksum, blocks
 
 _SECTION = 64 << 20
 """Bytes, at least: enough that taking turns costs nothing."""

@@ -10,13 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.checksums import FileChecksum, available_processors
-from nemo_skymoe.checkpoint.journal import Journal
+from nemo_skymoe.checkpoint.known_checksums import Known, known_checksums
 from nemo_skymoe.checkpoint.mapping import listed
-from nemo_skymoe.checkpoint.reading import Extent, FileStorage
-from nemo_skymoe.checkpoint.receipt import Known, known_checksums
+from nemo_skymoe.checkpoint.regions import Extent, FileStorage
 from nemo_skymoe.checkpoint.scanning import SourceFile, joined, scan, sections
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.checksums import FileChecksum
+from nemo_skymoe.durable.journal import Journal
+from nemo_skymoe.durable.pool import available_processors
 
 Advance = Callable[[int, str], None]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_skymoe.checkpoint.reading import Extent, FileStorage
+from nemo_skymoe.checkpoint.regions import Extent, FileStorage
 from nemo_skymoe.checkpoint.tensors import TensorInfo
 
 if TYPE_CHECKING:

@@ -10,14 +10,14 @@ from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 from nemo_skymoe.checkpoint.mapping import Chunk, listed
-from nemo_skymoe.checkpoint.reading import DTYPE_SIZES
+from nemo_skymoe.checkpoint.regions import DTYPE_SIZES
 from nemo_skymoe.checkpoint.tensors import Key, Weights
 from nemo_skymoe.config import ConfigurationError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_skymoe.checkpoint.output_file import OutputFile
+    from nemo_skymoe.durable.output_file import OutputFile
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def plan(options: PlanOptions) -> None:
 def _write(made: "Plan", output: Path) -> None:
     from json import dumps
 
-    from nemo_skymoe.checkpoint.output_file import write_small
+    from nemo_skymoe.durable.files import write_small
 
     output.parent.mkdir(parents=True, exist_ok=True)
     write_small(output, (dumps(made.to_dict(), indent=2) + "\n").encode())

@@ -25,6 +25,7 @@ from nemo_skymoe.data import byte_level
 from nemo_skymoe.data.indexed import write_documents
 from nemo_skymoe.data.standard_library import read_sources
 from nemo_skymoe.data.tokenizer import HuggingFaceTokenizer
+from nemo_skymoe.durable.files import write_small
 
 MANIFEST = "corpus.json"
 _FORMAT = 1
@@ -232,9 +233,7 @@ def _write_corpus(
     _, valid_tokens = write_documents(ended, valid, corpus.valid_prefix)
     corpus = replace(corpus, train_tokens=train_tokens, valid_tokens=valid_tokens)
     say(f"writing {MANIFEST}: {train_tokens + valid_tokens} tokens")
-    partial = manifest.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(corpus) | {"directory": "."}, indent=2) + "\n")
-    os.replace(partial, manifest)
+    write_small(manifest, (json.dumps(asdict(corpus) | {"directory": "."}, indent=2) + "\n").encode())
     return corpus
 
 

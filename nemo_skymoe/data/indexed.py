@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from nemo_skymoe.data.tokenizer import TextTokenizer
+from nemo_skymoe.durable.files import write_whole
 
-TEMPORARY = ".tmp"
 _DOCUMENTS_PER_BATCH = 32
 _FIXED_HEADER = 18
 """Bytes of magic, version and type of an index, which two datasets of one tokenizer share."""
@@ -62,16 +61,6 @@ def join(prefixes: Sequence[Path], target: Path) -> None:
 
     write_whole(data, copy_data)
     write_whole(index, lambda file: _write_index(file, prefixes))
-
-
-def write_whole(path: Path, write: Callable[[Any], None]) -> None:
-    """A file that is there whole or not at all."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _write_index(file: Any, prefixes: Sequence[Path]) -> None:

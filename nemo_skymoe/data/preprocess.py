@@ -6,30 +6,31 @@ inputs corrected goes on with all shards of the others.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_skymoe import __version__
-from nemo_skymoe.checkpoint.journal import JOURNAL, Journal
-from nemo_skymoe.checkpoint.output_file import sync_folder, write_small
-from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt, receipt_bytes
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.data import indexed, shard, workers
+from nemo_skymoe.data import indexed, shard
 from nemo_skymoe.data import tokenizer as tokenizers
 from nemo_skymoe.data.documents import EMPTY, UNDECODABLE, Piece, first_document, split
 from nemo_skymoe.data.inputs import UNKNOWN, Input, find_inputs
+from nemo_skymoe.durable.errors import JobError
+from nemo_skymoe.durable.files import write_small, write_whole
+from nemo_skymoe.durable.journal import JOURNAL
+from nemo_skymoe.durable.pool import share
+from nemo_skymoe.durable.receipt import RECEIPT, read_receipt, receipt_bytes
+from nemo_skymoe.durable.unfinished import absolute, publish, unfinished
 
 MANIFEST, REJECTED, TOKENIZER = "dataset.json", "rejected.txt", "tokenizer"
-_UNFINISHED, _SHARDS = ".unfinished", "shards"
+_SHARDS = "shards"
 SHARD_BYTES = 16 << 20
 _NAMED = 3
 """Left-out files named in a line; all of them are in `rejected.txt`."""
@@ -78,7 +79,7 @@ def preprocess(
         ConfigurationError: Bad inputs, an output that exists or is another job's, a disk that is full, a domain
             without documents.
     """
-    output = Path(os.path.abspath(output))
+    output = absolute(output)
     _check(output, workers)
     left_out: list[tuple[Path, str]] = []
     found = find_inputs(inputs, text_key, formats, lambda path, reason: left_out.append((path, reason)))
@@ -86,25 +87,14 @@ def preprocess(
     _check_domains(found, text_key)
     _tell(left_out, say or (lambda _: None))
     job = _Job(found, split(found, shard_bytes), loaded, text_key, left_out)
-    unfinished = output.with_name(output.name + _UNFINISHED)
-    with _plain_errors(unfinished):
-        identity = {"job": job.identity(tokenizer, shard_bytes)}
-        journal = Journal(unfinished, identity)
-        try:
-            if not _is_written(unfinished, job):
-                _write(job, unfinished, tokenizer, workers, progress or (lambda *_: None))
-                receipt = receipt_bytes(identity | {"inputs": job.inputs_checksum()}, [], {})
-                write_small(unfinished / RECEIPT, receipt)
-            shutil.rmtree(unfinished / _SHARDS, ignore_errors=True)
-            journal.remove()
-            sync_folder(unfinished)
-            os.rename(unfinished, output)
-            sync_folder(output.parent)
-        except ConfigurationError:
-            _remove_if_nothing_is_finished(unfinished)
-            raise
-        finally:
-            journal.close()
+    identity = {"job": job.identity(tokenizer, shard_bytes)}
+    with unfinished(output, identity, keep=_something_is_finished) as journal:
+        if not _is_written(journal.folder, job):
+            _write(job, journal.folder, tokenizer, workers, progress or (lambda *_: None))
+            receipt = receipt_bytes(identity | {"inputs": job.inputs_checksum()}, [], {})
+            write_small(journal.folder / RECEIPT, receipt)
+        shutil.rmtree(journal.folder / _SHARDS, ignore_errors=True)
+        publish(journal, output)
     return read_manifest(output)
 
 
@@ -141,26 +131,24 @@ def _tell(left_out: Sequence[tuple[Path, str]], say: Callable[[str], None]) -> N
         say(f"not read, {reason}{f' ({counted})' if reason == UNKNOWN else ''}: {names}{more}")
 
 
-def _is_written(unfinished: Path, job: _Job) -> bool:
+def _is_written(folder: Path, job: _Job) -> bool:
     """Whether the last attempt ended between its last steps.
 
     Raises:
-        ConfigurationError: It did, with other inputs.
+        JobError: It did, with other inputs.
     """
-    receipt = read_receipt(unfinished)
+    receipt = read_receipt(folder)
     if receipt is not None and receipt.get("inputs") != job.inputs_checksum():
-        raise ConfigurationError(
-            f"'{unfinished}' holds the finished work of this command with other inputs: run it with those to get its"
+        raise JobError(
+            f"'{folder}' holds the finished work of this command with other inputs: run it with those to get its"
             " output, or delete the folder to start over"
         )
     return receipt is not None
 
 
-def _remove_if_nothing_is_finished(unfinished: Path) -> None:
-    """A refusal leaves no folder behind that nothing can go on from."""
-    shards = unfinished / _SHARDS
-    if not (unfinished / RECEIPT).exists() and not any(shards.glob("*.json")):
-        shutil.rmtree(unfinished)
+def _something_is_finished(folder: Path) -> bool:
+    """Whether an unfinished folder has something to go on from."""
+    return (folder / RECEIPT).exists() or any((folder / _SHARDS).glob("*.json"))
 
 
 def read_manifest(folder: Path) -> dict[str, Domain]:
@@ -228,7 +216,7 @@ def _checksum(values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _write(job: _Job, folder: Path, tokenizer: Path, processes: int, progress: Progress) -> None:
+def _write(job: _Job, folder: Path, tokenizer: Path, workers: int, progress: Progress) -> None:
     done = 0
 
     def advance(count: int) -> None:
@@ -236,20 +224,23 @@ def _write(job: _Job, folder: Path, tokenizer: Path, processes: int, progress: P
         done += count
         progress(min(done, job.bytes), job.bytes, "tokens")
 
-    def write_shard(number: int, advance: Callable[[int], None]) -> None:
-        shard.write(prefixes[number], job.shards[number], job.inputs, job.tokenizer, job.text_key, advance)
+    def write_shards(numbers: Iterator[int], advance: Callable[[int], None]) -> None:
+        for number in numbers:
+            shard.write(
+                prefixes[number], job.shards[number], job.inputs, job.tokenizer, job.text_key, advance
+            )
 
     prefixes = [folder / _SHARDS / name for name in job.shard_names()]
     remaining = _keep_finished(folder, prefixes)
     advance(sum(piece.bytes for n in set(range(len(prefixes))) - set(remaining) for piece in job.shards[n]))
-    workers.run(remaining, write_shard, processes, advance)
+    share(remaining, write_shards, workers, advance)
     records = [record for prefix in prefixes if (record := shard.finished(prefix)) is not None]
     assert len(records) == len(prefixes)
     domains = {name: _summary(job, name, [records[n] for n in ns]) for name, ns in job.domains().items()}
     _refuse_empty(domains)
     for name, numbers in job.domains().items():
         indexed.join([prefixes[n] for n in numbers if records[n].documents], folder / name)
-    indexed.write_whole(folder / REJECTED, lambda file: file.writelines(_rejected(job, records)))
+    write_whole(folder / REJECTED, lambda file: file.writelines(_rejected(job, records)))
     _copy_tokenizer(tokenizer, job.tokenizer, folder / TOKENIZER)
     write_small(folder / MANIFEST, _manifest(job, tokenizer, domains))
 
@@ -336,17 +327,3 @@ def _manifest(job: _Job, tokenizer: Path, domains: dict[str, Domain]) -> bytes:
 
 def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-@contextmanager
-def _plain_errors(unfinished: Path) -> Iterator[None]:
-    """What the operating system refuses, in a sentence."""
-    try:
-        yield
-    except OSError as reason:
-        full = reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = "no space left for" if full else "cannot write"
-        raise ConfigurationError(
-            f"{what} '{reason.filename or unfinished}' ({reason.strerror or reason}): make that possible, then run the"
-            " same command again to continue"
-        ) from reason

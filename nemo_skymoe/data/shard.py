@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.output_file import write_small
-from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data import documents, indexed
 from nemo_skymoe.data.documents import Piece
 from nemo_skymoe.data.inputs import Input
 from nemo_skymoe.data.tokenizer import TextTokenizer
+from nemo_skymoe.durable.errors import CheckpointError
+from nemo_skymoe.durable.files import TEMPORARY, sync, write_small
 
 _REPORT_BYTES = 1 << 20
 
@@ -44,16 +44,17 @@ def write(
 ) -> None:
     """Tokenise `pieces` into the dataset at `prefix`; `advance` is told of bytes now and then."""
     record = Record()
-    temporary = prefix.with_name(prefix.name + indexed.TEMPORARY)
+    temporary = prefix.with_name(prefix.name + TEMPORARY)
     texts = _texts(pieces, inputs, text_key, record, advance)
     record.documents, record.tokens = indexed.write_documents(tokenizer, texts, temporary)
     for found in {piece.input: inputs[piece.input] for piece in pieces}.values():
         if not found.unchanged:
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{found.path}' has changed while it was read: run the same command again to read it as it is now"
             )
     for written, final in zip(indexed.files(temporary), indexed.files(prefix), strict=True):
-        record.files.append(_synced_size(written))
+        sync(written)
+        record.files.append(written.stat().st_size)
         os.replace(written, final)
     write_small(_record_file(prefix), json.dumps(asdict(record)).encode())
 
@@ -102,12 +103,3 @@ def _texts(
                 told += more
         record.read.append(number)
         advance(piece.bytes - told)
-
-
-def _synced_size(file: Path) -> int:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        return os.fstat(descriptor).st_size
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 from nemo_skymoe.checkpoint.hugging_face.exported_files import to_hf_config
-from nemo_skymoe.checkpoint.receipt import RECEIPT
+from nemo_skymoe.durable.receipt import RECEIPT
 
 TINY = Architecture(1, 16, 8, 2, vocab_size=40)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 5\n"

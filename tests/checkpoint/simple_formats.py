@@ -11,7 +11,7 @@ from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.job import run
 from nemo_skymoe.checkpoint.mapping import Chunk, Part, StoredWeights, whole
-from nemo_skymoe.checkpoint.reading import FileStorage
+from nemo_skymoe.checkpoint.regions import FileStorage
 from nemo_skymoe.checkpoint.target import Target, stored_dtypes
 from nemo_skymoe.checkpoint.tensors import Key, Weights, key_shape, model_keys
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage

@@ -7,11 +7,12 @@ from random import Random
 import pytest
 import torch
 
-from nemo_skymoe.checkpoint import buffers, checksums
-from nemo_skymoe.checkpoint.checksums import Checksummer, FileChecksum, TensorChecksum, blocks, check_file
-from nemo_skymoe.checkpoint.reading import Extent, tensor_bytes
+from nemo_skymoe.checkpoint import buffers
+from nemo_skymoe.checkpoint.regions import Extent, tensor_bytes
 from nemo_skymoe.checkpoint.scanning import count_nonfinite, scan
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable import checksums
+from nemo_skymoe.durable.checksums import Checksummer, FileChecksum, TensorChecksum, blocks, check_file
 from tests.checkpoint.fakes import random_weights
 from tests.checkpoint.simple_formats import TINY, write
 

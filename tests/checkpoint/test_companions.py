@@ -5,9 +5,9 @@ from pathlib import Path
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
-from nemo_skymoe.checkpoint.receipt import RECEIPT
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.verifier import verify
+from nemo_skymoe.durable.receipt import RECEIPT
 from tests.checkpoint import hf_models
 
 REMOTE = {

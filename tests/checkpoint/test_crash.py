@@ -98,7 +98,7 @@ def test_a_dead_worker_ends_the_job_and_the_next_attempt_continues(memory: Path)
     expected = crash.uninterrupted(convert, output)
     for byte in crash.evenly(sum(map(len, expected.files.values())) // 2, 10):
         run = crash.attempt(convert, byte=byte)
-        assert run.killed or "a writing process died (SIGKILL)" in run.error or not run.error
+        assert run.killed or "a worker process died (SIGKILL)" in run.error or not run.error
         if not output.exists():
             assert not crash.attempt(convert).error
         assert crash.tree(output) == expected.files

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import output_file
 from nemo_skymoe.checkpoint.job import run
-from nemo_skymoe.checkpoint.journal import JOURNAL
-from nemo_skymoe.checkpoint.receipt import RECEIPT
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable import output_file
+from nemo_skymoe.durable.journal import JOURNAL
+from nemo_skymoe.durable.receipt import RECEIPT
 from tests.checkpoint import crash
 from tests.checkpoint.fakes import random_weights
 from tests.checkpoint.simple_formats import JOB, TINY, Interrupting, flip, open_folder, target, write
@@ -184,7 +184,7 @@ def test_a_limit_met_in_the_middle(kind: str, workers: int, tmp_path: Path):
         write(kind, random_weights(TINY), tmp_path / "out", workers=workers)
 
     error = crash.attempt(limited).error
-    assert "ConfigurationError: no space left for" in error and "run the same command again" in error
+    assert "JobError: no space left for" in error and "run the same command again" in error
     assert not (tmp_path / "out").exists()
     write(kind, random_weights(TINY), tmp_path / "out")
     write(kind, random_weights(TINY), tmp_path / "other")
@@ -221,7 +221,7 @@ def test_a_full_or_read_only_disk(options: str, message: str, tmp_path: Path):
     error = crash.attempt(convert).error
     if "NotImplementedError" in error:
         pytest.skip("needs the right to mount")
-    assert "ConfigurationError" in error and message in error, error
+    assert "JobError" in error and message in error, error
 
 
 def test_a_folder_that_may_not_be_written():
@@ -234,7 +234,7 @@ def test_a_folder_that_may_not_be_written():
                 os.setuid(65534)
             write("hf", random_weights(TINY), folder / "out")
 
-        assert "ConfigurationError: cannot write" in crash.attempt(convert).error
+        assert "JobError: cannot write" in crash.attempt(convert).error
         assert nothing_there(folder / "out")
 
 

@@ -7,10 +7,11 @@ from random import Random
 import numpy as np
 import pytest
 
-from nemo_skymoe.checkpoint import checksums, scanning
-from nemo_skymoe.checkpoint.checksums import Checksummer, FileChecksum
-from nemo_skymoe.checkpoint.reading import Extent
+from nemo_skymoe.checkpoint import scanning
+from nemo_skymoe.checkpoint.regions import Extent
 from nemo_skymoe.checkpoint.scanning import joined, scan, sections
+from nemo_skymoe.durable import checksums
+from nemo_skymoe.durable.checksums import Checksummer, FileChecksum
 
 
 def made(file: Path, random: Random, tail: int = 0) -> tuple[list[Extent], FileChecksum]:

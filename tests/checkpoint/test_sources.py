@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt
 from nemo_skymoe.checkpoint.tensors import Key
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.receipt import RECEIPT, read_receipt
 from tests.checkpoint import crash
 from tests.checkpoint.fakes import random_weights
 from tests.checkpoint.simple_formats import JOB, TINY, Interrupting, flip, open_folder, write

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.data import indexed, preprocess, workers
+from nemo_skymoe.data import indexed, preprocess
 from nemo_skymoe.data.tokenizer import load
 from tests.checkpoint import crash
 from tests.data.texts import COMPRESS, TEXTS, jsonl, read, run, zstd
@@ -163,13 +163,13 @@ def test_a_continued_job_keeps_its_finished_shards(
 def written_shards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of all shards that are tokenised from now on."""
     done: list[int] = []
-    original = workers.run
+    original = preprocess.share
 
     def spy(tasks: Any, *arguments: Any) -> None:
         done.extend(tasks)
         original(tasks, *arguments)
 
-    monkeypatch.setattr(preprocess.workers, "run", spy)
+    monkeypatch.setattr(preprocess, "share", spy)
     return done
 
 
@@ -280,11 +280,6 @@ def test_work_of_another_kind_in_the_folder_is_refused(
         inputs = [f"en={jsonl(tmp_path / 'c.jsonl', TEXTS, key=options.get('text_key', 'text'))}"]
         with pytest.raises(ConfigurationError, match="unfinished work of another command"):
             run(tmp_path, tokenizer, *inputs, shard_bytes=200, **options)
-
-
-def test_a_dead_worker_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"died \(SIGKILL\): run the same command again"):
-        workers.run([1, 2], lambda *_: os.kill(os.getpid(), 9), 2, lambda count: None)
 
 
 @pytest.mark.parametrize(

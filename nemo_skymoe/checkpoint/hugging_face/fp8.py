@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nemo_skymoe.checkpoint.mapping import listed
-from nemo_skymoe.checkpoint.reading import FileStorage
+from nemo_skymoe.checkpoint.regions import FileStorage
 from nemo_skymoe.checkpoint.storage_view import StorageView
 from nemo_skymoe.checkpoint.tensors import TensorInfo
 from nemo_skymoe.config import ConfigurationError

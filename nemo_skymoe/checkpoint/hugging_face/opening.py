@@ -14,8 +14,8 @@ from nemo_skymoe.checkpoint.hugging_face.fp8 import EIGHT_BITS, SCALE, Dequantiz
 from nemo_skymoe.checkpoint.hugging_face.names import EMBEDDING, HEAD, chunks
 from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.mapping import StoredWeights, listed
-from nemo_skymoe.checkpoint.reading import FileStorage
 from nemo_skymoe.checkpoint.redundant import one_embedding, without_buffers
+from nemo_skymoe.checkpoint.regions import FileStorage
 from nemo_skymoe.checkpoint.storage_view import StorageView
 from nemo_skymoe.checkpoint.tensors import ITEM_SIZES, TensorInfo
 from nemo_skymoe.config import ConfigurationError

@@ -13,20 +13,10 @@ from typing import TYPE_CHECKING, Any
 from nemo_skymoe.checkpoint import foreign
 from nemo_skymoe.checkpoint.buffers import empty
 from nemo_skymoe.checkpoint.mapping import listed
-from nemo_skymoe.checkpoint.reading import (
-    DTYPE_SIZES,
-    Extent,
-    are_sizes,
-    box,
-    box_shape,
-    first_element,
-    member,
-    read_bytes,
-    read_into,
-    tensor_bytes,
-)
+from nemo_skymoe.checkpoint.regions import DTYPE_SIZES, Extent, box, box_shape, first_element, tensor_bytes
 from nemo_skymoe.checkpoint.tensors import TensorInfo
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.reading import are_sizes, member, read_bytes, read_into
 
 if TYPE_CHECKING:
     from torch import Tensor

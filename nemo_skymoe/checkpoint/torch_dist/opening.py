@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.mapping import StoredWeights
-from nemo_skymoe.checkpoint.reading import FileStorage
 from nemo_skymoe.checkpoint.redundant import one_embedding, without_buffers
+from nemo_skymoe.checkpoint.regions import FileStorage
 from nemo_skymoe.checkpoint.torch_dist import options as torch_dist_options
 from nemo_skymoe.checkpoint.torch_dist.names import EMBEDDING, HEAD, chunks, layout
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage

@@ -14,11 +14,11 @@ from nemo_skymoe.checkpoint.companions import find_companions
 from nemo_skymoe.checkpoint.config_values import read_json
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import configuration
-from nemo_skymoe.checkpoint.stand_in import refuse_pointers
 from nemo_skymoe.checkpoint.tensors import Storage
 from nemo_skymoe.checkpoint.torch_dist import saved_arguments
 from nemo_skymoe.checkpoint.torch_dist.storage import WEIGHTS, weights_folder
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.stand_in import refuse_pointers
 
 CONTEXT = "context"
 HF_CONFIG = "config.json"

@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.reading import are_sizes, member, read_bytes
 from nemo_skymoe.checkpoint.torch_dist.storage import CONFIG, METADATA, WEIGHTS, check_backend, read_metadata
 from nemo_skymoe.checkpoint.untrusted.context_check import CONTEXT, check_context
 from nemo_skymoe.checkpoint.untrusted.torch_file_check import EXTRA_STATE, check_torch_file, read_object
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.reading import are_sizes, member, read_bytes
 from nemo_skymoe.folders import every_file
 
 _TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")

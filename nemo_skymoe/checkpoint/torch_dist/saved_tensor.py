@@ -10,10 +10,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.reading import DTYPE_SIZES, are_sizes, read_bytes
+from nemo_skymoe.checkpoint.regions import DTYPE_SIZES
 from nemo_skymoe.checkpoint.untrusted import inert_pickle
 from nemo_skymoe.checkpoint.untrusted.inert_pickle import Global, Record
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.reading import are_sizes, read_bytes
 
 _STORAGES = {
     "torch.BFloat16Storage": "bfloat16",

@@ -11,25 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_skymoe.checkpoint.buffers import empty
-from nemo_skymoe.checkpoint.reading import (
+from nemo_skymoe.checkpoint.regions import (
     DTYPE_SIZES,
     Box,
     Extent,
-    are_sizes,
     box,
     box_shape,
     first_element,
-    member,
-    read_bytes,
-    read_into,
     tensor_bytes,
 )
-from nemo_skymoe.checkpoint.stand_in import refuse_pointers
 from nemo_skymoe.checkpoint.tensors import TensorInfo
 from nemo_skymoe.checkpoint.torch_dist.saved_tensor import SavedTensor, find_tensor
 from nemo_skymoe.checkpoint.untrusted import inert_pickle
 from nemo_skymoe.checkpoint.untrusted.inert_pickle import Global, Record
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.reading import are_sizes, member, read_bytes, read_into
+from nemo_skymoe.durable.stand_in import refuse_pointers
 
 if TYPE_CHECKING:
     from torch import Tensor

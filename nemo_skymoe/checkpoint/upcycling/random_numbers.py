@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nemo_skymoe.checkpoint.buffers import empty
-from nemo_skymoe.checkpoint.checksums import available_processors
+from nemo_skymoe.durable.pool import available_processors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_skymoe.checkpoint.companions import companion_names, find_companions
-from nemo_skymoe.checkpoint.receipt import RECEIPT, read_receipt
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.receipt import RECEIPT, read_receipt
 
 _BLOCK = 1 << 24
 

@@ -11,7 +11,6 @@ from nemo_skymoe.checkpoint import foreign
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import configuration
 from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
-from nemo_skymoe.checkpoint.receipt import RECEIPT
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.torch_dist import options as torch_dist_options
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
@@ -21,6 +20,7 @@ from nemo_skymoe.checkpoint.verification.hugging_face_tensors import HuggingFace
 from nemo_skymoe.checkpoint.verification.megatron_tensors import MegatronModel
 from nemo_skymoe.checkpoint.verification.recomputed import Recomputed
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.receipt import RECEIPT
 
 _SAME = (
     "rope_theta",

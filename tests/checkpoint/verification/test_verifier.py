@@ -16,13 +16,13 @@ from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import Plan, TargetOptions
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.mapping import Chunk, Part
-from nemo_skymoe.checkpoint.receipt import RECEIPT
 from nemo_skymoe.checkpoint.target import stored_dtypes
 from nemo_skymoe.checkpoint.tensors import Key, TensorInfo, Weights
 from nemo_skymoe.checkpoint.torch_dist.target import TorchDistTarget
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.verifier import verify
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.receipt import RECEIPT
 from tests.checkpoint import hf_models
 from tests.checkpoint.hugging_face.test_fp8 import fp8_release
 from tests.checkpoint.hugging_face.test_names import authors

@@ -1,18 +1,17 @@
-"""Checksums of checkpoint files: every byte is covered once, a tensor's by its own, the rest by the file's."""
+"""Checksums of files: every byte is covered once, a tensor's by its own, the rest by the file's."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.reading import are_sizes, read_into
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
+from nemo_skymoe.durable.reading import are_sizes, read_into
 
 BLOCK = 1 << 20
 _HEXADECIMAL = re.compile(r"[0-9a-f]{64}")
@@ -34,6 +33,11 @@ class FileChecksum:
     bytes: int
     sha256: str
     tensors: Mapping[str, TensorChecksum] = field(default_factory=dict)
+
+    @staticmethod
+    def of(data: bytes) -> FileChecksum:
+        """That of a whole file's content."""
+        return FileChecksum(len(data), hashlib.sha256(data).hexdigest())
 
     def to_json(self) -> dict[str, Any]:
         """As a receipt and a journal have it."""
@@ -129,7 +133,7 @@ def checksum_like(file: Path, expected: FileChecksum, advance: Callable[[int], N
         for _, block in blocks(file):
             summer.update(block)
             advance(len(block))
-    except ConfigurationError:  # it cannot be read to its end
+    except CheckpointError:  # it cannot be read to its end
         return None
     return summer.result()
 
@@ -137,8 +141,3 @@ def checksum_like(file: Path, expected: FileChecksum, advance: Callable[[int], N
 def check_file(file: Path, expected: FileChecksum, advance: Callable[[int], None]) -> bool:
     """Whether a file is there and has this checksum, every byte of it."""
     return checksum_like(file, expected, advance) == expected
-
-
-def available_processors() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))

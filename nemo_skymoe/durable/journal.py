@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.checksums import FileChecksum
-from nemo_skymoe.checkpoint.receipt import read_receipt
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.checksums import FileChecksum
+from nemo_skymoe.durable.errors import JobError
+from nemo_skymoe.durable.receipt import read_receipt
 
 JOURNAL = ".journal"
 
@@ -27,7 +27,7 @@ class Journal:
         identity: What makes two jobs the same; anything JSON can hold.
 
     Raises:
-        ConfigurationError: Another process works in the folder, or it is not this job's.
+        JobError: Another process works in the folder, or it is not this job's.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
@@ -45,7 +45,7 @@ class Journal:
             folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
         )
         try:
-            self._lock()
+            lock(self._descriptor, folder / JOURNAL)
             self._open(receipt, bool(others))
         except BaseException:
             os.close(self._descriptor)
@@ -68,17 +68,6 @@ class Journal:
     def close(self) -> None:
         """Let another process in."""
         os.close(self._descriptor)
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            current = os.stat(self.folder / JOURNAL).st_ino == os.fstat(self._descriptor).st_ino
-        except (BlockingIOError, FileNotFoundError):
-            current = False
-        if not current:  # or its owner finished between our two looks
-            raise ConfigurationError(
-                f"'{self.folder}' is being written by another process: wait for it, or stop it and run this again"
-            )
 
     def _open(self, receipt: dict[str, Any] | None, others: bool) -> None:
         """Take over what is there, which is this job's or refused."""
@@ -111,6 +100,23 @@ class Journal:
                 line = line[os.write(self._descriptor, line) :]
 
 
+def lock(descriptor: int, file: Path) -> None:
+    """Let this process alone work in the folder of an open file, until its descriptor is closed.
+
+    Raises:
+        JobError: Another process does.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        current = os.stat(file).st_ino == os.fstat(descriptor).st_ino
+    except (BlockingIOError, FileNotFoundError):
+        current = False
+    if not current:  # or its owner finished between our two looks
+        raise JobError(
+            f"'{file.parent}' is being written by another process: wait for it, or stop it and run this again"
+        )
+
+
 def _entries(data: bytes) -> tuple[list[dict[str, Any]], int]:
     """The lines that were written to their end, and the bytes they take."""
     entries, intact = [], 0
@@ -126,11 +132,11 @@ def _entries(data: bytes) -> tuple[list[dict[str, Any]], int]:
     return entries, intact
 
 
-def _foreign(folder: Path, begun: Mapping[str, Any] | None) -> ConfigurationError:
+def _foreign(folder: Path, begun: Mapping[str, Any] | None) -> JobError:
     job = begun.get("job") if begun else None
     command = job.get("command") if isinstance(job, dict) else None
     what = "the unfinished work of another command" if begun else "files that no command here began"
-    return ConfigurationError(
+    return JobError(
         f"'{folder}' holds {what}{f' ({command})' if command else ''}: "
         + ("run that one again to finish it, or " if begun else "")
         + "delete the folder to start over"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.buffers import new_memory
-from nemo_skymoe.checkpoint.checksums import FileChecksum, TensorChecksum
+from nemo_skymoe.durable.checksums import FileChecksum, TensorChecksum
+from nemo_skymoe.durable.files import TEMPORARY
 
-TEMPORARY = ".tmp"
 _STAGE = 8 << 20
 _STAGES = 4
 """That many stages wait for the disk while the next tensor is being read."""
@@ -75,7 +75,7 @@ class OutputFile:
     Args:
         path: Appears when everything is written and synced; until then there is `path` with ".tmp".
         pipeline: Shared by the files that a process writes one after the other.
-        advance: Told how many bytes were taken.
+        advance: Told now and then how many more bytes were taken.
     """
 
     def __init__(self, path: Path, pipeline: Pipeline, advance: Callable[[int], None]):
@@ -121,7 +121,6 @@ class OutputFile:
             part = data[: _STAGE - self._filled]
             stage[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
-            self._advance(len(part))
             data = data[len(part) :]
             if self._filled == _STAGE:
                 self._flush()
@@ -130,6 +129,7 @@ class OutputFile:
         if self._writes and self._writes[-1].done():
             self._writes[-1].result()  # a full disk ends the job at once
         self._writes.append(self._pipeline.write(self._descriptor, self._filled))
+        self._advance(self._filled)
         self._filled = 0
 
     def _finish(self) -> FileChecksum:
@@ -145,28 +145,6 @@ class OutputFile:
             for name, (start, size, digest) in self._tensors.items()
         }
         return FileChecksum(self._size, self._rest.hexdigest(), tensors)
-
-
-def write_small(path: Path, data: bytes) -> FileChecksum:
-    """A file that is there whole or not at all."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        _write_all(descriptor, memoryview(data))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(temporary, path)
-    return FileChecksum(len(data), hashlib.sha256(data).hexdigest())
-
-
-def sync_folder(folder: Path) -> None:
-    """Names in a folder survive a loss of power only after this."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _open(path: Path) -> int:
@@ -204,3 +182,11 @@ def _through_cache(descriptor: int) -> bool:
     flags, direct = fcntl.fcntl(descriptor, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
     return bool(flags & direct)
+
+
+def new_memory(size: int) -> mmap.mmap:
+    """Memory that begins at a page and is this process's own: forked writers must not share what was kept."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # a fault for every 2 MB, not for every 4 KB
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 BEGINNING = 64
@@ -18,14 +18,14 @@ def refuse_stand_in(file: Path, begin: bytes) -> None:
     """Refuse a git-lfs pointer, and a web page that a server sent; `begin` is how the file begins.
 
     Raises:
-        ConfigurationError: It is one, with what to do.
+        CheckpointError: It is one, with what to do.
     """
     if begin.startswith(LFS_POINTER):
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{file}' is a git-lfs pointer, not the file itself: run git lfs pull in its folder, or download it anew"
         )
     if _WEB_PAGE.match(begin):
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{file}' is a web page, not the file itself, as a refused download leaves it: download it anew, logged in"
         )
 
@@ -48,6 +48,6 @@ def refuse_pointers(folder: Path, *names: str) -> None:
 def refuse_broken_link(path: Path) -> None:
     """Refuse a link that leads nowhere, or round in a circle."""
     if path.is_symlink() and not path.exists():
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{path}' is a link to '{os.readlink(path)}', which cannot be opened: put what it stands for in its place"
         )
