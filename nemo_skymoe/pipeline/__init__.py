@@ -1,4 +1,4 @@
-"""Unbalanced pipelines: which layers on which stage, and which of them recompute."""
+"""Unbalanced pipelines: this package decides which layers are on which stage, and which of them are recomputed."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["plan"]
 
 
 def __getattr__(name: str) -> Any:
-    """`plan` loads NumPy, which the rest of the package does without."""
+    """Import `plan` when it is asked for, because it loads NumPy, which the rest of the package does not need."""
     if name != "plan":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from nemo_skymoe.pipeline.planning import plan

@@ -1,7 +1,7 @@
-"""A pipeline plan on any Megatron-Core model: the layout on its configuration, recomputation on its blocks.
+"""Put a pipeline plan on any Megatron-Core model: the layout on its configuration, recomputation on its blocks.
 
-Megatron takes one `recompute_num_layers` for the whole model. Its TransformerBlock reads the number in every
-forward pass from its own `config`, so a block with a copy of its own has a number of its own.
+Megatron takes one `recompute_num_layers` for the whole model. But its TransformerBlock reads the number from its own
+`config` in every forward pass. A block that gets a copy of the configuration can therefore have a number of its own.
 """
 
 import copy
@@ -21,17 +21,18 @@ from nemo_skymoe.pipeline.check_plan import Recompute, check_count, check_plan
 
 
 def apply_layout(config: TransformerConfig, layout: str, recompute: Recompute | None = None) -> None:
-    """Put a layout on a model's configuration, before the model is built; check it and `recompute` first.
+    """Put a layout on a model's configuration before the model is built, after checking it and `recompute`.
 
-    Sets `pipeline_model_parallel_layout` and `virtual_pipeline_model_parallel_size` (None for one chunk a stage),
-    which `parallel_state.initialize_model_parallel` has to be given too; for two stages of several chunks also
-    `batch_p2p_comm=False`. After the model is built, `apply_recompute` puts `recompute` into its blocks.
+    The function sets `pipeline_model_parallel_layout` and `virtual_pipeline_model_parallel_size`, which is None for one
+    chunk per stage. Give both to `parallel_state.initialize_model_parallel` too. For two stages with several chunks it
+    also sets `batch_p2p_comm=False`. After the model is built, `apply_recompute` puts `recompute` into its blocks.
 
     Args:
-        config: With `pipeline_model_parallel_size` and `num_layers`; unchanged where anything is refused.
-        layout: Megatron's string, such as "Et*5|(t*5|)*3t*4L"; chunk c is virtual stage c // PP of stage c % PP.
-        recompute: Recomputed layers of every chunk, `recompute[stage][virtual_stage]`; None leaves the
-            configuration's own recomputation in force.
+        config: A configuration with `pipeline_model_parallel_size` and `num_layers`. It stays unchanged if anything is
+            refused.
+        layout: Megatron's string, such as "Et*5|(t*5|)*3t*4L". Chunk c is virtual stage c // PP of stage c % PP.
+        recompute: Recomputed layers of every chunk, `recompute[stage][virtual_stage]`. None leaves the configuration's
+            own recomputation as it is.
 
     Raises:
         ConfigurationError: The plan does not fit the configuration, or Megatron cannot do it.
@@ -49,16 +50,17 @@ def apply_layout(config: TransformerConfig, layout: str, recompute: Recompute | 
 def apply_recompute(model: nn.Module | Sequence[nn.Module], recompute: Recompute) -> None:
     """Let every TransformerBlock of this rank recompute its own number of layers, in full, by the 'block' method.
 
-    Replaces the block's `config` by a copy with its own `recompute_*`; the block's layers and the rest of the
-    model keep the shared one, so that selective recomputation stays what it was in layers. May be called again.
+    The function replaces the block's `config` by a copy with its own `recompute_*`. The block's layers and the rest of
+    the model keep the shared configuration, so that selective recomputation inside layers stays as it was. You may call
+    it again.
 
     Args:
-        model: The chunks of this rank, or one, wrapped (DDP, Float16Module) or not. Of several blocks in a chunk,
-            that whose configuration has the pipeline layout is meant.
+        model: The chunks of this rank, or one of them, wrapped (DDP, Float16Module) or not. If a chunk has several
+            blocks, the one whose configuration has the pipeline layout is meant.
         recompute: Recomputed layers of every chunk of the whole pipeline, `recompute[stage][virtual_stage]`.
 
     Raises:
-        ConfigurationError: `recompute` has another shape than the model, or more layers than a block.
+        ConfigurationError: The numbers do not fit the model, or Megatron cannot do it.
     """
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -79,7 +81,7 @@ def apply_recompute(model: nn.Module | Sequence[nn.Module], recompute: Recompute
 
 
 def _blocks(model: nn.Module | Sequence[nn.Module]) -> dict[int, TransformerBlock]:
-    """The pipeline's blocks on this rank by virtual stage."""
+    """Return the pipeline's blocks on this rank by virtual stage."""
     chunks = [model] if isinstance(model, nn.Module) else model
     found = [module for chunk in chunks for module in chunk.modules() if isinstance(module, TransformerBlock)]
     found = [b for b in found if b.config.pipeline_model_parallel_layout is not None] or found
@@ -118,8 +120,11 @@ def _recompute_first_layers(block: TransformerBlock, count: int) -> None:
 
 
 def _require_input_gradient(block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """A checkpoint none of whose inputs has a gradient has none for its weights either: behind a frozen embedding
-    the adapters of recomputed layers would not be trained, silently."""
+    """Let the input of a recomputed block have a gradient, also behind a frozen embedding.
+
+    If no input of a checkpoint has a gradient, its weights get none either. Adapters in recomputed layers behind a
+    frozen embedding would not be trained, and nothing would say so.
+    """
     hidden_states = kwargs.get("hidden_states", args[0] if args else None)
     recomputes = block.training and block.config.recompute_granularity == "full"
     if recomputes and torch.is_grad_enabled() and isinstance(hidden_states, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What Megatron-Core needs of a layout and of recomputed layers, refused by the name of the option."""
+"""Check what Megatron-Core needs of a layout and of recomputed layers, and name the option that does not fit."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo_skymoe.config import ConfigurationError
 
 Recompute = Sequence[Sequence[int]]
-"""`recompute[stage][virtual_stage]`: the first so many layers of that chunk are recomputed."""
+"""`recompute[stage][virtual_stage]` is the number of layers of that chunk, from its first, that are recomputed."""
 
 _GRAPHS = "Megatron (up to 0.15) captures no layer that is recomputed"
 # Option, the only value that it may have, and why.
@@ -41,13 +41,15 @@ _WITH_RECOMPUTATION = (
 def check_plan(
     config: TransformerConfig, layout: str, recompute: Recompute | None
 ) -> PipelineParallelLayerLayout:
-    """Check a plan against a configuration that knows `pipeline_model_parallel_size`; arguments of `apply_layout`.
+    """Check a plan against a configuration that knows `pipeline_model_parallel_size`.
+
+    The arguments are those of `apply_layout`.
 
     Returns:
         The layout as Megatron parses it: `layout[stage][virtual_stage]` is a list of layer types.
 
     Raises:
-        ConfigurationError: What does not fit, in one sentence.
+        ConfigurationError: The plan does not fit; the message names the option and what was expected.
     """
     chunks = _parse(config, layout)
     _require(config, _WITH_LAYOUT, "pipeline_model_parallel_layout")
@@ -111,7 +113,8 @@ def _check_chunks(chunks: PipelineParallelLayerLayout, layout: str, num_layers: 
 
 
 def _check_uniform(config: TransformerConfig, layers: list[list[int]]) -> None:
-    """Megatron's 'uniform' method looks past the end of a chunk that its number does not divide (up to 0.16)."""
+    """Refuse Megatron's 'uniform' method for a chunk that its number does not divide: it looks past the end (up to
+    0.16)."""
     number = config.recompute_num_layers
     if config.recompute_granularity != "full" or config.recompute_method != "uniform" or not number:
         return

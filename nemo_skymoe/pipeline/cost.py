@@ -1,7 +1,7 @@
-"""Time and memory of every block of a model on given hardware, counted from first principles.
+"""The time and memory of every block of a model on given hardware, counted from first principles.
 
-A block's time is its matrix products and attention at a share of the peak (`Efficiency.compute`), plus the passes of
-its other kernels over memory at full bandwidth, plus its collectives. Nothing overlaps inside a block.
+The time of a block has three parts. Matrix products and attention run at a share of the peak (`Efficiency.compute`).
+The other kernels pass over memory at full bandwidth. Collectives follow. Nothing overlaps inside a block.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from nemo_skymoe.pipeline.training import Training
 
 @dataclass(frozen=True)
 class Work:
-    """What one GPU does for one micro-batch in one direction."""
+    """The work of one GPU for one micro-batch in one direction."""
 
     flops: float = 0.0
     traffic: float = 0.0
@@ -32,7 +32,7 @@ class Work:
 
 @dataclass(frozen=True)
 class CostModel:
-    """`model` trained as `training` on `hardware`."""
+    """The cost of `model`, trained as `training` says, on `hardware`."""
 
     model: Architecture
     training: Training
@@ -41,26 +41,26 @@ class CostModel:
 
     @cached_property
     def links(self) -> Links:
-        """The cluster's wires."""
+        """The links of the cluster."""
         return Links(self.hardware, self.efficiency)
 
     @cached_property
     def tensor_group(self) -> Group:
-        """Ranks that split one layer."""
+        """The ranks that split one layer."""
         return Group(self.training.tensor_parallel)
 
     @cached_property
     def expert_group(self) -> Group:
-        """Ranks that split the experts of one layer."""
+        """The ranks that split the experts of one layer."""
         return Group(self.training.expert_parallel)
 
     def seconds(self, work: Work) -> float:
-        """Time of `work`."""
+        """Return the time that `work` takes."""
         compute = work.flops / (self.hardware.peak_flops * self.efficiency.compute)
         return compute + work.traffic / self.hardware.memory_bandwidth + work.wire
 
     def problem(self, memory_limit: float) -> PipelineProblem:
-        """The planner's problem; `memory_limit` is bytes of a GPU, the model's fixed overhead included."""
+        """Return the planner's problem. `memory_limit` is in bytes of a GPU, with the model's fixed overhead."""
         kinds = {layer: self.layer(layer) for layer in {*self.model.layers}}
         return PipelineProblem(
             blocks=(self.embedding(), *(kinds[layer] for layer in self.model.layers), self.head()),
@@ -73,13 +73,13 @@ class CostModel:
         )
 
     def embedding(self) -> Block:
-        """The token embedding: a lookup, and a reduction where the vocabulary is split."""
+        """Return the block of the token embedding: a lookup, and a reduction if the vocabulary is split."""
         work = Work(traffic=2 * self._hidden_bytes(), wire=self._tensor_collectives(1))
         footprint = memory.embedding_footprint(self.model, self.training)
         return self._block("embedding", work, work, footprint)
 
     def layer(self, layer: Architecture | None = None) -> Block:
-        """One transformer layer: one of `model.layers`, by default the first."""
+        """Return the block of a transformer layer, which is one of `model.layers`, by default the first."""
         model = layer or self.model.layers[0]
         attention_forward, attention_backward = causal_attention_flops(model, self.training.seq_length)
         matmul = 2 * self._layer_macs(model)
@@ -92,7 +92,10 @@ class CostModel:
         return self._block("layer", forward, backward, memory.layer_footprint(model, self.training))
 
     def head(self) -> Block:
-        """Final norm, output layer and loss, whose fp32 softmax passes three times over the logits each way."""
+        """Return the block of final norm, output layer and loss.
+
+        The fp32 softmax passes over the logits three times each way.
+        """
         rows = memory.padded_vocabulary(self.model, self.training)
         logits = self.training.tokens * rows / self.training.tensor_parallel
         flops = 2 * logits * self.model.hidden_size
@@ -103,20 +106,22 @@ class CostModel:
         return self._block("head", forward, backward, memory.head_footprint(self.model, self.training))
 
     def transfer(self) -> float:
-        """Seconds to send a micro-batch's activations to the next stage."""
+        """Return the seconds that it takes to send a micro-batch's activations to the next stage."""
         return self.links.point_to_point(self._hidden_bytes(), self.training.stage_gpus)
 
     def tail(self) -> float:
-        """Seconds of a step that reduce gradients and gather parameters on the fullest of even stages.
+        """Return the seconds of a step that reduce gradients and gather parameters, on the fullest stage of an even
+        layout.
 
-        With overlap only what one micro-batch's backward, or forward, leaves uncovered.
+        If these overlap with compute, only the part counts that the backward, or forward, of one micro-batch does not
+        cover.
         """
         count = -(-self.model.num_layers // self.training.pipeline_parallel)
         layers = self.model.layers
         return max(self._tail(layers[first : first + count]) for first in range(0, len(layers), count))
 
     def _tail(self, layers: Sequence[Architecture]) -> float:
-        """The same, of a stage with these layers."""
+        """Return the seconds of `tail` for a stage with these layers."""
         training = self.training
         parameters = [memory.layer_parameters(layer, training) for layer in layers]
         ends = 2 if training.pipeline_parallel == 1 else 1
@@ -145,21 +150,22 @@ class CostModel:
         )
 
     def _hidden_bytes(self) -> float:
-        """Of one GPU's part of the activations between layers."""
+        """Return the bytes of one GPU's part of the activations between layers."""
         return BF16 * self.model.hidden_size * self.training.tokens / self.training.sequence_shards
 
     def _tensor_collectives(self, count: int) -> float:
-        """Seconds of `count` all-gathers or reduce-scatters of a micro-batch's activations.
+        """Return the seconds of `count` all-gathers or reduce-scatters of a micro-batch's activations.
 
-        Sequence parallelism gathers in front of attention and of a dense MLP and reduce-scatters behind them, the
-        backward likewise; for the weights' gradient it gathers the input once more. Without it an all-reduce, which
-        is one of each, does both: behind them in the forward, in front of them in the backward.
+        Sequence parallelism gathers before attention and before a dense MLP, and reduce-scatters after them. The
+        backward pass does the same in reverse, and gathers the input once more for the weights' gradient. Without
+        sequence parallelism an all-reduce, which is one of each, does both: after them in the forward pass, and before
+        them in the backward pass.
         """
         whole = BF16 * self.model.hidden_size * self.training.tokens
         return count * self.links.ring(whole, self.tensor_group)
 
     def _layer_macs(self, model: Architecture) -> float:
-        """Multiply-adds of one layer's matrix products, one micro-batch on one GPU."""
+        """Count the multiply-adds of one layer's matrix products, for one micro-batch on one GPU."""
         training = self.training
         macs = model.attention_parameters * training.tokens / training.tensor_parallel
         macs += model.router_parameters * training.tokens / training.sequence_shards
@@ -167,10 +173,11 @@ class CostModel:
         return macs + (mlp if model.num_moe_experts else mlp / training.tensor_parallel)
 
     def _layer_traffic(self, model: Architecture, direction: int) -> float:
-        """Bytes of norms, RoPE, residuals, SwiGLU and permutations: what each kernel reads and writes.
+        """Count the bytes that the kernels of norms, RoPE, residuals, SwiGLU and permutations read and write.
 
-        `direction` 1 is forward, 2 backward. Forward: two norms (2 h each), two residual additions (3 h), RoPE (twice
-        query and key), SwiGLU (3 f); backward: norms 3 h, gradient sums 3 h, RoPE the same, SwiGLU 5 f.
+        `direction` is 1 for forward and 2 for backward. Forward counts two norms (2 h each), two residual additions (3
+        h), RoPE (twice query and key) and SwiGLU (3 f). Backward counts norms (3 h), sums of gradients (3 h), RoPE (the
+        same) and SwiGLU (5 f).
         """
         training = self.training
         tokens = memory.expert_tokens(model, training)
@@ -186,10 +193,10 @@ class CostModel:
         return passes * self._hidden_bytes() + rope + BF16 * (swiglu + permuted)
 
     def _dispatch(self, model: Architecture) -> float:
-        """Seconds, either direction, to bring tokens to the experts and back.
+        """Return the seconds, in either direction, that it takes to bring tokens to the experts and back.
 
-        Under EDP without sequence parallelism every GPU has all tokens and nothing is dispatched. Otherwise tokens
-        are gathered and reduced or dealt out to their experts and back, whichever is faster.
+        Under EDP without sequence parallelism every GPU has all tokens, and nothing is dispatched. Otherwise tokens are
+        gathered and reduced, or dealt out to their experts and back, whichever is faster.
         """
         training = self.training
         if not model.num_moe_experts:

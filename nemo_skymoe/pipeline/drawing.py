@@ -1,4 +1,4 @@
-"""A picture of a simulated step, as Figure 6 of the report: stages below each other, time to the right."""
+"""A picture of a simulated step, like the report's Figure 6: one row per stage, with time to the right."""
 
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -19,10 +19,10 @@ _LARGEST_FONT, _SMALLEST_FONT = 9.0, 4.5  # points
 
 
 def draw_schedule(simulation: Simulation, title: str | None = None) -> "Figure":
-    """One box an operation, with the number of its micro-batch where there is room; grey is idle.
+    """Draw one box for each operation, with the number of its micro-batch if there is room; grey is idle time.
 
-    Waiting for a transfer counts as idle. Later virtual stages are darker. What a stage holds stands at its left. The
-    figure belongs to no window: `savefig` writes it as SVG, PNG or PDF.
+    Waiting for a transfer counts as idle. Later virtual stages are darker. The text at the left of a row says what the
+    stage holds. The figure belongs to no window: `savefig` writes it as SVG, PNG or PDF.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ def _draw_boxes(axes: "Axes", simulation: Simulation) -> None:
 
 
 def _draw_numbers(axes: "Axes", simulation: Simulation) -> None:
-    """One size for all: what fits in the narrowest forward or backward, or none."""
+    """Write all numbers in one size that fits in the narrowest forward or backward, or write none."""
     numbered = [event for event in simulation.events if event.kind != "recompute" and event.end > event.start]
     digits = len(str(simulation.layout.problem.micro_batches))
     narrowest = min((event.end - event.start for event in numbered), default=0.0)
@@ -122,7 +122,7 @@ def _summary(simulation: Simulation) -> str:
 
 
 def _holding(layout: Layout, stage: int) -> str:
-    """Embedding (E), layers of each chunk and head (L) of a stage, as `stage 0: E+5, 2 recomputed`."""
+    """Describe what a stage holds, with E for the embedding and L for the head: `stage 0: E+5, 2 recomputed`."""
     chunks = layout.chunks_of(stage)
     kinds = [block.kind for chunk in chunks for block in chunk.blocks]
     layers = "+".join(str(chunk.layers) for chunk in chunks)

@@ -1,4 +1,4 @@
-"""The 1F1B layout with the least (m - 1) max t + sum t that fits in memory: exact, by dynamic programming."""
+"""Find the 1F1B layout with the least (m - 1) max t + sum t that fits in memory, exactly, by dynamic programming."""
 
 import heapq
 
@@ -9,20 +9,20 @@ from nemo_skymoe.pipeline.problem import PipelineProblem
 from nemo_skymoe.pipeline.stage_table import StageTable
 
 Cuts = tuple[int, ...]
-"""First block of every chunk, then the number of blocks."""
+"""First block of every chunk, and then the number of blocks."""
 
 _ROUNDING = 1e-12
 
 
 def exact_cuts(table: StageTable) -> Cuts:
-    """The optimal cuts; every stage then recomputes the fewest layers that fit.
+    """Return the optimal cuts, with which every stage recomputes the fewest layers that fit.
 
-    For a bound T on the slowest stage, `cheapest_cuts` finds the least sum, which falls as T grows. Only stage times
-    need be tried as T, and an interval of them is left out when even its smallest T with its smallest sum does not
-    beat the best layout found.
+    For a bound T on the slowest stage, `cheapest_cuts` finds the least sum, which falls as T grows. T only has to be
+    tried at the times that stages can have. An interval of these is left out if even its smallest T, together with its
+    smallest sum, does not beat the best layout found so far.
 
     Raises:
-        ConfigurationError: There are virtual stages, or no layout fits, with what is missing.
+        ConfigurationError: There are virtual stages, or no layout fits. The message says what is missing.
     """
     if table.problem.virtual_stages > 1:
         raise ConfigurationError(
@@ -51,9 +51,11 @@ def exact_cuts(table: StageTable) -> Cuts:
 
 
 def cheapest_cuts(cost: np.ndarray, combine: np.ufunc = np.add) -> Cuts | None:
-    """Cuts with the least combined cost (`np.add`: the sum, `np.maximum`: the largest); None if all are infinite.
+    """Return the cuts with the least combined cost, or None if all costs are infinite.
 
-    `cost` is [stages, first block, block after the last], infinite where a stage cannot be that range.
+    Args:
+        cost: [stages, first block, block after the last], infinite if a stage cannot hold that range.
+        combine: `np.add` for the sum of the stages' costs, `np.maximum` for the largest of them.
     """
     stages, size, _ = cost.shape
     value = np.full(size, np.inf)
@@ -72,19 +74,19 @@ def cheapest_cuts(cost: np.ndarray, combine: np.ufunc = np.add) -> Cuts | None:
 
 
 def _objective(table: StageTable, cuts: Cuts) -> tuple[float, float]:
-    """(m - 1) max t + sum t, and sum t."""
+    """Return (m - 1) max t + sum t, and sum t."""
     times = table.time[np.arange(len(cuts) - 1), cuts[:-1], cuts[1:]]
     return (table.problem.micro_batches - 1) * times.max() + times.sum(), times.sum()
 
 
 def _distinct(values: np.ndarray) -> np.ndarray:
-    """Sorted values, one of every group that only rounding tells apart: the largest, so that it admits them all."""
+    """Return sorted values, keeping of values that only rounding tells apart the largest, which admits them all."""
     values = np.sort(values)
     return values[np.append(values[1:] > values[:-1] * (1 + _ROUNDING), True)]
 
 
 def _what_is_missing(table: StageTable) -> str:
-    """The stage that lacks most memory in the layout where that is least, with every layer recomputed."""
+    """Describe the stage that lacks most memory, in the layout that lacks least, with every layer recomputed."""
     shortage = np.where(table.start < table.stop, table.shortage, np.inf)
     cuts = cheapest_cuts(shortage, np.maximum)
     assert cuts is not None
@@ -94,7 +96,7 @@ def _what_is_missing(table: StageTable) -> str:
 
 
 def shortage_message(problem: PipelineProblem, stage: int, missing: float) -> str:
-    """What to tell when the best layout lacks `missing` bytes on a stage."""
+    """Return the message for a best layout that lacks `missing` bytes on a stage."""
     # Interleaved layouts are found by heuristics, which can miss one that fits.
     tried, best = ("layout", "even the best") if problem.virtual_stages == 1 else ("layout tried", "the best")
     return (

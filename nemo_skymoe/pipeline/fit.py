@@ -1,4 +1,4 @@
-"""The fitted constants of `efficiency.Efficiency`, from one published run: two figures, two constants."""
+"""Fit the two constants of `efficiency.Efficiency` to the two figures of one published run."""
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -14,16 +14,16 @@ from nemo_skymoe.pipeline.training import Training
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A configuration without recomputation, and what was measured of it."""
+    """A configuration without recomputation, and its measured figures."""
 
     model: Architecture
     hardware: Hardware
     training: Training
     layers: tuple[int, ...]
-    """Of every stage."""
+    """Number of layers of every stage."""
     tokens_per_gpu_per_second: float
     memory: float
-    """Bytes on the fullest GPU; a published "GB" is taken as 1e9."""
+    """Bytes on the fullest GPU. A published "GB" is taken as 1e9 bytes."""
 
 
 SKYWORK_13B_RUN = PublishedRun(
@@ -40,12 +40,12 @@ SKYWORK_13B_RUN = PublishedRun(
     tokens_per_gpu_per_second=1873,
     memory=77.1e9,
 )
-"""Skywork-13B on 512 A800-80G: arXiv 2310.19341, section 3.5 and Table 10. Overlapped gradient reduction is not
-mentioned there, and not assumed."""
+"""Skywork-13B on 512 A800-80G, from arXiv 2310.19341, section 3.5 and Table 10. The paper does not mention overlapped
+gradient reduction, so it is not assumed."""
 
 
 def predict(run: PublishedRun, efficiency: Efficiency) -> tuple[float, float]:
-    """(tokens per GPU and second, bytes on the fullest GPU) of this configuration."""
+    """Return the tokens per GPU and second, and the bytes on the fullest GPU, of this configuration."""
     problem = CostModel(run.model, run.training, run.hardware, efficiency).problem(run.hardware.memory)
     blocks = [layers + (stage == 0) for stage, layers in enumerate(run.layers)]
     cuts = (0, *accumulate(blocks[:-1]), len(problem.blocks))
@@ -56,7 +56,7 @@ def predict(run: PublishedRun, efficiency: Efficiency) -> tuple[float, float]:
 
 
 def fit_efficiency(run: PublishedRun = SKYWORK_13B_RUN) -> Efficiency:
-    """The constants with which the model gives the run's two figures; `links` is not fitted.
+    """Return the constants with which the model gives the run's two figures. `links` is not fitted.
 
     The bisection is over `compute`, between 0 and 1 to 1e-9; memory does not depend on it.
     """

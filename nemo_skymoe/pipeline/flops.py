@@ -1,8 +1,9 @@
-"""FLOPs of one token: the model's, by which MFU is counted, and those a GPU carries out.
+"""The FLOPs of one token: those of the model, by which MFU is counted, and those that a GPU carries out.
 
-A matrix product takes 2 FLOPs a weight and token forward and 4 backward. MFU counts attention over the full square
-of the sequence, as Megatron-LM, PaLM and arXiv 2310.19341 do (its Table 10: 94.1 GFLOP a token for Skywork-13B, 93.1
-here). FlashAttention carries out the causal half of it, and in the backward computes the scores once more.
+A matrix product takes 2 FLOPs per weight and token forward, and 4 backward. MFU counts attention over the full square
+of the sequence, as Megatron-LM, PaLM and arXiv 2310.19341 do (its Table 10 gives 94.1 GFLOP per token for Skywork-13B,
+and we count 93.1). FlashAttention carries out the causal half of the square, and computes the scores once more in the
+backward pass.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ PADDED_FORMULA = FORMULA + ", with experts x capacity_factor"
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """Of one token in forward and backward, over all layers."""
+    """FLOPs of one token in forward and backward, over all layers."""
 
     attention_projections: float
     attention_core: float
@@ -25,14 +26,16 @@ class TokenFlops:
 
     @property
     def total(self) -> float:
-        """Their sum."""
+        """Sum of all parts."""
         return sum(vars(self).values())
 
 
 def model_flops(model: Architecture, seq_length: int, capacity: float = 1.0) -> TokenFlops:
-    """Forward and backward of one token, without recomputation; experts computed `capacity` times.
+    """Count the forward and backward FLOPs of one token, without recomputation and with experts computed `capacity`
+    times.
 
-    157.9e9 for Skywork-MoE at 8192, 93.1e9 for Skywork-13B at 4096. The MLP of a dense layer counts as its expert.
+    They are 157.9e9 for Skywork-MoE at sequence length 8192, and 93.1e9 for Skywork-13B at 4096. The MLP of a dense
+    layer counts as its expert.
     """
     width = model.num_attention_heads * model.head_size
     computed = [layer.moe_router_topk * capacity if layer.num_moe_experts else 1.0 for layer in model.layers]
@@ -49,6 +52,6 @@ def model_flops(model: Architecture, seq_length: int, capacity: float = 1.0) -> 
 
 
 def causal_attention_flops(model: Architecture, seq_length: int) -> tuple[float, float]:
-    """(forward, backward) of one token's attention in one layer: 2 and 5 products over half of the square."""
+    """Count one token's attention in one layer, (forward, backward): 2 and 5 products over half of the square."""
     product = model.num_attention_heads * model.head_size * seq_length
     return 2.0 * product, 5.0 * product

@@ -1,4 +1,4 @@
-"""What a GPU and its links can do at most, as their vendor states it."""
+"""Peak rates of GPUs and their links, as their vendor states them."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from nemo_skymoe.config import ConfigurationError
 
 @dataclass(frozen=True)
 class Hardware:
-    """One GPU of a cluster. Rates are peaks; what is reached of them is `efficiency.Efficiency`."""
+    """One GPU of a cluster. Rates are peaks, of which a training reaches the shares in `efficiency.Efficiency`."""
 
     name: str
     peak_flops: float
@@ -24,20 +24,24 @@ class Hardware:
 
 
 A800_80G = Hardware("A800-80G", 312e12, 80e9, 2039e9, nvlink=200e9, network=12.5e9)
-"""An A100-80G with 400 GB/s of NVLink (both directions); 800 Gb/s of RoCE a node, as in appendix B.3 and in
+"""An A100-80G with 400 GB/s of NVLink (both directions), and 800 Gb/s of RoCE per node, as in appendix B.3 and in
 section 3.5 of arXiv 2310.19341."""
 A100_80G = Hardware("A100-80G", 312e12, 80e9, 2039e9, nvlink=300e9, network=25e9)
-"""NVIDIA A100 80GB SXM datasheet; DGX A100: eight 200 Gb/s adapters a node."""
+"""NVIDIA A100 80GB SXM datasheet; a DGX A100 has eight 200 Gb/s adapters per node."""
 H100 = Hardware("H100", 989.4e12, 80e9, 3350e9, nvlink=450e9, network=50e9)
-"""NVIDIA H100 SXM5 datasheet (half of its figure with sparsity); DGX H100: eight 400 Gb/s adapters a node."""
+"""NVIDIA H100 SXM5 datasheet (half of its figure with sparsity); a DGX H100 has eight 400 Gb/s adapters per node."""
 H200 = Hardware("H200", 989.4e12, 141e9, 4800e9, nvlink=450e9, network=50e9)
-"""NVIDIA H200 SXM datasheet (half of its figure with sparsity); DGX H200: eight 400 Gb/s adapters a node."""
+"""NVIDIA H200 SXM datasheet (half of its figure with sparsity); a DGX H200 has eight 400 Gb/s adapters per node."""
 
 PRESETS = {gpu.name: gpu for gpu in (A800_80G, A100_80G, H100, H200)}
 
 
 def hardware_preset(name: str) -> Hardware:
-    """The preset of this name, in any case. ConfigurationError: there is none."""
+    """Return the preset of this name, in small or capital letters.
+
+    Raises:
+        ConfigurationError: There is no such preset.
+    """
     for known, preset in PRESETS.items():
         if known.lower() == name.lower():
             return preset

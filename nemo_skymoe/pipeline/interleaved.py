@@ -1,4 +1,4 @@
-"""Layouts for interleaved 1F1B, by heuristics: balanced chunks, recomputation added until every stage fits."""
+"""Heuristics for layouts of interleaved 1F1B: they balance the chunks, and add recomputation until every stage fits."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ _NO_TIME = 1e-30  # seconds: keeps what recomputation saves per second finite
 
 
 class InterleavedTable:
-    """Recomputed layers, memory and times of interleaved layouts; cuts are [layouts, chunks + 1]."""
+    """Recomputed layers, memory and times of interleaved layouts. All methods take cuts [layouts, chunks + 1]."""
 
     def __init__(self, problem: PipelineProblem) -> None:
         self.problem = problem
@@ -38,14 +38,14 @@ class InterleavedTable:
         self._worth = np.append(saved / np.maximum(seconds, _NO_TIME), 0.0)
 
     def price(self, cuts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds forward and backward, [layouts, chunks]; infinite where a stage does not fit."""
+        """Return the seconds forward and backward, [layouts, chunks], infinite if a stage does not fit."""
         middle = self.middle(cuts)
         forward, backward = self.times(cuts, middle)
         fits = (self.memory(cuts, middle) <= self.problem.memory_limit).all(axis=1, keepdims=True)
         return np.where(fits, forward, np.inf), np.where(fits, backward, np.inf)
 
     def times(self, cuts: np.ndarray, middle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds forward, and backward with the recomputation of all layers before `middle`, [layouts, chunks]."""
+        """Return the seconds forward, and backward with all layers before `middle` recomputed, [layouts, chunks]."""
         start, stop, ranges = cuts[:, :-1], cuts[:, 1:], self.ranges
         forward = ranges.forward[stop] - ranges.forward[start]
         backward = ranges.backward[stop] - ranges.backward[start]
@@ -53,19 +53,22 @@ class InterleavedTable:
         return np.broadcast_to(forward, backward.shape), backward
 
     def first_layers(self, cuts: np.ndarray) -> np.ndarray:
-        """First block of every chunk that can recompute, [layouts, chunks]."""
+        """Return the first block of every chunk that can be recomputed, [layouts, chunks]."""
         return np.minimum(self._first_layer[cuts[:, :-1]], cuts[:, 1:])
 
     def recomputed(self, cuts: np.ndarray) -> np.ndarray:
-        """Recomputed layers, [layouts, chunks]."""
+        """Return the number of recomputed layers, [layouts, chunks]."""
         return self.ranges.layers[self.middle(cuts)] - self.ranges.layers[cuts[:, :-1]]
 
     def shortage(self, cuts: np.ndarray) -> np.ndarray:
-        """Bytes over the limit with every layer recomputed, [layouts, stages]."""
+        """Return the bytes over the limit with every layer recomputed, [layouts, stages]."""
         return self.memory(cuts, self._layers_end[cuts[:, 1:]]) - self.problem.memory_limit
 
     def middle(self, cuts: np.ndarray) -> np.ndarray:
-        """End of every chunk's recomputed blocks, [layouts, chunks]: greedy, most memory saved per second first."""
+        """Return the end of every chunk's recomputed blocks, [layouts, chunks].
+
+        The choice is greedy: it takes first what saves most memory per second of recomputation.
+        """
         middle = np.empty_like(cuts[:, :-1])
         for stage in range(self.problem.stages):
             own = slice(stage, None, self.problem.stages)
@@ -74,7 +77,7 @@ class InterleavedTable:
         return middle
 
     def memory(self, cuts: np.ndarray, middle: np.ndarray) -> np.ndarray:
-        """Bytes a stage needs, [layouts, stages], as `Layout.memory`."""
+        """Return the bytes that a stage needs, [layouts, stages], as `Layout.memory` counts them."""
         step = self.problem.stages
         stages = [
             self.stage_memory(s, cuts[:, :-1][:, s::step], middle[:, s::step], cuts[:, 1:][:, s::step])
@@ -105,21 +108,21 @@ class InterleavedTable:
         return middle
 
     def stage_memory(self, stage: int, start: np.ndarray, middle: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        """Bytes one stage needs, [layouts]; the other arguments are [layouts, virtual stages]."""
+        """Return the bytes that one stage needs, [layouts]. The other arguments are [layouts, virtual stages]."""
         weights = (self.ranges.weights[stop] - self.ranges.weights[start]).sum(axis=1)
         held, running = self._moments(stage)
         in_use = self.ranges.held(start, middle, stop) @ held.T
         return weights + (in_use + self.ranges.peak(start, middle, stop)[:, running]).max(axis=1)
 
     def _moments(self, stage: int) -> tuple[np.ndarray, np.ndarray]:
-        """Micro-batches held, [moments, chunks], and the running chunk, [moments]."""
+        """Return the number of micro-batches held, [moments, chunks], and the running chunk, [moments]."""
         problem = self.problem
         moments = in_flight(stage, problem.stages, problem.virtual_stages, problem.micro_batches)
         return np.array([m.held for m in moments], dtype=float), np.array([m.running for m in moments])
 
 
 def balanced_cuts(problem: PipelineProblem) -> list[Cuts]:
-    """Starting points: chunks even in time or in memory, or with light chunks first or last."""
+    """Return starting points: chunks that are even in time or in memory, or with light chunks first or last."""
     chunks, size = problem.stages * problem.virtual_stages, len(problem.blocks) + 1
     start, stop = np.indices((size, size))
     activations = [block.activations * problem.stages + block.weights for block in problem.blocks]
@@ -139,10 +142,10 @@ def balanced_cuts(problem: PipelineProblem) -> list[Cuts]:
 
 
 def fitting_cuts(table: InterleavedTable, seeds: Sequence[Cuts]) -> tuple[list[Cuts], np.ndarray]:
-    """The seeds that fit, or else cuts reached from them by moving blocks off the stage that lacks most memory.
+    """Return the seeds that fit, or else cuts that are reached from them by moving blocks off the fullest stage.
 
-    Also returns the shortage of the best cuts, [stages] bytes over the limit with every layer recomputed; none fit
-    where any of it is positive.
+    The second result is the shortage of the best cuts: the bytes over the limit of each stage with every layer
+    recomputed. If any of them is positive, none fits.
     """
     cuts, best = np.array(seeds), np.inf
     while True:

@@ -1,4 +1,4 @@
-"""A pipeline layout: which blocks each chunk holds, which of its layers recompute, and what that costs."""
+"""A pipeline layout says which blocks each chunk holds and which of its layers are recomputed; its costs follow."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _LETTERS = {"embedding": "E", "layer": "t", "head": "L"}
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive blocks that one stage runs together; the first `recomputed` of their layers recompute."""
+    """Consecutive blocks that one stage runs together. The first `recomputed` of their layers are recomputed."""
 
     blocks: tuple[Block, ...]
     recomputed: int = 0
@@ -27,17 +27,17 @@ class Chunk:
 
     @cached_property
     def layers(self) -> int:
-        """Transformer layers."""
+        """Number of transformer layers."""
         return sum(block.kind == "layer" for block in self.blocks)
 
     @cached_property
     def forward(self) -> float:
-        """Seconds."""
+        """Seconds of the forward pass."""
         return sum(block.forward for block in self.blocks)
 
     @cached_property
     def backward(self) -> float:
-        """Seconds, without recomputation."""
+        """Seconds of the backward pass, without recomputation."""
         return sum(block.backward for block in self.blocks)
 
     @cached_property
@@ -49,19 +49,19 @@ class Chunk:
 
     @cached_property
     def weights(self) -> float:
-        """Bytes."""
+        """Bytes of weights, gradients and optimizer state."""
         return sum(block.weights for block in self.blocks)
 
     @cached_property
     def held(self) -> float:
-        """Bytes kept from a micro-batch's forward to its backward."""
+        """Bytes that are kept from a micro-batch's forward to its backward."""
         return sum(self._kept)
 
     @cached_property
     def peak(self) -> float:
-        """Bytes of the micro-batch that runs, at its worst.
+        """Bytes that the running micro-batch takes at most.
 
-        When the backward reaches a block, everything behind it is already freed; a recomputed layer then has its
+        When the backward pass reaches a block, everything behind it is already freed. A recomputed layer then has its
         activations back instead of its checkpoint.
         """
         rows = zip(self.blocks, self._recomputes, accumulate(self._kept), strict=True)
@@ -86,10 +86,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Layout:
-    """A cut of a problem's blocks into chunks, in model order: chunk c runs on stage c modulo the stages.
+    """A cut of a problem's blocks into chunks, in model order. Chunk c runs on stage c modulo the number of stages.
 
-    `cuts` is the first block of every chunk and then the number of blocks, `recomputed` the layers of every chunk
-    that recompute: the first ones, as Megatron's `block` method does.
+    `cuts` is the first block of every chunk, and then the number of blocks. `recomputed` is the number of layers of
+    every chunk that are recomputed, from its first, as Megatron's `block` method does.
     """
 
     problem: PipelineProblem
@@ -116,17 +116,17 @@ class Layout:
         return tuple(Chunk(tuple(self.problem.blocks[start:stop]), count) for (start, stop), count in ranges)
 
     def chunks_of(self, stage: int) -> tuple[Chunk, ...]:
-        """The chunks of one stage, in the order of the virtual stages."""
+        """Return the chunks of one stage, in the order of the virtual stages."""
         return self.chunks[stage :: self.problem.stages]
 
     @property
     def layers(self) -> list[int]:
-        """Transformer layers of every stage."""
+        """Number of transformer layers of every stage."""
         return [sum(chunk.layers for chunk in self.chunks_of(stage)) for stage in self._stages]
 
     @property
     def recomputed_layers(self) -> list[int]:
-        """Recomputed layers of every stage."""
+        """Number of recomputed layers of every stage."""
         return [sum(chunk.recomputed for chunk in self.chunks_of(stage)) for stage in self._stages]
 
     @property
@@ -136,7 +136,7 @@ class Layout:
 
     @cached_property
     def times(self) -> list[float]:
-        """Seconds a stage spends on one micro-batch: forward, recomputation, backward and transfers."""
+        """Seconds that a stage spends on one micro-batch: forward, recomputation, backward and transfers."""
         return [
             sum(chunk.forward + chunk.recompute + chunk.backward for chunk in self.chunks_of(stage))
             + transfer_time(self.problem, stage)
@@ -145,22 +145,22 @@ class Layout:
 
     @property
     def slack(self) -> list[float]:
-        """Seconds a micro-batch that a stage waits for the slowest one in the steady state."""
+        """Seconds per micro-batch that a stage waits for the slowest one in the steady state."""
         slowest = max(self.times)
         return [slowest - time for time in self.times]
 
     @cached_property
     def memory(self) -> list[float]:
-        """Bytes a stage needs at its worst moment."""
+        """Bytes that a stage needs at its worst moment."""
         return [self._memory(stage) for stage in self._stages]
 
     @property
     def memory_slack(self) -> list[float]:
-        """Bytes left under the limit; negative where a stage does not fit."""
+        """Bytes left under the limit, negative if a stage does not fit."""
         return [self.problem.memory_limit - memory for memory in self.memory]
 
     def to_megatron_layout(self) -> str:
-        """Megatron's `pipeline_model_parallel_layout`, for example `Et*4|(t*5|)*10t*4L`."""
+        """Write the layout as Megatron's `pipeline_model_parallel_layout`, for example `Et*4|(t*5|)*10t*4L`."""
         names = ["".join(_LETTERS[block.kind] for block in chunk.blocks) for chunk in self.chunks]
         return _compressed([_short(name) for name in names])
 
@@ -178,10 +178,10 @@ class Layout:
 
 
 def transfer_time(problem: PipelineProblem, stage: int) -> float:
-    """Seconds a stage is blocked by sending and receiving, for one micro-batch.
+    """Return the seconds per micro-batch for which sending and receiving block a stage.
 
-    1F1B exchanges with either neighbour twice a micro-batch, and each exchange carries an activation one way and a
-    gradient the other. Interleaved 1F1B is run with `overlap_p2p_comm`: nothing is blocked.
+    1F1B exchanges with either neighbour twice per micro-batch. Each exchange carries an activation one way and a
+    gradient the other. Interleaved 1F1B runs with `overlap_p2p_comm`, which blocks nothing.
     """
     if problem.virtual_stages > 1 or problem.stages == 1:
         return 0.0
@@ -194,6 +194,6 @@ def _short(name: str) -> str:
 
 
 def _compressed(names: Sequence[str]) -> str:
-    """Chunks joined by `|`, equal neighbours as `(chunk|)*count`: the last chunk has no bar, so it stays out."""
+    """Join chunks by `|`, and write equal neighbours as `(chunk|)*count`; the last chunk has no bar."""
     runs = [(name, len(list(same))) for name, same in groupby(names[:-1])]
     return "".join(f"({name}|)*{count}" if count > 1 else f"{name}|" for name, count in runs) + names[-1]

@@ -1,4 +1,4 @@
-"""The best pipeline layout for a problem: planned by closed form, re-ranked by the simulator."""
+"""Find the best pipeline layout for a problem: a closed form proposes layouts, and the simulator ranks them."""
 
 import numpy as np
 
@@ -18,10 +18,16 @@ _LAST_STAGES = 7
 
 
 def best_layout(problem: PipelineProblem) -> Layout:
-    """The layout with the shortest simulated step among those tried; layers recompute only where memory binds.
+    """Return the layout with the shortest simulated step among those tried. Layers are recomputed only if memory is
+    short.
 
-    1F1B starts from the cuts of `exact_cuts`; interleaved 1F1B is `heuristic_interleaved_layout`.
-    Raises ConfigurationError, saying what is missing and by how much, where no layout fits.
+    1F1B starts from the cuts of `exact_cuts`. Interleaved 1F1B is `heuristic_interleaved_layout`.
+
+    Args:
+        problem: The blocks, the stages and the memory limit.
+
+    Raises:
+        ConfigurationError: No layout fits. The message says what is missing, and by how much.
     """
     if problem.virtual_stages > 1:
         return heuristic_interleaved_layout(problem)
@@ -33,9 +39,10 @@ def best_layout(problem: PipelineProblem) -> Layout:
 
 
 def heuristic_interleaved_layout(problem: PipelineProblem) -> Layout:
-    """The interleaved layout with the shortest simulated step among those that a local search tries.
+    """Return the interleaved layout with the shortest simulated step that a local search finds.
 
-    Raises ConfigurationError, saying what is missing and by how much, where it finds none that fits.
+    Raises:
+        ConfigurationError: It finds none that fits. The message says what is missing, and by how much.
     """
     table = InterleavedTable(problem)
     seeds, shortage = fitting_cuts(table, balanced_cuts(problem))
@@ -49,11 +56,12 @@ def heuristic_interleaved_layout(problem: PipelineProblem) -> Layout:
 
 
 def _candidates(table: StageTable, best: Cuts, duration: float) -> list[Cuts]:
-    """Layouts that may be faster than `best` although their estimate is not: the estimate ignores the stages' order.
+    """Return layouts that may be faster than `best` although their estimate is not.
 
-    After the last stage of the greatest time T, a stage of time t works while that one does its warm-up forwards and
-    cool-down backwards, so it delays the step by about max(0, t - forward of T) + max(0, t - backward of T), not t:
-    for every place of that last stage this is a sum again. Layouts whose T exceeds duration / m cannot win.
+    The estimate ignores the order of the stages. Let T be the greatest time of a stage, and consider the last stage
+    with it. While that stage does its warm-up forwards and cool-down backwards, a later stage of time t can work. It
+    therefore delays the step by about max(0, t - forward of T) + max(0, t - backward of T), and not by t. For every
+    place of that last stage this is a sum again. Layouts whose T exceeds duration / m cannot win.
     """
     problem, forward, backward = table.problem, table.ranges.forward[-1], table.ranges.backward[-1]
     stages, places = problem.stages, np.arange(problem.stages)[:, None, None]

@@ -1,4 +1,4 @@
-"""`plan`: from plain values to a pipeline plan."""
+"""`plan` turns plain values into a pipeline plan."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -32,25 +32,27 @@ def plan(
     efficiency: Efficiency | None = None,
     **training: Any,
 ) -> Plan:
-    """Choose the layout of a pipeline and the layers to recompute, and predict what a step takes.
+    """Choose the layout of a pipeline and the layers to recompute, and predict the time and memory of a step.
 
     Args:
         model: See `as_architecture`.
         hardware: A name of `hardware.PRESETS`, or a `Hardware`.
-        num_gpus: All GPUs; `data_parallel` follows from it.
-        data_parallel: Data-parallel ranks, in place of `num_gpus`.
-        recompute: May layers be recomputed where memory binds?
-        memory_limit: Bytes of one GPU that may be used; None: the hardware's.
-        layers: Layers of every chunk, in the model's order (virtual stage by virtual stage): a given layout is
-            predicted, none chosen. The embedding is in its first chunk, the head in its last.
+        num_gpus: Number of all GPUs, from which `data_parallel` follows.
+        data_parallel: Number of data-parallel ranks, in place of `num_gpus`.
+        recompute: Whether layers may be recomputed where memory is short.
+        memory_limit: Bytes of one GPU that may be used; None for all of the hardware's memory.
+        layers: Number of layers of every chunk, in the model's order (virtual stage by virtual stage). The function
+            then predicts this layout instead of choosing one. The embedding is in its first chunk, and the head in its
+            last.
         profile: Measured seconds and bytes of blocks, see `profile.measured_blocks`.
         efficiency: Other constants of the cost model.
-        **training: Fields of `Training`: `tensor_parallel`, `pipeline_parallel`, `virtual_pipeline`,
-            `expert_parallel`, `seq_length`, `micro_batch_size`, `global_batch_size`, `capacity_factor`, ...
-            `sequence_parallel` is on by default where `tensor_parallel` is.
+        **training: Fields of `Training`: `tensor_parallel`, `pipeline_parallel`, `virtual_pipeline`, `expert_parallel`,
+            `seq_length`, `micro_batch_size`, `global_batch_size`, `capacity_factor` and others. By default
+            `sequence_parallel` is on if `tensor_parallel` is above 1.
 
     Raises:
-        ConfigurationError: Options that do not go together, by name; or no layout fits, and by how much.
+        ConfigurationError: Options do not go together, and the message names them; or no layout fits, and it says by
+            how much.
     """
     architecture = as_architecture(model)
     gpu = hardware if isinstance(hardware, Hardware) else hardware_preset(hardware)
@@ -87,9 +89,10 @@ def plan(
 
 
 def given_layout(problem: PipelineProblem, layers: Sequence[int]) -> Layout:
-    """The layout with these layers in every chunk, recomputing the first layers until each stage fits.
+    """Return the layout with these layers in every chunk, recomputing the first layers until each stage fits.
 
-    Raises ConfigurationError where a stage lacks memory even with all of them recomputed.
+    Raises:
+        ConfigurationError: A stage lacks memory even with all of its layers recomputed.
     """
     chunks = problem.stages * problem.virtual_stages
     first, last = problem.blocks[0].kind == "embedding", len(problem.blocks)
@@ -152,7 +155,7 @@ def _data_parallel(options: Mapping[str, Any], num_gpus: int | None) -> int:
 
 
 def _explained(reason: str, limit: float, constants: Efficiency, recompute: bool) -> str:
-    """A planner's complaint, with where its memory limit comes from."""
+    """Add to a planner's message where its memory limit comes from."""
     if not recompute:
         reason = reason.replace(" with every layer recomputed", "") + "; recompute is off"
     return (

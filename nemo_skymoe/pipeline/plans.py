@@ -1,4 +1,4 @@
-"""A pipeline plan: what was asked, the chosen layout, and what it is predicted to take."""
+"""A pipeline plan: the question, the chosen layout, and its predicted time and memory."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,29 +15,30 @@ from nemo_skymoe.pipeline.training import Training
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage, as one of its GPUs sees it. Lists have one entry a virtual stage."""
+    """One stage as one of its GPUs sees it. Lists have one entry per virtual stage."""
 
     stage: int
     layers: tuple[int, ...]
     embedding: bool
     head: bool
     recomputed: tuple[int, ...]
-    """Layers recomputed because memory binds: the first ones of each chunk."""
+    """Number of layers that are recomputed because memory is short: the first ones of each chunk."""
     time: float
     """Seconds of one micro-batch: forward, recomputation, backward, and transfers that block."""
     slack: float
-    """Seconds of one micro-batch that it waits for the slowest stage in the steady state."""
+    """Seconds per micro-batch that the stage waits for the slowest one in the steady state."""
     free_recompute: int
-    """Layers that could be recomputed in the slack. They are not: in warm-up and cool-down it would cost time."""
+    """Number of layers that could be recomputed in the slack. They are not, because in warm-up and cool-down it would
+    cost time."""
     memory: float
-    """Bytes at the worst moment, the fixed overhead included."""
+    """Bytes at the worst moment, with the fixed overhead included."""
     memory_slack: float
     """Bytes left under the limit."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The layout of a pipeline and its prediction. Nothing here was measured, unless by a profile."""
+    """The layout of a pipeline and its prediction. Nothing in it was measured, unless a profile was given."""
 
     model: Architecture
     hardware: Hardware
@@ -55,12 +56,12 @@ class Plan:
 
     @cached_property
     def recompute(self) -> list[list[int]]:
-        """`recompute[stage][virtual_stage]`: recomputed layers, as `pipeline.apply` takes them."""
+        """`recompute[stage][virtual_stage]` recomputed layers, as `pipeline.apply` takes them."""
         return [list(stage.recomputed) for stage in self.stages]
 
     @cached_property
     def stages(self) -> tuple[StagePlan, ...]:
-        """Every stage."""
+        """The plan of every stage."""
         return tuple(self._stage(stage) for stage in range(self.training.pipeline_parallel))
 
     @property
@@ -75,22 +76,22 @@ class Plan:
 
     @property
     def tokens_per_gpu_per_second(self) -> float:
-        """Tokens of the global batch over step time and GPUs."""
+        """Tokens of the global batch divided by the step time and the number of GPUs."""
         tokens = self.training.global_batch_size * self.training.seq_length
         return tokens / self.step_time / self.training.num_gpus
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation by `flops.FORMULA`: nothing for recomputation or empty places of experts."""
+        """Model FLOPs utilisation by `flops.FORMULA`, without recomputation and without empty places of experts."""
         return self._utilisation(1.0)
 
     @property
     def padded_mfu(self) -> float:
-        """The same with the FLOPs of experts' whole capacity."""
+        """Model FLOPs utilisation that counts the experts' whole capacity."""
         return self._utilisation(self.training.capacity)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values, in seconds and bytes."""
+        """Return everything as plain values, in seconds and bytes."""
         return {
             "layout": self.layout,
             "recompute": self.recompute,
@@ -138,7 +139,7 @@ class Plan:
 
 
 def _free_recompute(chunks: tuple[Chunk, ...], slack: float) -> int:
-    """How many of the layers that are not recomputed could be within `slack` seconds."""
+    """Count the layers that are not recomputed and could be within `slack` seconds."""
     costs = [
         block.recompute
         for chunk in chunks

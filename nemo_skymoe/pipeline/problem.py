@@ -1,4 +1,4 @@
-"""What a pipeline planner needs to know, in plain numbers: one entry a block, one limit a stage."""
+"""The problem of a pipeline planner in plain numbers, with one entry per block and one limit for all stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -8,9 +8,10 @@ from nemo_skymoe.config import ConfigurationError
 
 @dataclass(frozen=True)
 class Block:
-    """What cannot be split: the embedding, one transformer layer, or final norm with output layer and loss.
+    """A part of the model that cannot be split: the embedding, a transformer layer, or final norm, output layer and
+    loss.
 
-    Times are seconds for one micro-batch on one GPU; memory is bytes on one GPU.
+    Times are seconds for one micro-batch on one GPU. Memory is bytes on one GPU.
     """
 
     kind: str
@@ -18,15 +19,15 @@ class Block:
     forward: float
     backward: float
     weights: float
-    """Weights, gradients and optimizer state."""
+    """Bytes of weights, gradients and optimizer state."""
     activations: float
-    """Held from a micro-batch's forward to its backward, without recomputation."""
+    """Bytes held from a micro-batch's forward to its backward, without recomputation."""
     checkpoint: float = 0.0
-    """The same when the block is recomputed: its input."""
+    """Bytes held if the block is recomputed: its input."""
     recompute: float = 0.0
-    """Added to the backward when the block is recomputed."""
+    """Seconds that the backward takes longer if the block is recomputed."""
     working: float = 0.0
-    """Needed only while the block runs."""
+    """Bytes needed only while the block runs."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("embedding", "layer", "head"):
@@ -44,13 +45,17 @@ class Block:
 
     @property
     def time(self) -> float:
-        """Forward and backward without recomputation."""
+        """Seconds of forward and backward, without recomputation."""
         return self.forward + self.backward
 
 
 @dataclass(frozen=True)
 class PipelineProblem:
-    """Blocks in order, to be cut into `stages` contiguous stages (times `virtual_stages` chunks each)."""
+    """Blocks in order, to be cut into `stages` contiguous stages (times `virtual_stages` chunks each).
+
+    Raises:
+        ConfigurationError: The blocks are out of order or too few, or the numbers do not go together.
+    """
 
     blocks: Sequence[Block]
     stages: int

@@ -1,4 +1,4 @@
-"""Measured times and bytes of blocks in place of the model's."""
+"""Replace the cost model's times and bytes of blocks by measured ones."""
 
 import json
 import math
@@ -14,7 +14,11 @@ NUMBERS = tuple(field.name for field in fields(Block) if field.name != "kind")
 
 
 def read_profile(path: str | Path) -> Mapping[str, Any]:
-    """The JSON object in `path`, for `measured_blocks`."""
+    """Read the JSON object in `path`, for `measured_blocks`.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or holds no JSON object.
+    """
     try:
         profile = json.loads(Path(path).read_text())
     except (OSError, ValueError) as reason:
@@ -25,16 +29,17 @@ def read_profile(path: str | Path) -> Mapping[str, Any]:
 
 
 def measured_blocks(blocks: Sequence[Block], profile: Mapping[str, Any]) -> tuple[Block, ...]:
-    """`blocks` with the numbers that `profile` has measured.
+    """Return `blocks` with the numbers that `profile` has measured.
 
     Args:
-        blocks: As the cost model counts them.
-        profile: By kind (`embedding`, `layer`, `head`) an object of `Block`'s numbers: seconds of one micro-batch on
-            one GPU, or bytes. `layer` may be a list with one object a layer. What is left out stays as counted,
-            but `recompute` follows a measured `forward`.
+        blocks: The blocks as the cost model counts them.
+        profile: For each kind (`embedding`, `layer`, `head`) an object of `Block`'s numbers: seconds of one micro-batch
+            on one GPU, or bytes. `layer` may be a list with one object per layer. Numbers that are left out stay as
+            counted, but `recompute` follows a measured `forward`.
 
     Raises:
-        ConfigurationError: An unknown name, a value that is no number, or another number of layers.
+        ConfigurationError: A name is unknown, a value is not a number, or the number of layers differs from the
+            model's.
     """
     unknown = set(profile) - {block.kind for block in blocks}
     if unknown:

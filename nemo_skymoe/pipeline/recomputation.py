@@ -1,4 +1,4 @@
-"""Which chunks of an interleaved stage recompute: where it costs the simulated step least, not only the stage."""
+"""Choose the chunks of an interleaved stage that are recomputed, where that costs the whole simulated step least."""
 
 import itertools
 
@@ -12,9 +12,10 @@ _MOST_CHOICES = 2000
 
 
 def place_recomputation(table: InterleavedTable, cuts: Cuts) -> tuple[tuple[int, ...], float]:
-    """Recomputed layers of every chunk, and the simulated seconds with them.
+    """Return the number of recomputed layers of every chunk, and the simulated seconds with them.
 
-    Starts from the table's greedy choice and replaces that of one stage at a time, as long as the step gets shorter.
+    It starts from the table's greedy choice, and replaces the choice of one stage at a time as long as the step gets
+    shorter.
     """
     row = np.array([cuts])
     counts = table.recomputed(row)
@@ -36,7 +37,7 @@ def place_recomputation(table: InterleavedTable, cuts: Cuts) -> tuple[tuple[int,
 
 
 def _choices(table: InterleavedTable, stage: int, cuts: np.ndarray) -> np.ndarray:
-    """Recomputed layers of the stage's chunks, [choices, virtual stages], that fit and would not with one less."""
+    """Return choices of recomputed layers, [choices, virtual stages], that fit and would not with one less."""
     own = slice(stage, None, table.problem.stages)
     start, stop = cuts[:, :-1][:, own], cuts[:, 1:][:, own]
     first = table.first_layers(cuts)[:, own]

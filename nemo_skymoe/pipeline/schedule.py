@@ -1,6 +1,6 @@
-"""The order in which Megatron-Core runs micro-batches on a stage: 1F1B, and interleaved 1F1B.
+"""The order in which Megatron-Core runs micro-batches on a stage, for 1F1B and interleaved 1F1B.
 
-Source: `megatron.core.pipeline_parallel.schedules` (0.15.3), `forward_backward_pipelining_without_interleaving`,
+The source is `megatron.core.pipeline_parallel.schedules` (0.15.3): `forward_backward_pipelining_without_interleaving`,
 `forward_backward_pipelining_with_interleaving`, `get_pp_rank_microbatches` and `get_schedule_table`.
 """
 
@@ -18,14 +18,14 @@ class Operation(NamedTuple):
 
 
 class InFlight(NamedTuple):
-    """A moment of a stage's schedule: micro-batches held by each chunk besides the one that runs in `running`."""
+    """A moment of a stage's schedule: the micro-batches that each chunk holds, and the chunk that runs."""
 
     held: tuple[int, ...]
     running: int
 
 
 def stage_order(stage: int, stages: int, virtual_stages: int, micro_batches: int) -> list[Operation]:
-    """Forwards and backwards of one stage in Megatron's order: warm-up, steady state, cool-down."""
+    """Return the forwards and backwards of one stage in Megatron's order: warm-up, steady state, cool-down."""
     table = list(_units(stages, virtual_stages, micro_batches))
     forwards = [Operation("forward", chunk, micro_batch) for micro_batch, chunk in table]
     backwards = [
@@ -39,14 +39,14 @@ def stage_order(stage: int, stages: int, virtual_stages: int, micro_batches: int
 
 
 def warm_up_length(stage: int, stages: int, virtual_stages: int, micro_batches: int) -> int:
-    """Forwards that a stage runs before its first backward follows a forward."""
+    """Return the number of forwards that a stage runs before its first backward follows a forward."""
     after = stages - 1 - stage
     length = after if virtual_stages == 1 else 2 * after + (virtual_stages - 1) * stages
     return min(length, micro_batches * virtual_stages)
 
 
 def _units(stages: int, virtual_stages: int, micro_batches: int) -> Iterator[tuple[int, int]]:
-    """(micro-batch, chunk): groups of `stages` micro-batches go through all chunks of a stage in turn."""
+    """Return (micro-batch, chunk) pairs. Groups of `stages` micro-batches go through all chunks of a stage in turn."""
     for first in range(0, micro_batches, stages):
         for chunk in range(virtual_stages):
             for micro_batch in range(first, min(first + stages, micro_batches)):
@@ -55,7 +55,10 @@ def _units(stages: int, virtual_stages: int, micro_batches: int) -> Iterator[tup
 
 @lru_cache(maxsize=1024)
 def in_flight(stage: int, stages: int, virtual_stages: int, micro_batches: int) -> tuple[InFlight, ...]:
-    """The moments at which a stage can need most memory; with 1F1B one: min(m, P - stage) - 1 held, one running."""
+    """Return the moments at which a stage can need most memory.
+
+    With 1F1B there is one: min(m, P - stage) - 1 micro-batches are held, and one runs.
+    """
     held = [0] * virtual_stages
     moments: set[InFlight] = set()
     for kind, chunk, _ in stage_order(stage, stages, virtual_stages, micro_batches):

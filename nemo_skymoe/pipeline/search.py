@@ -1,4 +1,4 @@
-"""Local search by the simulator: from good layouts to the one that a simulated step is shortest with."""
+"""A local search by the simulator, from good layouts to the one with the shortest simulated step."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ from nemo_skymoe.pipeline.problem import PipelineProblem
 from nemo_skymoe.pipeline.simulator import lower_bounds, simulated_durations
 
 Pricing = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Cuts [layouts, chunks + 1] -> seconds forward, and backward with recomputation, [layouts, chunks] each; infinite
-where a layout does not fit in memory."""
+"""A function from cuts [layouts, chunks + 1] to the seconds of forward, and of backward with recomputation, both
+[layouts, chunks]. They are infinite if a layout does not fit in memory."""
 
 _BEAM = 8
 _PATIENCE = 2
@@ -31,7 +31,7 @@ class SimulatedSearch:
     _expanded: set[Cuts] = field(default_factory=set)
 
     def run(self, seeds: Iterable[Cuts]) -> Cuts:
-        """The best layout found; `seeds` holds at least one that fits."""
+        """Return the best layout found. At least one of `seeds` has to fit."""
         self._simulate(set(seeds))
         best, waiting = min(self.durations.values()), 0
         for _ in range(_ROUNDS):
@@ -45,11 +45,11 @@ class SimulatedSearch:
         return self.ranked()[0]
 
     def ranked(self) -> list[Cuts]:
-        """All layouts tried, the best first."""
+        """Return all layouts tried, with the best first."""
         return sorted(self.durations, key=self.durations.__getitem__)
 
     def _simulate(self, layouts: set[Cuts]) -> None:
-        """Record the layouts that fit and may be the best; of too many, those with the lowest bounds."""
+        """Simulate the layouts that fit and may be the best. Of too many, take those with the lowest bounds."""
         if not layouts:
             return
         cuts = np.array(sorted(layouts))
@@ -75,7 +75,7 @@ class SimulatedSearch:
 
 
 def moves(cuts: Cuts) -> Iterable[Cuts]:
-    """Every layout with one block moved from one chunk to another; the chunks between shift along."""
+    """Yield every layout with one block moved from one chunk to another; the chunks between them shift along."""
     for first in range(1, len(cuts) - 1):
         for step in (-1, 1):
             for last in range(first, len(cuts) - 1):

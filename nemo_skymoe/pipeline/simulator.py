@@ -1,4 +1,4 @@
-"""What a step takes: an event simulation of 1F1B and interleaved 1F1B in Megatron's order."""
+"""An event simulation of one step of 1F1B and interleaved 1F1B in Megatron's order."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +14,10 @@ _LARGEST_BATCH = 4_000_000  # ends of nodes held at a time: 32 MB
 
 
 class Event(NamedTuple):
-    """What a stage does from `start` to `end`, in seconds; `kind` is `forward`, `recompute` or `backward`.
+    """One action of a stage from `start` to `end`, in seconds; `kind` is `forward`, `recompute` or `backward`.
 
-    `chunk` counts the stage's virtual stages. A backward's recomputation is drawn together, in front of it; Megatron
-    recomputes layer by layer inside it, which takes as long.
+    `chunk` counts the stage's virtual stages. The recomputation of a backward is drawn as one event in front of it.
+    Megatron recomputes layer by layer inside the backward, which takes as long.
     """
 
     stage: int
@@ -34,7 +34,7 @@ class Simulation:
 
     layout: Layout
     events: tuple[Event, ...]
-    """Ordered by stage, then by time; idle and communication are the gaps between them."""
+    """Events ordered by stage, then by time. Idle time and communication are the gaps between them."""
 
     @cached_property
     def duration(self) -> float:
@@ -43,18 +43,18 @@ class Simulation:
 
     @property
     def step_time(self) -> float:
-        """Seconds of a step: the pipeline and the problem's tail."""
+        """Seconds of a step: the pipeline, and the problem's tail."""
         return self.duration + self.layout.problem.tail
 
     @property
     def bubble_fraction(self) -> float:
-        """Share of all stages' time in the pipeline during which nothing is computed, communication included."""
+        """Share of all stages' time in the pipeline during which they compute nothing; communication counts as such."""
         busy = sum(event.end - event.start for event in self.events)
         return 1.0 - busy / (self.duration * self.layout.problem.stages)
 
 
 def simulate(layout: Layout) -> Simulation:
-    """Every event of one step of `layout`."""
+    """Return every event of one step of `layout`."""
     problem, chunks = layout.problem, layout.chunks
     graph = task_graph(problem.stages, problem.virtual_stages, problem.micro_batches)
     forward = np.array([[chunk.forward for chunk in chunks]])
@@ -74,9 +74,12 @@ def simulate(layout: Layout) -> Simulation:
 
 
 def simulated_durations(problem: PipelineProblem, forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
-    """Seconds that the pipeline takes with each of many layouts, [layouts].
+    """Return the seconds that the pipeline takes with each of many layouts, [layouts].
 
-    `forward` and `backward` are the chunks' times, [layouts, chunks] in seconds, recomputation in the backward.
+    Args:
+        problem: The problem that all layouts solve.
+        forward: Seconds of the chunks' forward passes, [layouts, chunks].
+        backward: Seconds of the chunks' backward passes with recomputation, [layouts, chunks].
     """
     graph = task_graph(problem.stages, problem.virtual_stages, problem.micro_batches)
     size = max(1, _LARGEST_BATCH // len(graph.operations))
@@ -90,10 +93,10 @@ def simulated_durations(problem: PipelineProblem, forward: np.ndarray, backward:
 
 
 def lower_bounds(problem: PipelineProblem, forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
-    """Seconds that no schedule can beat, [layouts]; arguments as in `simulated_durations`.
+    """Return seconds that no schedule can beat, [layouts]. The arguments are those of `simulated_durations`.
 
-    A stage runs all its micro-batches, after the first has come through the stages before it and before the last has
-    gone back through them.
+    A stage runs all its micro-batches. It begins after the first has come through the stages before it, and ends before
+    the last has gone back through them.
     """
     chunks = (forward + backward).reshape(len(forward), problem.virtual_stages, problem.stages)
     before = np.pad(np.cumsum(chunks[:, 0, :-1], axis=1), ((0, 0), (1, 0)))

@@ -1,4 +1,4 @@
-"""Time, memory and fewest recomputed layers of every range of blocks, on every stage."""
+"""Time, memory and the fewest recomputed layers of every range of blocks, on every stage."""
 
 from functools import cached_property
 
@@ -9,9 +9,9 @@ from nemo_skymoe.pipeline.problem import PipelineProblem
 
 
 class RangeTable:
-    """Prefix sums of a problem's blocks: the memory of any range [start, stop) at once.
+    """Prefix sums of a problem's blocks, which give the memory of many ranges [start, stop) at once.
 
-    The layers in [start, middle) recompute, the others do not; `start`, `middle` and `stop` are index arrays.
+    The layers in [start, middle) are recomputed, the others are not. `start`, `middle` and `stop` are index arrays.
     """
 
     def __init__(self, problem: PipelineProblem) -> None:
@@ -32,21 +32,21 @@ class RangeTable:
         self._peak_kept = _range_maxima(self._kept[1:] + working)
 
     def held(self, start: np.ndarray, middle: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        """`Chunk.held` of every range, bytes."""
+        """Return `Chunk.held` of every range, in bytes."""
         return self._checkpoints[middle] - self._checkpoints[start] + self._kept[stop] - self._kept[middle]
 
     def peak(self, start: np.ndarray, middle: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        """`Chunk.peak` of every range, bytes."""
+        """Return `Chunk.peak` of every range, in bytes."""
         recomputed = self._peak_recomputed[start, middle] - self._checkpoints[start]
         before = self._checkpoints[middle] - self._checkpoints[start] - self._kept[middle]
         return np.maximum(recomputed, self._peak_kept[middle, stop] + before)
 
 
 class StageTable:
-    """What a stage of 1F1B costs for every range of blocks; arrays are [stages, first block, block after the last].
+    """The costs of a stage of 1F1B for every range of blocks; arrays are [stages, first block, block after the last].
 
-    Fewest recomputed layers that fit are also the fastest: the first n layers of a range recompute, so time grows
-    with n, and memory falls.
+    The fewest recomputed layers that fit are also the fastest choice: the first n layers of a range are recomputed, so
+    time grows with n, and memory falls.
     """
 
     def __init__(self, problem: PipelineProblem) -> None:
@@ -64,7 +64,7 @@ class StageTable:
 
     @cached_property
     def time(self) -> np.ndarray:
-        """Seconds a micro-batch, as `Layout.times`; infinite where the range is empty or does not fit."""
+        """Seconds per micro-batch, as in `Layout.times`, infinite if the range is empty or does not fit."""
         ranges, problem = self.ranges, self.problem
         compute = ranges.forward + ranges.backward
         transfers = np.array([transfer_time(problem, stage) for stage in range(problem.stages)])
@@ -73,16 +73,19 @@ class StageTable:
 
     @cached_property
     def recompute(self) -> np.ndarray:
-        """Seconds of recomputation a micro-batch."""
+        """Seconds of recomputation per micro-batch."""
         return self.ranges.recompute[self.middle] - self.ranges.recompute[self.start]
 
     @property
     def recomputed(self) -> np.ndarray:
-        """Recomputed layers."""
+        """Number of recomputed layers."""
         return self.ranges.layers[self.middle] - self.ranges.layers[self.start]
 
     def price(self, cuts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds forward and backward, [layouts, stages], of cuts [layouts, stages + 1]; infinite where one does not fit."""
+        """Return the seconds forward and backward, [layouts, stages], of cuts [layouts, stages + 1].
+
+        They are infinite if a stage does not fit.
+        """
         stages, start, stop = np.arange(self.problem.stages), cuts[:, :-1], cuts[:, 1:]
         fits = np.isfinite(self.time[stages, start, stop])
         forward = self.ranges.forward[stop] - self.ranges.forward[start]
@@ -97,7 +100,7 @@ class StageTable:
         return weights + (in_flight - 1) * held + self.ranges.peak(start, middle, stop)
 
     def _fewest_recomputed(self, in_flight: int) -> np.ndarray:
-        """Bisection for the smallest `middle` that fits: memory falls as `middle` grows; `stop` where none does."""
+        """Find the smallest `middle` that fits, or `stop`, by bisection: memory falls as `middle` grows."""
         low, high = self.start.copy(), np.maximum(self.start, self.stop)
         while (low < high).any():
             middle = (low + high) // 2
@@ -112,7 +115,7 @@ def _prefix_sums(values: np.ndarray | list[float]) -> np.ndarray:
 
 
 def _range_maxima(values: np.ndarray) -> np.ndarray:
-    """Maximum of values[first:stop] at [first, stop]; minus infinity where that is empty."""
+    """Return the maximum of values[first:stop] at [first, stop], minus infinity if that range is empty."""
     size = len(values)
     maxima = np.full((size + 1, size + 1), -np.inf)
     for first in range(size):

@@ -1,4 +1,4 @@
-"""A plan as `skymoe plan` prints it."""
+"""Print a plan as `skymoe plan` does."""
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +13,7 @@ _INTERLEAVED = [
 
 
 def print_plan(plan: Plan) -> None:
-    """Stages as a table, then the layout and what is predicted of a step."""
+    """Print a table of the stages, then the layout and the predictions for a step."""
     console = Console(highlight=False)
     console.print(_stages(plan))
     console.print(_summary(plan), soft_wrap=True)

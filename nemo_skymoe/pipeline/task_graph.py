@@ -1,7 +1,8 @@
-"""What waits for what in a step of 1F1B or interleaved 1F1B; the times of many layouts run through it at once.
+"""The order in which the operations of a step of 1F1B or interleaved 1F1B wait for each other, timed for many layouts
+at once.
 
 1F1B exchanges activations and gradients between neighbours in blocking calls (`send_forward_recv_backward` and its
-siblings): both sides wait for the later one, then for the transfer. Interleaved 1F1B is taken with
+siblings): both sides wait for the later one, and then for the transfer. Interleaved 1F1B is taken with
 `overlap_p2p_comm`: a transfer delays its receiver and blocks nobody.
 """
 
@@ -17,24 +18,25 @@ from nemo_skymoe.pipeline.schedule import Operation, stage_order, warm_up_length
 
 @dataclass(frozen=True)
 class TaskGraph:
-    """Operations and exchanges in waves: a node starts when two nodes of earlier waves have ended.
+    """Operations and exchanges in waves. A node starts when two nodes of earlier waves have ended.
 
-    The nodes' arrays are in the order of the waves. Predecessor -1 is the start of the step.
+    The nodes' arrays are in the order of the waves. The predecessor -1 is the start of the step.
     """
 
     operations: list[tuple[int, Operation | None]]
-    """Stage and operation of a node; None is an exchange with the next stage."""
+    """Stage and operation of each node. None is an exchange with the next stage."""
     duration: np.ndarray
-    """Row of the durations that a node takes: forward of chunk c is c, backward C + c, exchange 2 C."""
+    """The row of the durations that each node takes: c for the forward of chunk c, C + c for its backward, 2 C for an
+    exchange."""
     before: np.ndarray
     other: np.ndarray
     delayed: np.ndarray
-    """Whether what `other` made has still to be transferred."""
+    """True if the result of `other` still has to be transferred."""
     waves: list[int]
-    """First node of every wave, then the number of nodes."""
+    """First node of every wave, and then the number of nodes."""
 
     def ends(self, forward: np.ndarray, backward: np.ndarray, transfer: float) -> np.ndarray:
-        """When every node ends, [nodes, layouts], from the chunks' times, [layouts, chunks]; all in seconds."""
+        """Return the ends of the nodes, [nodes, layouts], from the chunks' times, [layouts, chunks], in seconds."""
         exchange = np.full((len(forward), 1), transfer)
         durations = np.ascontiguousarray(np.concatenate([forward, backward, exchange], axis=1).T)
         ends = np.zeros((len(self.operations) + 1, len(forward)))
@@ -48,7 +50,7 @@ class TaskGraph:
 
 @lru_cache(maxsize=8)
 def task_graph(stages: int, virtual_stages: int, micro_batches: int) -> TaskGraph:
-    """The graph of one step; P, v and m fix it, the layout does not."""
+    """Return the graph of one step. It depends on P, v and m, and not on the layout."""
     orders = [stage_order(stage, stages, virtual_stages, micro_batches) for stage in range(stages)]
     nodes = _Nodes(stages, virtual_stages)
     if virtual_stages > 1:
@@ -57,10 +59,10 @@ def task_graph(stages: int, virtual_stages: int, micro_batches: int) -> TaskGrap
 
 
 def _with_exchanges(order: Sequence[Operation], stage: int, stages: int) -> list[Operation | int]:
-    """A stage's operations with its exchanges, which are named by the stage on the near side.
+    """Return a stage's operations with its exchanges, which are named by the stage on the near side.
 
-    Receive, compute, send: where a send and the next receive are with the same neighbour they are one call, except
-    when the stage has no steady state.
+    The order is receive, compute, send. If a send and the next receive are with the same neighbour they are one call,
+    except if the stage has no steady state.
     """
     all_in_warm_up = warm_up_length(stage, stages, 1, len(order) // 2) == len(order) // 2
     program: list[Operation | int] = []
@@ -75,7 +77,7 @@ def _with_exchanges(order: Sequence[Operation], stage: int, stages: int) -> list
 
 @dataclass
 class _Nodes:
-    """Runs the stages' programs side by side; what has all it waits for enters the next wave."""
+    """Runs the stages' programs side by side. A node whose predecessors have all been added enters the next wave."""
 
     stages: int
     virtual_stages: int
@@ -84,7 +86,7 @@ class _Nodes:
     ended: dict[tuple[str, int, int], int] = field(default_factory=dict)
 
     def run(self, programs: Sequence[Sequence[Operation | int]]) -> TaskGraph:
-        """The graph of all programs; asserts that no stage waits for ever."""
+        """Return the graph of all programs, and assert that no stage waits for ever."""
         last, position, waves = [-1] * self.stages, [0] * self.stages, [0]
         while any(index < len(program) for program, index in zip(programs, position, strict=True)):
             items = [
@@ -112,7 +114,7 @@ class _Nodes:
         return self.stages * self.virtual_stages
 
     def _compute(self, stage: int, operation: Operation, before: int, wave: int) -> bool:
-        """Add an operation if another stage made its input in an earlier wave, which is whether it is added."""
+        """Add an operation, if another stage has made its input in an earlier wave, and say whether it was added."""
         kind, index, micro_batch = operation
         chunk = index * self.stages + stage
         source = chunk - 1 if kind == "forward" else chunk + 1

@@ -17,7 +17,7 @@ def planned(
     profile: Path | None = None,
     **options: Any,
 ) -> "Plan":
-    """What `skymoe plan` makes of its options; `memory_limit` in GB, `layers` as in 5,5,5,5,4."""
+    """Plan as `skymoe plan` does from its options: `memory_limit` is in GB, and `layers` is text such as 5,5,5,5,4."""
     from nemo_skymoe.pipeline.planning import plan as make_plan
     from nemo_skymoe.pipeline.profile import read_profile
 

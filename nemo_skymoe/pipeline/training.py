@@ -1,4 +1,4 @@
-"""How a model is trained, as far as time and memory depend on it: parallel sizes, batch and what is switched on."""
+"""The properties of a training on which time and memory depend: parallel sizes, batch, and what is switched on."""
 
 from dataclasses import dataclass, fields
 
@@ -9,12 +9,12 @@ from nemo_skymoe.quantities import check_positive
 
 @dataclass(frozen=True)
 class Training:
-    """Parallel sizes, sequence and batch. No context parallelism.
+    """Parallel sizes, sequence and batch of a training, without context parallelism.
 
-    The defaults are those of Megatron and of the recipes; every command takes them from here.
+    The defaults are those of Megatron and of the recipes, and every command takes them from here.
 
-    Experts are not split (`expert_tensor_parallel_size=1`). With `expert_parallel` equal to
-    `tensor_parallel` that is the report's EDP (appendix B.1).
+    Experts are not split (`expert_tensor_parallel_size=1`). If `expert_parallel` equals `tensor_parallel`, the layout
+    is the report's EDP (appendix B.1).
     """
 
     tensor_parallel: int = 1
@@ -27,15 +27,16 @@ class Training:
     global_batch_size: int = 1
     sequence_parallel: bool = False
     capacity_factor: float | None = None
-    """Of an expert: it computes this share of its fair part of the tokens. None: dropless, in balance."""
+    """Capacity factor of an expert: it computes this multiple of its fair share of the tokens. None is dropless and in
+    balance."""
     pad_to_capacity: bool = False
-    """Experts compute their whole capacity, empty places too: `moe_pad_expert_input_to_capacity`."""
+    """True if experts compute their whole capacity, empty places too (`moe_pad_expert_input_to_capacity`)."""
     distributed_optimizer: bool = True
-    """ZeRO-1: each data-parallel rank keeps its share of the optimizer state."""
+    """True if each data-parallel rank keeps its share of the optimizer state (ZeRO-1)."""
     gradient_bytes: int = 4
-    """Of one gradient: 4 in fp32, 2 in bf16."""
+    """Bytes of one gradient: 4 in fp32, 2 in bf16."""
     overlap_grad_reduce: bool = True
-    """Reduce gradients behind the last backward, and gather parameters behind the first forward."""
+    """True if gradients are reduced behind the last backward, and parameters gathered behind the first forward."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -63,43 +64,47 @@ class Training:
 
     @property
     def micro_batches(self) -> int:
-        """Of one step and one data-parallel rank."""
+        """Micro-batches of one step and one data-parallel rank."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
     @property
     def stage_gpus(self) -> int:
-        """GPUs that hold one pipeline stage."""
+        """Number of GPUs that hold one pipeline stage."""
         return self.tensor_parallel * self.data_parallel
 
     @property
     def num_gpus(self) -> int:
-        """All of them."""
+        """Number of all GPUs."""
         return self.stage_gpus * self.pipeline_parallel
 
     @property
     def expert_data_parallel(self) -> int:
-        """GPUs that hold the same experts."""
+        """Number of GPUs that hold the same experts."""
         return self.stage_gpus // self.expert_parallel
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch."""
+        """Tokens of one micro-batch."""
         return self.seq_length * self.micro_batch_size
 
     @property
     def sequence_shards(self) -> int:
-        """Parts into which activations outside attention and MLP are split."""
+        """Number of parts into which activations outside attention and MLP are split."""
         return self.tensor_parallel if self.sequence_parallel else 1
 
     @property
     def capacity(self) -> float:
-        """Tokens that experts compute, per token that the router sends, in balance."""
+        """Tokens that experts compute for each token that the router sends, in balance."""
         if self.capacity_factor is None:
             return 1.0
         return self.capacity_factor if self.pad_to_capacity else min(1.0, self.capacity_factor)
 
     def check(self, model: Architecture) -> None:
-        """Raise ConfigurationError where this cannot train `model`, naming the option."""
+        """Refuse a training of `model` that cannot work.
+
+        Raises:
+            ConfigurationError: The message names the option.
+        """
         tensor, expert = self.tensor_parallel, self.expert_parallel
         for name, size in (
             ("num_attention_heads", model.num_attention_heads),
