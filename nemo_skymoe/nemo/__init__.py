@@ -1,1 +1,1 @@
-"""NeMo 2 model and configuration classes, callbacks and data. Importing a module here imports NeMo."""
+"""NeMo 2 model and configuration classes, callbacks and data. Importing any module of this package imports NeMo."""

@@ -1,4 +1,4 @@
-"""`pretrain` and `finetune`: NeMo's own, after the checks and the platform's cures that have to come before them."""
+"""`pretrain` and `finetune` run NeMo's own functions after checking the training and curing the platform's defects."""
 # No `from __future__ import annotations`: NeMo-Run reads these signatures.
 
 import logging as python_logging
@@ -38,15 +38,14 @@ def pretrain(
     optim: Optional[OptimizerModule] = None,
     pipeline: Optional[PipelinePlan] = None,
 ) -> Path:
-    """Pretrain with NeMo; arguments and result are those of `nemo.collections.llm.pretrain`, and a pipeline plan.
+    """Pretrain with NeMo, as `nemo.collections.llm.pretrain` does, and with a pipeline plan if one is given.
 
-    Where CUDA is absent the CPU runtime is applied first. A Skywork-MoE model gets the callback that runs
-    its adaptive auxiliary loss, unless the trainer has one already.
+    Without CUDA the function applies the CPU runtime first. It gives a Skywork-MoE model the callback that runs its
+    adaptive auxiliary loss, unless the trainer has one already.
 
     Raises:
-        ConfigurationError: Versions that do not work together, ranks or experts that the parallel sizes do not
-            divide, a plan that does not fit them, or a checkpoint to start from that is missing or of another
-            architecture.
+        ConfigurationError: The versions do not work together, the parallel sizes do not divide the ranks or the
+            experts, the plan does not fit them, or the checkpoint to start from is missing or of another architecture.
     """
     _prepare(model, data, trainer, resume, optim, pipeline)
     _add_controller(model, trainer)
@@ -65,12 +64,13 @@ def finetune(
     tokenizer: Optional[Any] = "model",
     pipeline: Optional[PipelinePlan] = None,
 ) -> Path:
-    """Finetune with NeMo; arguments and result are those of `nemo.collections.llm.finetune`, and a pipeline plan.
+    """Finetune with NeMo, as `nemo.collections.llm.finetune` does, and with a pipeline plan if one is given.
 
-    Under `peft` routers are frozen with everything else, and nothing balances them.
+    Under `peft` the routers are frozen with everything else, and nothing balances their load.
 
     Raises:
-        ConfigurationError: As `pretrain`; or `peft` targets the router, or experts that are spread over ranks.
+        ConfigurationError: For the same reasons as `pretrain`; or because `peft` targets the router, or experts that
+            are spread over ranks.
     """
     _prepare(model, data, trainer, resume, optim, pipeline, peft)
     if peft is None:
@@ -133,7 +133,7 @@ class _ToNemo(python_logging.Handler):
 
 
 def log_through_nemo() -> None:
-    """Let NeMo's log carry what this package says, such as the dispatcher that was chosen."""
+    """Let NeMo's log carry the messages of this package, such as the dispatcher that was chosen."""
     logger = python_logging.getLogger("nemo_skymoe")
     if not logger.handlers:
         logger.addHandler(_ToNemo())

@@ -1,4 +1,4 @@
-"""Lightning callback that runs, saves and logs the adaptive auxiliary loss in a NeMo training."""
+"""The Lightning callback that runs, saves and logs the adaptive auxiliary loss in a NeMo training."""
 # No `from __future__ import annotations`: NeMo-Run reads these signatures.
 
 import logging
@@ -28,21 +28,24 @@ _LOSSES = {
 
 
 class SkyworkMoECallback(pl.Callback):
-    """Keep the per-layer coefficients in step with the optimizer and in checkpoints, and everything in the logs.
+    """Keeps the per-layer coefficients in step with the optimizer and in checkpoints, and logs every router.
 
-    Logged from whichever pipeline stage has the layer, as `moe/<metric>_layer_<global number>`: every metric of
-    `telemetry.LayerMetrics` (in dropless training the drop rate is `virtual_drop_rate`), `aux_loss_coefficient`
-    and, less often, `expert_similarity`; with `histogram` also `moe/load_layer_<n>_expert_<e>`. Megatron's own
-    MoE losses, mean over layers, are logged under their names (`load_balancing_loss`, `z_loss`): NeMo's strategy
-    has that switched off.
+    The pipeline stage that has a layer logs it, as `moe/<metric>_layer_<global number>`. The metrics are those of
+    `telemetry.LayerMetrics` (in dropless training the drop rate is `virtual_drop_rate`), `aux_loss_coefficient` and,
+    less often, `expert_similarity`. With `histogram` the callback also logs `moe/load_layer_<n>_expert_<e>`. It logs
+    the mean over layers of Megatron's own MoE losses under their names (`load_balancing_loss`, `z_loss`), because
+    NeMo's strategy has that switched off.
 
     Args:
         log_interval: Optimizer steps between two log entries, 0 for never; None follows the trainer's
             `log_every_n_steps`.
         similarity_interval: Optimizer steps between two measurements of expert similarity; 0 for never.
-        histogram: Log the share of assignments of every expert too.
-        warm_start: Coefficients of a run that starts from another's weights (`nl.RestoreConfig`): "reset" begins
-            at the initial value, "keep" takes those of the checkpoint. A resumed run always continues them.
+        histogram: Whether to log the share of assignments of every expert too.
+        warm_start: Coefficients of a run that starts from another's weights (`nl.RestoreConfig`): "reset" begins at the
+            initial value, "keep" takes those of the checkpoint. A resumed run always continues them.
+
+    Raises:
+        ConfigurationError: An argument has none of these values.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class SkyworkMoECallback(pl.Callback):
         self._restored: dict[str, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Attach to the model and optimizer that NeMo has built by now."""
+        """Attach a controller to the model and the optimizer, which NeMo has built by now."""
         chunks: Any = trainer.model
         controller = AuxLossController([chunk.module for chunk in chunks])
         restore: Any = getattr(trainer.strategy, "restore_config", None)
@@ -94,7 +97,7 @@ class SkyworkMoECallback(pl.Callback):
             self._log_similarity(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Coefficients of all layers by global number; every rank calls this when a checkpoint is saved."""
+        """Return the coefficients of all layers by global number. Every rank calls this when a checkpoint is saved."""
         return {} if self._controller is None else self._controller.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -149,7 +152,7 @@ class SkyworkMoECallback(pl.Callback):
 
 
 def _log(trainer: pl.Trainer, local: dict[str, float]) -> None:
-    """Collect the pipeline stages' values where the loggers are."""
+    """Collect the values of all pipeline stages, and log them on the rank that has the loggers."""
     group: Any = parallel_state.get_pipeline_model_parallel_group()
     gathered: list[Any] = [local]
     if group.size() > 1:
@@ -162,5 +165,5 @@ def _log(trainer: pl.Trainer, local: dict[str, float]) -> None:
 
 
 def _megatron_optimizer(trainer: pl.Trainer) -> Any:
-    """The Megatron optimizer inside NeMo's wrapper, which drops the success flag of a step."""
+    """Return the Megatron optimizer inside NeMo's wrapper, which drops the success flag of a step."""
     return getattr(trainer.optimizers[0], "mcore_optimizer")  # noqa: B009

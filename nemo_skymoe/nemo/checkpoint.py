@@ -1,4 +1,5 @@
-"""NeMo 2 checkpoints: checking one against the model that is to load it, and storing layers as it does."""
+"""Check a NeMo 2 checkpoint against the model that will load it, and let Megatron find its layers as they are stored.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -20,8 +21,8 @@ logger = logging.getLogger(__name__)
 def check_architecture(checkpoint: Path, config: Any) -> None:
     """Refuse to start `config`'s model from a checkpoint of another architecture, before anything is built.
 
-    Where Megatron would look for the same layers under other names, stacked in one tensor or each by its number, the
-    configuration is changed to the checkpoint's way: `moe_layer_freq` [1, 1] and 1 are the same model.
+    Megatron can store equal layers stacked in one tensor, or each by its number. If the checkpoint does it the other
+    way, the configuration is changed to the checkpoint's way: `moe_layer_freq` [1, 1] and 1 are the same model.
     """
     tensors = TorchDistStorage(checkpoint).tensors
     layers = _layers(tensors)
@@ -40,7 +41,10 @@ def check_architecture(checkpoint: Path, config: Any) -> None:
 
 
 def check_sizes(tensors: Mapping[str, TensorInfo], config: Any, checkpoint: Path) -> None:
-    """Refuse tensors that are there or not, or have a size, other than the configuration says, naming the option."""
+    """Refuse a checkpoint whose tensors are missing, superfluous or of other sizes than the configuration says.
+
+    The message names the option that decides.
+    """
     layers = {number: layer for number, layer in _layers(tensors).items() if _QKV in layer}
     if not layers:
         return
@@ -78,7 +82,11 @@ def _check_layer(
     place: str,
     checkpoint: Path,
 ) -> None:
-    """`expected` has, by tensor, the options that decide, their value, and the shape, None where there is no tensor."""
+    """Compare the tensors of a layer with `expected`.
+
+    `expected` has for each tensor the option that decides, its value, and the shape, or None if there is no such
+    tensor.
+    """
     for tensor, (option, value, shape) in expected.items():
         has = found.get(tensor)
         if has == shape or (has is None and _companion(tensor) not in found):
@@ -97,7 +105,7 @@ def _check_layer(
 
 
 def _companion(tensor: str) -> str:
-    """A tensor beside which this one would be: a checkpoint that has it, but not this one, is of another model."""
+    """Return a tensor that always accompanies this one. A checkpoint that has it alone is of another model."""
     module, _, kind = tensor.rpartition(".")
     if kind == "bias":
         return f"{module}.weight"
@@ -147,7 +155,7 @@ def _store_alike(tensors: Mapping[str, TensorInfo], config: Any) -> None:
 
 
 def _layers(tensors: Mapping[str, TensorInfo]) -> Layers:
-    """Shapes by layer and tensor: Megatron stacks equal layers, and numbers those that differ."""
+    """Return shapes by layer and tensor. Megatron stacks equal layers, and numbers those that differ."""
     found: Layers = {}
     for name, info in tensors.items():
         match = LAYER.fullmatch(name)
@@ -162,7 +170,7 @@ def _layers(tensors: Mapping[str, TensorInfo]) -> Layers:
 
 
 def _moe_layers(config: Any) -> list[int]:
-    """The layers, counted from 0, in which Megatron puts an MoE (get_gpt_decoder_block_spec)."""
+    """Return the layers, counted from 0, in which Megatron puts an MoE (get_gpt_decoder_block_spec)."""
     if not config.num_moe_experts:
         return []
     pattern = layer_pattern(config.moe_layer_freq, config.num_layers)

@@ -1,4 +1,4 @@
-"""What a training is checked for before anything is built; every refusal names the option."""
+"""The checks of a training before anything is built. Every refusal names the option."""
 
 import copy
 import functools
@@ -29,18 +29,18 @@ def check_training(
     data: Any = None,
     started: int | None = None,
 ) -> None:
-    """Make every check that takes no file: those that a submission and a dry run can make of a training too.
+    """Make every check that takes no file, so that a submission and a dry run can make them too.
 
     A pipeline plan is put on the model and the strategy, and the learning-rate schedule is fitted to the steps.
 
     Args:
-        model: What has the model's `config`, and `optim` where the training is given no other.
+        model: An object with the model's `config`, and with its `optim` if the training is given no other.
         optim: The optimizer that replaces the model's own.
-        data: Has the sizes of sequence and batch.
-        started: Ranks that were started; None where none was yet.
+        data: The data module, or None. It has the sizes of sequence and batch.
+        started: Number of ranks that were started; None if none was yet.
 
     Raises:
-        ConfigurationError: The first thing that cannot work, by its option.
+        ConfigurationError: Something cannot work. The message names the first such option.
     """
     config = getattr(model, "config", None)
     used = optimizer_of(model, optim)
@@ -58,7 +58,7 @@ def check_training(
 
 
 def optimizer_of(model: Any, optim: Any) -> Any:
-    """The optimizer that a training uses: `optim`, or else the model's own.
+    """Return the optimizer that a training uses: `optim`, or else the model's own.
 
     Raises:
         ConfigurationError: Both have a learning-rate schedule.
@@ -94,7 +94,7 @@ def check_parallel_sizes(config: Any, strategy: Any) -> None:
 
 
 def check_world_size(trainer: Any, started: int | None = None) -> None:
-    """Refuse a number of ranks that the parallel sizes do not divide, or another than was started."""
+    """Refuse a number of ranks that the parallel sizes do not divide, or that differs from those started."""
     strategy = trainer.strategy
     world = trainer.num_devices * trainer.num_nodes
     if started not in (None, world):
@@ -130,7 +130,7 @@ def _check_multiple(world: int, sizes: dict[str, int]) -> None:
 
 
 def check_steps(trainer: Any) -> None:
-    """Refuse a number of steps that trains nothing, and gradients accumulated in a way that loses most of them."""
+    """Refuse a number of steps that trains nothing, and a way of accumulating gradients that loses most of them."""
     steps = trainer.max_steps
     if type(steps) is not int or steps < 1:
         raise ConfigurationError(
@@ -145,7 +145,7 @@ def check_steps(trainer: Any) -> None:
 
 
 def check_warm_start(resume: Any, config: Any) -> None:
-    """Refuse a checkpoint to start from that is not there or is of another architecture than `config`."""
+    """Refuse a checkpoint to start from that does not exist, or whose architecture is not that of `config`."""
     path = getattr(getattr(resume, "restore_config", None), "path", None)
     if not path or "://" in str(path):
         return
@@ -158,13 +158,14 @@ def check_warm_start(resume: Any, config: Any) -> None:
 
 
 def check_what_is_unpickled(resume: Any, trainer: Any, data: Any) -> None:
-    """Walk what torch, Megatron and NeMo are going to unpickle, or build a context of, before they do.
+    """Scan everything that torch, Megatron and NeMo are going to unpickle, or build a context of, before they do.
 
-    Which checkpoint a run goes on from is known when `resume.setup` is called: its own last one, that of
-    `resume_from_path` or `resume_from_directory`, the adapters' base model, or the one to start from.
+    The checkpoint that a run continues from is known only when `resume.setup` is called: it is the run's own last one,
+    that of `resume_from_path` or `resume_from_directory`, the adapters' base model, or the one to start from.
 
     Raises:
-        ConfigurationError: Here or on `resume.setup`: the file, and the class that it refers to.
+        ConfigurationError: A file refers to a class that is not allowed; the message names both. It is raised here, or
+            by `resume.setup`.
     """
     check_data_module(data)
     given = getattr(getattr(trainer.strategy, "restore_config", None), "path", None)
@@ -189,7 +190,7 @@ def check_what_is_unpickled(resume: Any, trainer: Any, data: Any) -> None:
 
 
 def warn_of_own_checkpoint(resume: Any, log: Any) -> None:
-    """A run that has a checkpoint of its own goes on from there, whatever it was told to start from: say so."""
+    """Warn if a run continues from a checkpoint of its own although it was told to start from another."""
     path = getattr(getattr(resume, "restore_config", None), "path", None)
     if not path or not getattr(resume, "resume_if_exists", False) or log is None:
         return
@@ -202,7 +203,7 @@ def warn_of_own_checkpoint(resume: Any, log: Any) -> None:
 
 
 def check_callbacks(callbacks: Any, config: Any) -> None:
-    """Refuse what a callback would put on the configuration after it was checked."""
+    """Refuse a callback that would change the configuration after it was checked."""
     if getattr(config, "moe_edp", False) and any(isinstance(one, DeepEPCallback) for one in callbacks):
         raise ConfigurationError(
             "DeepEPCallback sets moe_token_dispatcher_type='flex', which moe_edp replaces by a dispatcher of its own:"
@@ -211,10 +212,10 @@ def check_callbacks(callbacks: Any, config: Any) -> None:
 
 
 def check_adapters(peft: Any, config: Any, strategy: Any) -> None:
-    """Refuse adapters that would train nothing, or the wrong thing without a word.
+    """Refuse adapters that would train nothing, or would silently train the wrong thing.
 
-    NeMo (2.7, llm/peft/utils.py) splits an adapter over the tensor-parallel group and averages its gradient over
-    all data-parallel ranks: right for attention, wrong for experts that differ between these ranks.
+    NeMo (2.7, llm/peft/utils.py) splits an adapter over the tensor-parallel group, and averages its gradient over all
+    data-parallel ranks. That is right for attention, and wrong for experts that differ between these ranks.
     """
     if peft is None or not isinstance(config, SkyworkOptions):
         return

@@ -18,20 +18,20 @@ def connect(model: type[io.ConnectorMixin]) -> None:
 
 
 class HuggingFaceImporter(io.ModelConnector):
-    """From a folder in Hugging Face's form. What the checkpoint describes is imported, whatever the model says."""
+    """Imports a folder in Hugging Face's form: the model that it describes, whatever the class says."""
 
     def apply(self, output_path: Path) -> Path:
-        """Write the NeMo checkpoint; an interrupted import goes on where it ended."""
+        """Write the NeMo checkpoint. An interrupted import continues where it was."""
         if not self.is_dir():
             raise ConfigurationError(f"source 'hf://{self}' is not a folder: download the checkpoint first")
         return _convert(Path(self), output_path, "nemo")
 
 
 class HuggingFaceExporter(io.ModelConnector):
-    """To Hugging Face's form, with modeling files where transformers has no class of its own."""
+    """Exports to Hugging Face's form, with modeling files for classes that transformers does not have."""
 
     def apply(self, output_path: Path) -> Path:
-        """Write the folder; an interrupted export goes on where it ended."""
+        """Write the folder. An interrupted export continues where it was."""
         return _convert(Path(self), output_path, "hf")
 
     def nemo_load(self, *_: Any, **__: Any) -> NoReturn:

@@ -1,4 +1,4 @@
-"""NeMo's data module on the demonstration corpus of `data.corpus`."""
+"""NeMo's data module for the demonstration corpus of `data.corpus`."""
 # NeMo-Run reads the signature of `corpus_data`: no `from __future__ import annotations`, and `Optional[str]`, because
 # its command line cannot parse `str | None`.
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class HeldOutGPTDataset(GPTDataset):
     """Megatron's GPTDataset with validation and test splits of exactly one epoch.
 
-    NeMo asks for as many validation samples as all validations of a run add up to, and beyond one epoch Megatron
-    shuffles several epochs together: the validation set would depend on `max_steps`. Every validation starts again
-    at the first sample, so with one epoch `limit_val_batches=N` is the same N batches in every run.
+    NeMo asks for as many validation samples as all validations of a run need together. Beyond one epoch Megatron
+    shuffles several epochs together, so the validation set would depend on `max_steps`. Every validation starts again
+    at the first sample. With one epoch, `limit_val_batches=N` is therefore the same N batches in every run.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ def corpus_data(
     seed: int = 1,
     index_cache: Optional[str] = None,
 ) -> "PreTrainingDataModule":
-    """NeMo's pre-training data module on the corpus in the directory `corpus`, for `run.Config(corpus_data, ...)`.
+    """Return NeMo's pre-training data module for the corpus in the folder `corpus`, for `run.Config(corpus_data, ...)`.
 
     Samples run across document ends: neither positions nor attention are reset there. NeMo itself adds the attention
     mask that its forward step demands where Transformer Engine is missing.

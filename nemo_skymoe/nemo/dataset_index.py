@@ -1,4 +1,4 @@
-"""Megatron's index of a data set, `*.idx`: whether its counts and places are those of the files that are there."""
+"""Check that the counts and places in Megatron's index of a data set, `*.idx`, are those of the files on disk."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from nemo_skymoe.config import ConfigurationError
 
 _MAGIC, _VERSION, _FIXED = b"MMIDIDX\x00\x00", 1, 34
 _TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
-"""Of an id by the code of its data type: uint8, int8, int16, int32, int64, float64, float32, uint16."""
+"""Bytes of a token id by the code of its data type: uint8, int8, int16, int32, int64, float64, float32, uint16."""
 _SEQUENCE_BYTES, _DOCUMENT_BYTES = 12, 8
-"""Length and place of a sequence; the first sequence of a document."""
+"""Bytes of the length and place of a sequence, and of the number of a document's first sequence."""
 _BLOCK = 1 << 22
-"""Sequences that are looked at in one go."""
+"""Number of sequences that are checked at once."""
 
 
 def check_dataset_index(file: Path) -> None:
     """Refuse an index that does not fit its own size or the data beside it, `*.bin`.
 
     Raises:
-        ConfigurationError: The file, and what of it is wrong.
+        ConfigurationError: The index is damaged. The message names the file and what is wrong with it.
     """
     try:
         problem = _problem(file, file.with_suffix(".bin"))

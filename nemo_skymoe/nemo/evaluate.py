@@ -1,4 +1,4 @@
-"""Loss of a NeMo checkpoint on given batches, without a trainer, on ranks that each hold the whole model."""
+"""The loss of a NeMo checkpoint on given batches, without a trainer, on ranks that each hold the whole model."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +15,10 @@ from nemo_skymoe.patches import nemo_cpu
 
 
 def start_single_rank() -> None:
-    """Megatron's process groups for a rank that shares no model with another, on the CPU runtime where CUDA is absent."""
+    """Create Megatron's process groups for a rank that shares no model with another.
+
+    Without CUDA it applies the CPU runtime first.
+    """
     nemo_cpu.apply()
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     parallel_state.initialize_model_parallel()
@@ -23,7 +26,7 @@ def start_single_rank() -> None:
 
 
 def load_model(config: Any, checkpoint: Path, vocab_size: int) -> torch.nn.Module:
-    """The Megatron model of a NeMo configuration with a checkpoint's weights, every tensor accounted for.
+    """Return the Megatron model of a NeMo configuration with a checkpoint's weights. Every tensor has to be used.
 
     Raises:
         ConfigurationError: The checkpoint names a class that no checkpoint needs.
@@ -48,7 +51,7 @@ def load_model(config: Any, checkpoint: Path, vocab_size: int) -> torch.nn.Modul
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, batches: Iterable[dict[str, Tensor | None]]) -> float:
-    """Mean cross-entropy a token over all batches, in nats."""
+    """Compute the mean cross-entropy per token over all batches, in nats."""
     model.eval()
     total, tokens = 0.0, 0
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Which rank of a job on this machine failed first, why, and where its log is."""
+"""Find which rank of a job on this machine failed first, why it did, and where its log is."""
 
 import functools
 import re
@@ -17,15 +17,15 @@ _CONSEQUENCE = re.compile(
     r"(?i)(connection (closed|reset|refused)|broken pipe|DistBackendError|DistNetworkError|DistStoreError|ChildFailedError"
     r"|SignalException|socket timeout|timed out|gloo|nccl|remote process)"
 )
-"""Another rank's fault breaks collectives and stores."""
+"""Messages of collectives and stores, which break because another rank has failed."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Of a job: the end of the rank that failed first."""
+    """The end of the rank of a job that failed first."""
 
     rank: int | None
-    """None: the job has no ranks."""
+    """Number of the rank; None if the job has no ranks."""
     reason: str
     log: Path
 
@@ -35,7 +35,7 @@ class Failure:
 
 
 def first_failure(job_dir: Path) -> Failure | None:
-    """What ended a job of NeMo-Run's local executor, read from the logs in its folder; None where there are none."""
+    """Return what ended a job of NeMo-Run's local executor, from the logs in its folder; None if there are none."""
     ranks = {int(log.parent.name): log for log in _latest(job_dir, "torchelastic/*/*/attempt_*/*/stderr.log")}
     outer = _latest(job_dir, "*/[0-9]*/stderr.log")
     if not ranks:
@@ -53,7 +53,7 @@ def first_failure(job_dir: Path) -> Failure | None:
 
 
 def _latest(job_dir: Path, pattern: str) -> list[Path]:
-    """The logs of the last attempt: NeMo-Run keeps a folder for each."""
+    """Return the logs of the last attempt. NeMo-Run keeps a folder for each attempt."""
     found: dict[Path, list[Path]] = {}
     for log in job_dir.glob(f"nemo_run/*/{pattern}"):
         found.setdefault(log.parent.parent, []).append(log)
@@ -62,7 +62,7 @@ def _latest(job_dir: Path, pattern: str) -> list[Path]:
 
 
 def _raised(log: Path) -> str:
-    """The exception that a log ends with; empty where there is none."""
+    """Return the exception that a log ends with, or an empty text."""
     tracebacks = [found["raised"] for found in _TRACEBACK.finditer(_read(log))]
     own = [raised for raised in tracebacks if not raised.startswith("torch.distributed.elastic")]
     return re.sub(r"^(?:\w+\.)*(\w+: )", r"\1", (own or [""])[-1])
@@ -79,11 +79,11 @@ def _read(log: Path) -> str:
 
 
 ended: list[str] = []
-"""A sentence for every job that failed, in the order in which experiments were left; once `install` was called."""
+"""Sentences for all jobs that failed, in the order in which their experiments ended, after `install` was called."""
 
 
 def install() -> None:
-    """Note in `ended` what failed jobs failed of: NeMo-Run keeps it to itself."""
+    """Collect in `ended` why jobs failed, because NeMo-Run does not tell."""
     upstream = run.Experiment.__exit__
     if hasattr(upstream, "__wrapped__"):
         return
@@ -97,7 +97,7 @@ def install() -> None:
 
 
 def failures(experiment: Any) -> list[str]:
-    """A sentence for every job of an experiment that has failed."""
+    """Return a sentence for every job of an experiment that has failed."""
     ended = [job for job in experiment.jobs if job.state in (AppState.FAILED, AppState.CANCELLED)]
     return [
         f"{job.id} ended as {job.state.name}: {first_failure(Path(job.executor.job_dir)) or 'it has left no log'}"

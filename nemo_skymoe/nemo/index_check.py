@@ -1,8 +1,8 @@
-"""The index files beside a data set that NeMo and Megatron unpickle or map into memory, walked first.
+"""Scan the index files beside a data set before NeMo and Megatron unpickle them or map them into memory.
 
-Both read the arrays of their caches with `numpy.load(allow_pickle=True)`, which takes whatever is no array for a
-pickle, and unpickles an array of objects, as packed sequences are. NeMo describes the lines of a JSONL file in a
-pickle, `*.idx.info`. Megatron maps `*.idx`, and believes the counts and places that stand there.
+Both read the arrays of their caches with `numpy.load(allow_pickle=True)`. It takes anything that is not an array for a
+pickle, and it unpickles arrays of objects, such as packed sequences. NeMo describes the lines of a JSONL file in a
+pickle, `*.idx.info`. Megatron maps `*.idx` into memory, and trusts its counts and places.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _UNREADABLE = (
     *(OSError, ValueError, EOFError, SyntaxError, OverflowError, TypeError, MemoryError, RecursionError),
     tokenize.TokenError,
 )
-"""What numpy raises for an array whose header is damaged."""
+"""Exceptions that numpy raises for an array whose header is damaged."""
 
 
 def check_data_module(data: Any) -> None:
-    """Refuse a data module whose folders have an index that is damaged, or a pickle of anything but plain values.
+    """Refuse a data module whose folders have a damaged index, or a pickle of anything but plain values.
 
     Raises:
-        ConfigurationError: The file, and the class that it refers to or what is wrong with it.
+        ConfigurationError: The message names the file, and the class that it refers to or what is wrong with it.
     """
     for folder in sorted(set(_folders(vars(data)))) if hasattr(data, "__dict__") else ():
         check_indices(folder)
 
 
 def check_indices(folder: Path) -> None:
-    """As `check_data_module`, in one folder and those below it, behind links too."""
+    """Make the checks of `check_data_module` in one folder and those below it, also behind links."""
     for file in every_file(folder):
         if file.name.endswith(".npy"):
             _check_array(file)
@@ -82,7 +82,7 @@ def _has_objects(stream: Any, version: tuple[int, int]) -> bool:
 
 
 def _check_objects(pickled: bytes, file: Path) -> None:
-    """The pickle behind the header of an array of objects."""
+    """Scan the pickle behind the header of an array of objects."""
     try:
         inert_pickle.load(pickled, _Allowed(), file, called=lambda record: check_call(record, file))
     except inert_pickle.NotAllowedError as reason:
@@ -95,7 +95,7 @@ class _Allowed:
 
 
 def _folders(value: Any) -> Iterator[Path]:
-    """The folders that a data module's attributes name, or that the prefixes of data sets which they name are in."""
+    """Yield the folders in a data module's attributes, and those of the data sets whose prefixes they name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = vars(value)
     if isinstance(value, dict):

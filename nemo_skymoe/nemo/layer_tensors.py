@@ -1,24 +1,26 @@
-"""The tensors that Megatron gives a layer, with their shapes and the options that decide of them."""
+"""The tensors that Megatron gives a layer, with their shapes and the options that decide them."""
 
 import re
 from typing import Any
 
 LAYER = re.compile(r"(?:module\.)?decoder\.layers\.(?:(\d+)\.)?((?:self_attention|mlp)\.[\w.]+)")
-"""A tensor of a layer in a checkpoint: its number, None where equal layers are stacked, and its name in the layer."""
+"""A tensor of a layer in a checkpoint: the layer's number, or None if equal layers are stacked, and the name in the
+layer."""
 LEAST_OTHER_VOCABULARY = 128 * 32
-"""Rows beyond `vocab_size` that padding does not explain: `make_vocab_size_divisible_by` x tensor parallelism."""
+"""Rows beyond `vocab_size` that padding cannot explain: `make_vocab_size_divisible_by` x tensor parallelism."""
 
 Expected = dict[str, tuple[str, Any, tuple[int, ...] | None]]
-"""By tensor: an option, its value, and the shape of one layer's tensor; None where the option says there is none."""
+"""For each tensor an option, its value, and the shape of one layer's tensor, or None if the option says there is none.
+"""
 
 
 def expected_layer(config: Any, is_moe: bool) -> Expected:
-    """What of a layer depends on the configuration; norms before attention and MLP, which all have, are left out."""
+    """Return the tensors of a layer that depend on the configuration, without the two norms that every layer has."""
     return _attention(config) | (_experts(config) if is_moe else _dense(config))
 
 
 def expected_globals(config: Any) -> dict[str, tuple[str, Any, bool]]:
-    """Tensors outside of layers that there are or are not, by option: the option, its value, whether there is one."""
+    """Return the tensors outside of layers that an option decides: the option, its value, and whether there is one."""
     tied = bool(config.share_embeddings_and_output_weights)
     positions = getattr(config, "position_embedding_type", "rope")
     return {
@@ -62,7 +64,7 @@ def _dense(config: Any) -> Expected:
 
 
 def _mlp(config: Any, module: str, option: str, size: int | None) -> Expected:
-    """An MLP and its biases; no MLP where `size` is None or 0."""
+    """Return the tensors of an MLP and its biases, or none if `size` is None or 0."""
     bias, hidden = bool(config.add_bias_linear), config.hidden_size
     first = (2 if config.gated_linear_unit else 1) * (size or 0)
     weights: Expected = {

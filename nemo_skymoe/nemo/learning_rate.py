@@ -16,11 +16,12 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "constant": lambda progress: 1.0,
 }
-"""From progress, 0 to 1, to the share that is left of the way from the peak to the final fraction."""
+"""For each shape a function from progress, 0 to 1, to the share that is left of the way from the peak to the final
+fraction."""
 
 
 class LearningRateSchedule(LRSchedulerModule):
-    """Warm-up, then a shape from the peak down to a fraction of it, then, if asked for, linearly to zero.
+    """Warm-up, then a shape from the peak down to a fraction of it, and at the end, optionally, a line to zero.
 
     NeMo's own schedules end at an absolute `min_lr`, the same for parameters with another peak; here every
     parameter group keeps its proportion to the others at every step.
@@ -66,7 +67,7 @@ class LearningRateSchedule(LRSchedulerModule):
         self.decay_steps = decay_steps
 
     def factor(self, step: int) -> float:
-        """The share of the peak at optimizer step `step`, counted from 0."""
+        """Return the share of the peak at optimizer step `step`, counted from 0."""
         end = self.max_steps - self.decay_steps
         if step <= self.warmup_steps and self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
@@ -76,11 +77,11 @@ class LearningRateSchedule(LRSchedulerModule):
         return self.final_fraction + (1 - self.final_fraction) * SHAPES[self.shape](progress)
 
     def scheduler(self, model: Any, optimizers: Any) -> Any:
-        """What Lightning takes: the factor applied to every parameter group's own peak, once a step."""
+        """Return what Lightning takes: the factor is applied to every parameter group's own peak, once per step."""
         schedule = {"scheduler": LambdaLR(optimizers, self.factor), "interval": "step", "frequency": 1}
         return {"optimizer": optimizers, "lr_scheduler": schedule, "monitor": "val_loss"}
 
 
 def is_expert_parameter(name: str, parameter: nn.Parameter) -> bool:
-    """Megatron's `scale_lr_cond` for the routed experts' parameters, whose learning rate is then `lr_mult` times as high."""
+    """Say whether a parameter is a routed expert's; Megatron's `scale_lr_cond` multiplies its rate by `lr_mult`."""
     return ".mlp.experts." in name

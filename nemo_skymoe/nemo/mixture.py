@@ -1,4 +1,4 @@
-"""Mixtures of Megatron's indexed datasets, in phases, as a data module of NeMo's."""
+"""Mixtures of Megatron's indexed datasets, in phases, as a NeMo data module."""
 # No `from __future__ import annotations`: NeMo-Run reads the signature of `mixture_data`.
 
 import hashlib
@@ -37,23 +37,24 @@ def mixture_data(
     held_out: float = 0.001,
     index_cache: Optional[str] = None,
 ) -> PreTrainingDataModule:
-    """A mixture of the domains in the folder `corpus`, for `run.Config(mixture_data, ...)`.
+    """Return a data module with a mixture of the domains in the folder `corpus`, for `run.Config(mixture_data, ...)`.
 
     Args:
-        corpus: Folder of `skymoe preprocess`, or with any of Megatron's datasets, `DOMAIN.bin` and `.idx`, and a
-            tokenizer in `tokenizer`. What `skymoe corpus` wrote is taken as it is, unless `mixtures` name its files.
-        mixtures: One as "en:7 zh:2 code:1" for each phase; None is that one.
-        steps: Optimizer steps of each phase; None is one phase as long as the training.
+        corpus: A folder that `skymoe preprocess` wrote, or one with any of Megatron's datasets, `DOMAIN.bin` and `.idx`,
+            and a tokenizer in `tokenizer`. The corpus of `skymoe corpus` is taken as it is, unless `mixtures` name its
+            files.
+        mixtures: A mixture such as "en:7 zh:2 code:1" for each phase. None is this one, for one phase.
+        steps: Optimizer steps of each phase. None is one phase as long as the training.
         seq_length: Tokens of a sample.
         global_batch_size: Samples of an optimizer step.
         micro_batch_size: Samples of a forward pass of one data-parallel rank.
         num_workers: Loader processes of a rank; 0 loads in the training process.
-        seed: Of the order of each domain's samples.
-        held_out: Share of each domain's documents, the last ones, kept for validation in the first mixture.
-        index_cache: Folder for Megatron's sample indices; default: `index` in `corpus`.
+        seed: Seed of the order of each domain's samples.
+        held_out: Share of each domain's documents that is kept for validation in the first mixture: the last ones.
+        index_cache: Folder for Megatron's sample indices; the default is `index` in `corpus`.
 
     Raises:
-        ConfigurationError: A weight, a number of steps or a share that makes no sense, or a dataset that is missing.
+        ConfigurationError: A weight, a number of steps or a share makes no sense, or a dataset is missing.
     """
     folder = Path(corpus).expanduser().resolve()
     sizes: dict[str, Any] = {
@@ -76,10 +77,10 @@ def mixture_data(
 
 
 class MixtureDataModule(PreTrainingDataModule):
-    """NeMo's pre-training data module over `data.mixture.Blend`; see `mixture_data` for the arguments.
+    """A NeMo pre-training data module over `data.mixture.Blend`. `mixture_data` describes the arguments.
 
-    Samples run across document ends, as in Megatron's GPTDataset, from which they come: one epoch of each domain.
-    When a domain begins again its samples come in another order.
+    Samples come from Megatron's GPTDataset, with one epoch of each domain, and run across document ends. When a domain
+    begins again, its samples come in another order.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class MixtureDataModule(PreTrainingDataModule):
         self.__io__ = again
 
     def io_init(self, **kwargs: Any) -> Any:
-        """NeMo would save the arguments of whichever class up the line it has wrapped first."""
+        """Save the arguments of this class. NeMo would save those of the first base class that it has wrapped."""
         return fdl.Config(mixture_data)
 
     def build(
@@ -143,7 +144,7 @@ class MixtureDataModule(PreTrainingDataModule):
         trainer_limit_val_batches: Any,
         trainer_limit_test_batches: Any,
     ) -> None:
-        """Make the datasets, as many training samples as all phases take; validation has one of every batch it reads."""
+        """Make the datasets: training has the samples of all phases, validation those of the batches that it reads."""
         steps = self.steps or [trainer_max_steps]
         if sum(steps) < trainer_max_steps:
             raise ConfigurationError(
@@ -158,17 +159,17 @@ class MixtureDataModule(PreTrainingDataModule):
         self._log(steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position, and what led there."""
+        """Return the position in the data, and the mixtures that led there."""
         state = super().state_dict()
         assert self.blend is not None
         history = self.blend.history(state["consumed_samples"])
         return state | {"history": history, "epochs": self._epochs()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the position, if the phases up to it are those that led there.
+        """Continue from the saved position, if the phases up to it are those that led there.
 
         Raises:
-            ConfigurationError: They are not, or the datasets have changed.
+            ConfigurationError: The phases differ, or the datasets have changed.
         """
         assert self.blend is not None
         consumed, history = state_dict["consumed_samples"], state_dict.get("history")
@@ -220,7 +221,7 @@ class MixtureDataModule(PreTrainingDataModule):
 
 
 class Stream:
-    """One domain's samples in an endless order that nothing but the seed decides: epoch after epoch of `dataset`."""
+    """One domain's samples in an endless order, epoch after epoch of `dataset`, that only the seed decides."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self._seed = dataset, seed
@@ -234,7 +235,7 @@ class Stream:
         return self.dataset[(index * self._step + self._shift) % size]
 
     def _begin(self, epoch: int, size: int) -> None:
-        """A permutation without a table: multiply by what has no divisor in common with the size, and shift."""
+        """Begin an epoch with a permutation that needs no table: a multiplier coprime to the size, and a shift."""
         self._epoch, self._step, self._shift = epoch, 1, 0
         if epoch:
             draw = np.random.default_rng([self._seed, epoch])
@@ -290,7 +291,7 @@ def _batches(limit: Any, option: str) -> int:
 
 
 def _fingerprint(prefixes: list[str], held_out: float) -> str:
-    """Megatron names an index by its path, not by its content: changed data must not find the old one."""
+    """Return a checksum of the data. Megatron names an index by its path, so changed data would find the old one."""
     stats = [file.stat() for prefix in prefixes for file in indexed.files(Path(prefix))]
     content = [held_out, *((stat.st_size, stat.st_mtime_ns) for stat in stats)]
     return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""NeMo model and configuration classes. Checkpoints name them by module path: they never move."""
+"""NeMo model and configuration classes. They never move, because checkpoints name them by their module's path."""
 # No `from __future__ import annotations`: NeMo-Run and NeMo's serialisation read these annotations.
 
 import functools
@@ -29,12 +29,12 @@ _PADDING = "routers_padding_mask"
 
 
 def skywork_layer_spec(config: Any, vp_stage: Optional[int] = None) -> Any:
-    """The layer spec NeMo calls when it builds a model; a module-level function so that recipes serialise."""
+    """Return the layer spec when NeMo builds a model. This is a module-level function so that recipes serialise."""
     return get_skywork_block_spec(config, vp_stage)
 
 
 def skywork_local_layer_spec(config: Any, vp_stage: Optional[int] = None) -> Any:
-    """The same of Megatron's own modules, Transformer Engine or not."""
+    """Return the layer spec of Megatron's own modules, whether Transformer Engine is installed or not."""
     return get_skywork_block_spec(config, vp_stage, transformer_engine=False)
 
 
@@ -42,12 +42,12 @@ def skywork_local_layer_spec(config: Any, vp_stage: Optional[int] = None) -> Any
 class SkyworkConfig(LlamaConfig):
     """The architecture of Skywork-13B: a Llama with untied head, RoPE, RMSNorm, SwiGLU and no biases.
 
-    What only Transformer Engine or a GPU can do is off where they are absent, and only there.
+    Features that need Transformer Engine or a GPU are off if these are absent, and only then.
     """
 
     train_only_ffn: bool = False
-    """Train nothing but the weights of the MLPs (appendix C.2). Everything else stays equal in models that were
-    trained from one checkpoint, norms included, and can be shared by an MoE that takes its experts from them."""
+    """Whether to train nothing but the weights of the MLPs (appendix C.2). Models that are trained like this from one
+    checkpoint have everything else in common, norms included. An MoE that takes its experts from them can share it."""
 
     transformer_layer_spec: ModuleSpec | Callable[..., Any] = skywork_layer_spec
     layernorm_epsilon: float = 1e-6
@@ -63,9 +63,10 @@ class SkyworkConfig(LlamaConfig):
 
 @dataclass
 class SkyworkMoEDefaults(SkyworkOptions):
-    """What makes a dense configuration a Skywork-MoE: 16 experts of the dense MLP's size, two a token (Table 2).
+    """A mixin that makes a dense configuration a Skywork-MoE with 16 experts, two per token (Table 2).
 
-    A mixin without Megatron's fields, so that it goes in front of any dense configuration and leaves its sizes.
+    The experts have the dense MLP's size. The mixin has none of Megatron's fields, so it goes in front of any dense
+    configuration and leaves its sizes alone.
     """
 
     num_moe_experts: Optional[int] = 16
@@ -85,7 +86,7 @@ class SkyworkMoEDefaults(SkyworkOptions):
 
 @dataclass
 class SkyworkMoEConfig(SkyworkMoEDefaults, SkyworkConfig):
-    """Skywork-MoE; the sizes are the caller's."""
+    """A Skywork-MoE whose sizes are the caller's."""
 
 
 @dataclass
@@ -182,7 +183,7 @@ class SkyworkModel(GPTModel):
     """A NeMo GPT model whose configuration is a `SkyworkConfig`."""
 
     tells_padding = True
-    """The routers of an MoE are told which positions of a batch are padding."""
+    """True because the routers of an MoE are told which positions of a batch are padding."""
 
     def __init__(
         self,
@@ -196,7 +197,7 @@ class SkyworkModel(GPTModel):
         )
 
     def configure_model(self, vp_stage: Optional[int] = None) -> None:
-        """Build this stage's part; what is not trained is frozen before DDP and the optimizer see it."""
+        """Build this pipeline stage's part, and freeze what is not trained before DDP and the optimizer see it."""
         super().configure_model(vp_stage)
         if getattr(self.config, "train_only_ffn", False):
             for name, parameter in self.module.named_parameters():
@@ -204,7 +205,7 @@ class SkyworkModel(GPTModel):
                 parameter.requires_grad_(".mlp." in name and "layer_norm" not in name)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor]:
-        """NeMo's batch and, for an MoE, which of its positions are padding."""
+        """Return NeMo's batch and, for an MoE, which of its positions are padding."""
         batches = Remembering(dataloader_iter)
         step: Any = super().data_step(batches)
         if self._routers and isinstance(step, dict):
@@ -212,7 +213,7 @@ class SkyworkModel(GPTModel):
         return step
 
     def forward_step(self, batch: Any) -> torch.Tensor:
-        """NeMo's forward pass, whose routers know the batch's padding."""
+        """Run NeMo's forward pass, with routers that know the batch's padding."""
         with padding_told(self._routers, batch.get(_PADDING) if isinstance(batch, dict) else None):
             return super().forward_step(batch)
 

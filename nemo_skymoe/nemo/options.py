@@ -1,4 +1,4 @@
-"""The options of a Fiddle configuration and of its parts: what there is to override."""
+"""The options of a Fiddle configuration and of its parts, which overrides can name."""
 
 import inspect
 import sys
@@ -13,13 +13,13 @@ from nemo_skymoe.names import unknown
 
 
 def parameters(made: Any) -> set[str]:
-    """Names of what `made` calls takes."""
+    """Return the names of the parameters of the function or class that `made` calls."""
     signature = inspect.signature(made.__fn_or_cls__).parameters
     return {name for name, parameter in signature.items() if parameter.kind is not parameter.VAR_KEYWORD}
 
 
 def options(section: str, made: Any) -> Iterator[str]:
-    """Every option of `made` and of its parts, such as `training.trainer.max_steps`; an empty section adds no dot."""
+    """Yield every option of `made` and its parts, such as `training.trainer.max_steps`. An empty section has no dot."""
     for name in parameters(made):
         option = f"{section}.{name}" if section else name
         yield option
@@ -28,12 +28,12 @@ def options(section: str, made: Any) -> Iterator[str]:
 
 
 def check_overrides(made: Any, overrides: Sequence[str]) -> None:
-    """Refuse overrides of NeMo-Run's, `trainer.max_step=3`, that name no option of `made`.
+    """Refuse overrides of NeMo-Run's, such as `trainer.max_step=3`, that name no option of `made`.
 
     An option of a part that another override replaces is left to NeMo-Run.
 
     Raises:
-        ConfigurationError: With the nearest option.
+        ConfigurationError: An option does not exist. The message proposes the nearest one.
     """
     keys = [override.partition("=")[0].rstrip("+-*/|&") for override in overrides if "=" in override]
     for key in keys:
@@ -42,7 +42,7 @@ def check_overrides(made: Any, overrides: Sequence[str]) -> None:
 
 
 def refuse_secrets(arguments: Sequence[str]) -> None:
-    """End the process where an argument of `nemo` holds a secret: an exception's traceback could show it."""
+    """End the process if an argument of `nemo` holds a secret: the traceback of an exception could show it."""
     for argument in arguments:
         option, _, value = argument.partition("=")
         try:

@@ -1,4 +1,4 @@
-"""Find the padding of NeMo's batches, which NeMo tells no router of."""
+"""Find the padding of NeMo's batches. NeMo itself tells no router about it."""
 # No `from __future__ import annotations`: NeMo-Run reads these signatures.
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Remembering:
-    """A dataloader's iterator that keeps its last batch, of which a data step passes on what its stage needs."""
+    """A dataloader's iterator that keeps its last batch. A data step hands on only what its stage needs."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
         self._batches = batches
@@ -26,11 +26,11 @@ class Remembering:
 
 
 def padding_of(batch: Any) -> Optional[Tensor]:
-    """The padding of a batch, [B, S] booleans, True for padding; None where there is none or it cannot be known.
+    """Return the padding of a batch, [B, S] booleans that are true for padding; None without, or if it cannot be known.
 
-    `padding_mask` where the data brings one (True for padding, as in Megatron-Core). Otherwise the positions after
-    the last one of each sequence that has a loss, by `loss_mask`: what comes before it is context, whether it has a
-    loss itself or not.
+    A batch with `padding_mask` says it itself (true for padding, as in Megatron-Core). Otherwise the positions after
+    the last one of each sequence that has a loss, by `loss_mask`, are padding. All positions before it are context,
+    whether they have a loss or not.
     """
     if not isinstance(batch, dict):
         return None
@@ -46,5 +46,5 @@ def padding_of(batch: Any) -> Optional[Tensor]:
 
 
 def on_this_context_rank(mask: Optional[Tensor], device: torch.device) -> Optional[Tensor]:
-    """The positions of a [B, S] mask that this context-parallel rank has."""
+    """Return the positions of a [B, S] mask that this context-parallel rank has."""
     return None if mask is None else get_batch_on_this_cp_rank({"mask": mask.to(device)})["mask"]

@@ -1,4 +1,4 @@
-"""A pipeline plan in NeMo: the argument `pipeline=run.Config(PipelinePlan, ...)` of a recipe."""
+"""A pipeline plan in NeMo, for the argument `pipeline=run.Config(PipelinePlan, ...)` of a recipe."""
 # No `from __future__ import annotations`: NeMo-Run reads these annotations.
 
 import copy
@@ -15,16 +15,17 @@ from nemo_skymoe.pipeline.apply import apply_layout, apply_recompute
 
 @dataclass
 class PipelinePlan:
-    """Which layers, and which recomputed ones, are on which pipeline stage; what `skymoe plan` prints.
+    """The layers and the recomputed layers of every pipeline stage, as `skymoe plan` prints them.
 
-    Stages are counted by the strategy's `pipeline_model_parallel_size`; virtual stages follow from the layout.
+    The strategy's `pipeline_model_parallel_size` is the number of stages. The number of virtual stages follows from the
+    layout.
     """
 
     layout: str
     """Megatron's `pipeline_model_parallel_layout`, such as "Et*5|(t*5|)*3t*4L"."""
     recompute: Optional[list[list[int]]] = None
-    """`recompute[stage][virtual_stage]`: so many layers of that chunk, from its first, are recomputed in full.
-    None: as the model's configuration says."""
+    """`recompute[stage][virtual_stage]` is the number of layers of that chunk, from its first, that are recomputed in
+    full. None leaves the model's configuration as it is."""
 
     def apply(self, model: Any, trainer: Any) -> None:
         """Put the plan on a NeMo model and a trainer with a `MegatronStrategy` that have not been set up yet.
@@ -55,12 +56,12 @@ class PipelinePlan:
 
 
 def written_plan(file: str) -> PipelinePlan:
-    """The plan in a file of `skymoe plan --output`: the argument `pipeline=run.Config(written_plan, file=...)`.
+    """Read the plan that `skymoe plan --output` wrote, for the argument `pipeline=run.Config(written_plan, file=...)`.
 
     The file is read where and when the training starts.
 
     Raises:
-        ConfigurationError: It is not there, or no plan.
+        ConfigurationError: The file does not exist, or is not a plan.
     """
     try:
         plan = json.loads(Path(file).read_text())
@@ -72,7 +73,7 @@ def written_plan(file: str) -> PipelinePlan:
 
 
 class _ApplyRecompute(pl.Callback):
-    """Puts the recomputed layers into the blocks as soon as NeMo has built them, in a resumed run too."""
+    """Tells the blocks which layers to recompute as soon as NeMo has built them, in a resumed run too."""
 
     def __init__(self, recompute: list[list[int]]) -> None:
         self.recompute = recompute

@@ -1,4 +1,4 @@
-"""The checks that a training makes of itself, made of its recipe where it is submitted or only printed."""
+"""Make the checks of a training from its recipe, where the recipe is submitted or only printed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,14 @@ from nemo_skymoe.patches import lora_without_te
 
 
 def check_made(recipe: Any, plan: PipelinePlan | None) -> Any:
-    """Build what of a recipe is built quickly, and check it as the training would; returns its trainer.
+    """Build the parts of a recipe that build quickly, check them as the training would, and return the trainer.
 
     Args:
         recipe: A Fiddle configuration of `nemo_skymoe.nemo.api.pretrain` or `finetune`. It is not changed.
-        plan: That of the recipe, as far as it is known: a file may not be written yet.
+        plan: The recipe's pipeline plan, if it is known: a file may not be written yet.
 
     Raises:
-        ConfigurationError: As the training would.
+        ConfigurationError: The training would refuse the recipe.
     """
     arguments = fdl.ordered_arguments(recipe)
     checks.check_steps(recipe.trainer)
@@ -42,10 +42,10 @@ def check_made(recipe: Any, plan: PipelinePlan | None) -> Any:
 
 
 def plan_of(recipe: Any) -> PipelinePlan | None:
-    """The pipeline plan of a recipe; None without one, or where its file is not on this machine.
+    """Return the pipeline plan of a recipe; None if there is none, or its file is not on this machine.
 
     Raises:
-        ConfigurationError: The file is no plan.
+        ConfigurationError: The file is not a plan.
     """
     given = fdl.ordered_arguments(recipe).get("pipeline")
     if given is None or ((file := getattr(given, "file", None)) is not None and not Path(file).is_file()):
@@ -54,14 +54,14 @@ def plan_of(recipe: Any) -> PipelinePlan | None:
 
 
 def check_start(recipe: Any, local: bool, written_before: bool) -> None:
-    """Check the checkpoint to start from, if it is on this machine, as the training would.
+    """Check the checkpoint to start from as the training would, if it is on this machine.
 
     Args:
-        local: The training runs on this machine, where it would look for the checkpoint in vain.
-        written_before: A job before the training writes it.
+        local: Whether the training runs on this machine, so that it would look for the checkpoint here.
+        written_before: Whether a job before the training writes it.
 
     Raises:
-        ConfigurationError: As the training would.
+        ConfigurationError: The training would refuse the checkpoint.
     """
     path = getattr(getattr(recipe.resume, "restore_config", None), "path", None)
     if not path or "://" in path:
@@ -72,10 +72,10 @@ def check_start(recipe: Any, local: bool, written_before: bool) -> None:
 
 
 def built(part: Any, name: str) -> Any:
-    """What a Fiddle configuration makes.
+    """Build the object that a Fiddle configuration describes.
 
     Raises:
-        ConfigurationError: Whatever is raised on the way, in one sentence with the option `name`.
+        ConfigurationError: Building failed. The message is one sentence with the option `name`.
     """
     if not isinstance(part, fdl.Buildable):
         return part
@@ -90,7 +90,7 @@ def built(part: Any, name: str) -> Any:
 
 @dataclass
 class _Holder:
-    """What the checks ask of a model, which is not built."""
+    """Stands in for a model that is not built, with the attributes that the checks ask for."""
 
     config: Any
     optim: Any

@@ -1,4 +1,4 @@
-"""Plain numbers of a training, checked on its parts or on their Fiddle configurations: sizes, batches, rates."""
+"""Check the plain numbers of a training on its parts, or on their Fiddle configurations: sizes, batches, rates."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from nemo_skymoe.option_values import finite, is_a
 _SIZES = ("tensor_model", "pipeline_model", "context", "expert_model")
 _OPTIONAL = ("expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size")
 _OPTIMIZERS = ("adam", "sgd")
-"""Megatron's."""
+"""The optimizers of Megatron."""
 _BATCH = ("seq_length", "global_batch_size", "micro_batch_size")
 
 
@@ -21,10 +21,11 @@ def check_numbers(config: Any, trainer: Any, data: Any = None, optim: Any = None
     """Refuse a number that cannot work before anything is computed with it.
 
     Args:
-        config: The model's. These four are built, or Fiddle configurations; None is not looked at.
+        config: The model's configuration. This and the next three arguments are built objects or Fiddle configurations.
+            None is skipped.
 
     Raises:
-        ConfigurationError: The option's name, its value and what was expected.
+        ConfigurationError: The message has the option's name, its value and what was expected.
     """
     reason = config is not None and option_values.wrong_size(config)
     if reason:
@@ -49,7 +50,7 @@ def check_numbers(config: Any, trainer: Any, data: Any = None, optim: Any = None
 
 
 def _counts(trainer: Any, strategy: Any, data: Any) -> Iterator[tuple[str, Any]]:
-    """Options that have to be at least 1, and their values."""
+    """Return the options that have to be at least 1, and their values."""
     yield "trainer.num_nodes", getattr(trainer, "num_nodes", 1)
     yield "trainer.devices", getattr(trainer, "num_devices", getattr(trainer, "devices", 1))
     for name in _SIZES:
@@ -100,10 +101,12 @@ def _check_rates(optim: Any) -> None:
 
 
 def check_batches(trainer: Any, data: Any) -> None:
-    """Refuse a batch that the micro-batches of all data-parallel ranks do not divide; the sizes are checked before.
+    """Refuse a batch that the micro-batches of all data-parallel ranks do not divide.
+
+    The sizes themselves are checked before.
 
     Raises:
-        ConfigurationError: With the sizes.
+        ConfigurationError: The message has the sizes.
     """
     batch, micro = (getattr(data, name, None) for name in ("global_batch_size", "micro_batch_size"))
     if batch is None or micro is None:

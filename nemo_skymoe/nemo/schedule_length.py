@@ -1,4 +1,4 @@
-"""Learning-rate schedules over the steps that are really run: shortened runs, resumed ones, and runs that end early."""
+"""Fit learning-rate schedules to the steps that are really run: in shortened, resumed and early-ending runs."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,21 +12,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from nemo_skymoe.config import ConfigurationError
 
 PARTS = ("warmup_steps", "hold_steps", "constant_steps", "decay_steps")
-"""Parts of a schedule in steps, by the names that NeMo's schedulers and ours give them."""
+"""The parts of a schedule that are counted in steps, by the names that NeMo's schedulers and ours give them."""
 _LEAST_RUN = 10
-"""A run of so many steps keeps at least one step of every part that its schedule has."""
+"""A run of at least this many steps keeps at least one step of every part of its schedule."""
 
 
 def follow_max_steps(optim: Any, max_steps: int) -> None:
-    """Fit a learning-rate schedule to the steps that are really run, which may be others than it was made for.
+    """Fit a learning-rate schedule to the steps that are really run, which may differ from those that it was made for.
 
-    NeMo gives its schedulers `trainer.max_steps`, but not how many of these belong to warm-up and decay. Their
-    lengths are meant for the schedule's own `max_steps`: a shorter run keeps their shares of it, any other run the
-    lengths. Lengths that leave less than a tenth to the schedule's shape, where the rate would jump, are at most a
-    tenth of the run each. A change is warned of.
+    NeMo gives its schedulers `trainer.max_steps`, but not how many of these belong to warm-up and decay. These lengths
+    are meant for the schedule's own `max_steps`. A shorter run keeps the shares that they have of it, and any other run
+    keeps the lengths. If they leave less than a tenth of the run to the schedule's shape, where the rate would jump,
+    each is at most a tenth of the run. A warning names every change.
 
     Raises:
-        ConfigurationError: Phases end at another step than the run.
+        ConfigurationError: The phases end at another step than the run.
     """
     scheduler: Any = getattr(optim, "lr_scheduler", None)
     if scheduler is None:
@@ -82,10 +82,10 @@ def _is_count(value: Any) -> bool:
 class ScheduleOfThisRun(pl.Callback):
     """Lets a resumed schedule take nothing but its position from the checkpoint.
 
-    Torch's schedulers restore all that they consist of, and the optimizer its last rate: a run that was extended would
-    keep the old `max_steps` under NeMo's schedulers, and under any the old peak and one step at the old rate. Here the
-    rates, that of the first step included, are those of the schedule that this run was given; that they differ from
-    the checkpoint's is warned of.
+    Torch's schedulers restore all of their state, and the optimizer restores its last rate. A run that was extended
+    would therefore keep the old `max_steps` under NeMo's schedulers, and under any scheduler the old peak and one step
+    at the old rate. With this callback all rates, that of the first step included, are those of this run's schedule. If
+    they differ from the checkpoint's, a warning says so.
     """
 
     def __init__(self, optim: Any) -> None:
@@ -106,7 +106,7 @@ class ScheduleOfThisRun(pl.Callback):
         return scheduler
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A checkpoint was loaded by now, if there is one."""
+        """Put back this run's schedule: if there is a checkpoint, it has been loaded by now."""
         for scheduler, own in self._made:
             vars(scheduler).update(own)
             _put_rates(scheduler)
@@ -116,7 +116,7 @@ _POSITION = ("last_epoch", "_step_count", "_last_lr")
 
 
 def _schedulers(made: Any) -> Iterator[Any]:
-    """Those whose rate is a function of the step alone: NeMo's, and ours."""
+    """Return the schedulers whose rate is a function of the step alone: NeMo's, and ours."""
     config = made.get("lr_scheduler") if isinstance(made, dict) else None
     scheduler = config.get("scheduler") if isinstance(config, dict) else None
     if isinstance(scheduler, LambdaLR) or type(scheduler).__module__ == "nemo.core.optim.lr_scheduler":
@@ -138,7 +138,7 @@ def _put_rates(scheduler: Any) -> None:
 
 
 def check_early_end(trainer: Any) -> None:
-    """Refuse epochs that begin with the same data again, and say what may end the run before its schedule does.
+    """Refuse epochs that begin again with the same data, and say what may end the run before its schedule does.
 
     Raises:
         ConfigurationError: `limit_train_batches` or `overfit_batches` make an epoch shorter than the run.

@@ -8,15 +8,15 @@ from nemo_skymoe.config import ConfigurationError
 
 
 class InitialSeed(pl.Callback):
-    """Seed every rank before its part of the model is built: NeMo seeds all runs with 1234.
+    """Seeds every rank before its part of the model is built. NeMo itself seeds all runs with 1234.
 
     The order of the data has a seed of its own, that of the data module.
 
     Args:
-        seed: At least 1.
+        seed: The seed, at least 1.
 
     Raises:
-        ConfigurationError: A smaller one.
+        ConfigurationError: The seed is smaller.
     """
 
     def __init__(self, seed: int = 1234) -> None:
@@ -25,5 +25,5 @@ class InitialSeed(pl.Callback):
         self.seed = seed
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The process groups are there, the model is not."""
+        """Seed this rank. At this point the process groups exist, and the model does not."""
         megatron_init._set_random_seed(self.seed)

@@ -1,4 +1,4 @@
-"""Training in phases (section 5): each has its tokens, its mixture and its learning-rate schedule."""
+"""Training in phases (section 5). Each phase has its tokens, its mixture and its learning-rate schedule."""
 # No `from __future__ import annotations`: NeMo-Run reads these signatures.
 
 import math
@@ -21,15 +21,15 @@ class Phase:
     """One phase of a training.
 
     Args:
-        tokens: To train on; rounded up to whole steps.
+        tokens: Number of tokens to train on, rounded up to whole steps.
         max_lr: Learning rate after the warm-up.
-        min_lr: At the end of the phase.
-        mixture: Domains and weights as "en:7 zh:2 code:1".
+        min_lr: Learning rate at the end of the phase.
+        mixture: Domains and weights, such as "en:7 zh:2 code:1".
         shape: "cosine", "linear" or "constant", from `max_lr` to `min_lr`.
         warmup_steps: Optimizer steps from near zero to `max_lr`.
 
     Raises:
-        ConfigurationError: A value that makes no sense, by its name.
+        ConfigurationError: A value makes no sense. The message names it.
     """
 
     tokens: float
@@ -52,7 +52,7 @@ class Phase:
         object.__setattr__(self, "mixture", str(parse(self.mixture)))
 
     def steps(self, tokens_per_step: int) -> int:
-        """Optimizer steps that see at least its tokens.
+        """Return the number of optimizer steps that see at least the phase's tokens.
 
         Raises:
             ConfigurationError: The warm-up is as long as the phase.
@@ -66,7 +66,7 @@ class Phase:
         return steps
 
     def schedule(self, tokens_per_step: int) -> dict[str, Any]:
-        """Arguments of its `LearningRateSchedule`."""
+        """Return the arguments of the phase's `LearningRateSchedule`."""
         return {
             "shape": self.shape,
             "warmup_steps": self.warmup_steps,
@@ -79,7 +79,7 @@ def read_phases(file: Path) -> list[Phase]:
     """Read a YAML list of phases, whose keys are those of `Phase`.
 
     Raises:
-        ConfigurationError: The file, or a phase in it by its number and key.
+        ConfigurationError: The file cannot be read, or a phase in it does not fit. The message has its number and key.
     """
     try:
         values = yaml.safe_load(file.read_text())
@@ -105,7 +105,7 @@ def _phase(value: Any, place: str) -> Phase:
 
 
 def _number(value: Any) -> Any:
-    """YAML reads 1e9 as text."""
+    """Turn text into a number if it is one, because YAML reads 1e9 as text."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -122,8 +122,8 @@ class PhasedLearningRate(LRSchedulerModule):
     Every parameter group keeps its proportion to the others, as in `LearningRateSchedule`.
 
     Args:
-        phases: The schedules; the `max_steps` of each are its own.
-        peaks: Of each, as a multiple of the first one's.
+        phases: The schedules. The `max_steps` of each are its own.
+        peaks: The peak of each schedule, as a multiple of the first one's.
     """
 
     def __init__(self, phases: list[LearningRateSchedule], peaks: list[float]) -> None:
@@ -132,7 +132,7 @@ class PhasedLearningRate(LRSchedulerModule):
         self._ends = list(accumulate(phase.max_steps for phase in phases))
 
     def factor(self, step: int) -> float:
-        """The multiple of the first peak at optimizer step `step`, counted from 0."""
+        """Return the multiple of the first peak at optimizer step `step`, counted from 0."""
         number = next((n for n, end in enumerate(self._ends) if step < end), len(self._ends) - 1)
         phase = self.phases[number]
         return self.peaks[number] * phase.factor(step - (self._ends[number] - phase.max_steps))
@@ -140,7 +140,7 @@ class PhasedLearningRate(LRSchedulerModule):
     scheduler = LearningRateSchedule.scheduler
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A checkpoint has the rate of the step after it, which a phase that was added since may know better."""
+        """Set the rate of the next step. The checkpoint's rate does not know of a phase that was added since."""
         for config in trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
             for group, peak in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
