@@ -151,7 +151,7 @@ class Architecture:
         return layers + self.embedding_parameters + self.hidden_size
 
     def with_experts(self, num_moe_experts: int, moe_router_topk: int = 2) -> "Architecture":
-        """The MoE with these experts in place of every MLP."""
+        """Return the MoE with these experts in place of every MLP."""
         return replace(self, num_moe_experts=num_moe_experts, moe_router_topk=moe_router_topk)
 
 

@@ -31,7 +31,7 @@ _REFERENCE = re.compile(r"(?i)(null|none|~|\?\?\?)?|\$.*")
 
 
 def refusal(option: str, variable: str = "NAME") -> ConfigurationError:
-    """The sentence for a secret that was given as a value; it does not repeat it."""
+    """Return the sentence for a secret that was given as a value; it does not repeat it."""
     return ConfigurationError(
         f"{option} is given what looks like a secret: secrets are passed by name from the environment, never by value;"
         f" export {variable} where you launch, and give env_vars={{{variable}: null}}"

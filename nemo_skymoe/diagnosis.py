@@ -115,7 +115,7 @@ def _declared(module: str, tree: ast.Module) -> list[Patch]:
 
 
 def _paragraph(documented: ast.Module | ast.FunctionDef, after: str = "") -> str:
-    """The first paragraph of a docstring that begins with `after`, without it and on one line."""
+    """Return the first paragraph of a docstring that begins with `after`, without it and on one line."""
     for paragraph in (ast.get_docstring(documented) or "").split("\n\n"):
         if paragraph.startswith(after):
             return " ".join(paragraph.removeprefix(after).split())

@@ -84,7 +84,7 @@ DISPATCHERS = {dispatcher.name: dispatcher for dispatcher in _ALL}
 
 
 def fitting(config: Any) -> list[Dispatcher]:
-    """The dispatchers among which "auto" chooses."""
+    """Return the dispatchers among which "auto" chooses."""
     split = config.sequence_parallel
     return [one for one in _ALL if one.needs_sequence_parallel == split and one.unfit(config) is None]
 

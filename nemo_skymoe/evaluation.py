@@ -119,7 +119,7 @@ def evaluate(
 
 
 def _check_model(model: Path) -> bool:
-    """Whether its modeling files have to be run."""
+    """Say whether its modeling files have to be run."""
     if (model / "weights").is_dir():
         raise ConfigurationError(
             f"'{model}' is a NeMo checkpoint: export it first with skymoe convert {model} FOLDER --to hf"
@@ -192,7 +192,7 @@ def _score(found: dict[str, Any], task: str, benchmark: Benchmark) -> Score:
 
 
 def _scores(found: dict[str, Any]) -> list[Score]:
-    """Every metric of a task, or of a group as a whole."""
+    """Return every metric of a task, or of a group as a whole."""
     tasks = found.get("groups") or found["results"]
     return [
         Score(task, found["n-shot"].get(task), metric, value, _error(results, metric))
@@ -219,7 +219,7 @@ _TaskLoader.add_multi_constructor("!", lambda loader, tag, node: _Function(f"!{t
 
 
 def _checked_task(file: Path, allow_code: bool) -> str:
-    """The task that a file defines; the harness finds it by its folder.
+    """Return the task that a file defines; the harness finds it by its folder.
 
     Args:
         file: YAML.

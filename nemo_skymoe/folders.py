@@ -33,7 +33,7 @@ def again(first: Path) -> str:
 
 
 def files_below(folder: Path, leave_out: LeaveOut, *, hidden: bool = True) -> list[Path]:
-    """The files below `folder` in the order of their paths, each real file once.
+    """Return the files below `folder` in the order of their paths, each real file once.
 
     Links to folders are followed after all folders that are none, so that a file's own path comes before another that a
     link gives it. A link that leads back to a folder it lies in is left out, and so is a second path to the same file.

@@ -48,14 +48,14 @@ def wrong_moe_value(config: Any) -> str | None:
 
 
 def is_a(value: Any, kind: type) -> bool:
-    """Whether a value is of this type; a truth value is no number, a whole number is a float."""
+    """Say whether a value is of this type; a truth value is no number, a whole number is a float."""
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
 
 
 def _wanted(annotation: Any) -> tuple[type | None, bool]:
-    """The one simple type of an annotation, None if it has another or several, and whether it allows None."""
+    """Return the one simple type of an annotation, None if it has another or several, and whether it allows None."""
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     named = [kind for kind in kinds if kind is not type(None)]
     simple = named[0] if len(named) == 1 and named[0] in _NAMES else None
@@ -107,7 +107,7 @@ def _wrong_layers(config: Any) -> str | None:
 
 
 def finite(value: Any) -> bool:
-    """Whether a value is a finite number."""
+    """Say whether a value is a finite number."""
     return is_a(value, float) and math.isfinite(value)
 
 

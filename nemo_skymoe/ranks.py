@@ -127,7 +127,7 @@ def _torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, st
 
 
 def _free_port() -> int:
-    """A port below those that the system itself hands out, so that nothing takes it before rank 0 listens."""
+    """Return a port below those that the system itself hands out, so that nothing takes it before rank 0 listens."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as probe:
             try:

@@ -103,7 +103,7 @@ def allgather(x: Exchange) -> Traffic:
 
 
 def alltoall(x: Exchange) -> Traffic:
-    """A row for each pair of a token and another rank that has an expert for it, out and back.
+    """Return a row for each pair of a token and another rank that has an expert for it, out and back.
 
     Beside a row go its e weights; forward, 1 + e counts (int32) to every rank. Padded: a row and one weight
     for every place of every expert elsewhere, and no counts.

@@ -62,12 +62,12 @@ Rates = tuple[float, float]
 
 
 def scratch_schedule(dense: Rates | None) -> Schedule:
-    """The schedule of the dense model itself, as in Figure 1."""
+    """Return the schedule of the dense model itself, as in Figure 1."""
     return Schedule(SCRATCH, "the dense model's peak", *(dense or (None, None)))
 
 
 def upcycled_schedule(dense: Rates | None, *, finished: bool) -> Schedule:
-    """The schedule for a dense checkpoint at the end of its own schedule, or for one before it.
+    """Return the schedule for a dense checkpoint at the end of its own schedule, or for one before it.
 
     Rates are in Figure 1's proportion to the dense model's: 0.6 of its peak before the end, else 4 times its last
     one, where the constant last one ended worse with experts more alike. Never above the dense model's peak.

@@ -26,7 +26,7 @@ def as_text(advice: Advice) -> str:
 
 
 def to_dict(advice: Advice) -> dict[str, Any]:
-    """The same as plain values; FLOPs are of the model, GPU-hours predicted."""
+    """Return the same as plain values; FLOPs are of the model, GPU-hours predicted."""
     measures = [
         {**asdict(measure), "ratio": float(measure.ratio), "answer": measure.answer}
         for measure in advice.measures

@@ -28,6 +28,6 @@ class Story:
 
 
 def minutes(seconds: float) -> str:
-    """A duration for people."""
+    """Return a duration for people."""
     whole = round(seconds)
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"

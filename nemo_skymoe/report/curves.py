@@ -25,7 +25,7 @@ class Curve:
 
     @classmethod
     def from_points(cls, points: Mapping[int, float]) -> "Curve":
-        """A curve from values by step, in any order."""
+        """Return a curve from values by step, in any order."""
         steps = sorted(points)
         return cls(np.array(steps, dtype=np.int64), np.array([points[s] for s in steps], dtype=np.float64))
 
@@ -70,7 +70,7 @@ class LossCurve:
 
     @classmethod
     def of_run(cls, label: str, curves: Mapping[str, Curve], offset: int = 0) -> "LossCurve":
-        """The losses among the curves that `read_curves` returns."""
+        """Return the losses among the curves that `read_curves` returns."""
         return cls(label, curves.get(TRAIN_LOSS), curves.get(VALIDATION_LOSS), offset)
 
 
@@ -83,7 +83,7 @@ class Logs:
 
 
 def read_logs(run_dir: Path) -> Logs:
-    """Every scalar logged anywhere below `run_dir`, by its TensorBoard tag, put together by `event_files.merge`.
+    """Return every scalar logged anywhere below `run_dir`, by its TensorBoard tag, put together by `event_files.merge`.
 
     Raises:
         ConfigurationError: `run_dir` is no directory, no event file below it holds a scalar, or they are of two runs.
@@ -105,12 +105,12 @@ def read_logs(run_dir: Path) -> Logs:
 
 
 def read_curves(run_dir: Path) -> dict[str, Curve]:
-    """The curves of `read_logs`, for a run whose files are known."""
+    """Return the curves of `read_logs`, for a run whose files are known."""
     return read_logs(run_dir).curves
 
 
 def layer_curves(telemetry: Mapping[str, Curve], metric: str) -> dict[int, Curve]:
-    """The curves `moe/<metric>_layer_<number>` among `telemetry`, by global layer number from 1, early to late."""
+    """Return the curves `moe/<metric>_layer_<number>` among `telemetry`, by global layer number from 1, early to late."""
     matches = ((_LAYER_TAG.fullmatch(tag), curve) for tag, curve in telemetry.items())
     layers = {int(m["layer"]): curve for m, curve in matches if m and m["metric"] == metric and len(curve)}
     return dict(sorted(layers.items()))

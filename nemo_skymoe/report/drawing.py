@@ -44,14 +44,14 @@ STYLE = {
 
 
 def style() -> AbstractContextManager[None]:
-    """The context that figures are made and saved in."""
+    """Return the context that figures are made and saved in."""
     from matplotlib import rc_context
 
     return rc_context(cast(Any, STYLE))
 
 
 def new_figure(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure of `panels` axes side by side, `width` x `height` inches."""
+    """Return a figure of `panels` axes side by side, `width` x `height` inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI)
@@ -60,7 +60,7 @@ def new_figure(panels: int, width: float, height: float) -> tuple[Any, list[Any]
 
 
 def png(figure: Any) -> bytes:
-    """The figure as a PNG file."""
+    """Return the figure as a PNG file."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.12, metadata={"Software": None})
     return buffer.getvalue()
@@ -92,7 +92,7 @@ def finish_axes(axes: Any, title: str, floor: float | None = None) -> None:
 
 
 def layer_colours(layers: Collection[int]) -> dict[int, Any]:
-    """A colour for each layer, dark violet (early) to green (late)."""
+    """Return a colour for each layer, dark violet (early) to green (late)."""
     first, last = min(layers), max(layers)
     return {layer: _shade((layer - first) / max(1, last - first)) for layer in sorted(layers)}
 

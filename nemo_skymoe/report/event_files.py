@@ -36,7 +36,7 @@ class EventFile:
 
 
 def find_event_files(run_dir: Path) -> list[Path]:
-    """Every `*tfevents*` below a folder, through links to folders too, each real file once and in order of its path."""
+    """Return every `*tfevents*` below a folder, through links to folders too, each real file once and in order of its path."""
     found: dict[Path, Path] = {}
     for path in every_file(run_dir):
         if "tfevents" in path.name and path.is_file():
@@ -45,7 +45,7 @@ def find_event_files(run_dir: Path) -> list[Path]:
 
 
 def read_event_file(path: Path) -> EventFile:
-    """Every scalar of a file, as far as it can be read.
+    """Return every scalar of a file, as far as it can be read.
 
     Raises:
         ConfigurationError: The file cannot be opened.
@@ -125,7 +125,7 @@ def merge(files: Sequence[EventFile]) -> tuple[dict[str, Points], list[str]]:
 
 
 def _shared_tag(points: dict[str, Points], file: EventFile) -> str | None:
-    """A scalar that both have along the run: what is logged once, at every start, says nothing."""
+    """Return a scalar that both have along the run: what is logged once, at every start, says nothing."""
     shared = [tag for tag in file.scalars if len(points.get(tag, ())) > 1]
     return max(shared, key=lambda tag: len(points[tag]), default=None)
 

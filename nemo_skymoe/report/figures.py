@@ -85,7 +85,7 @@ FIGURE_TITLES = {"losses": "Losses", **{figure.name: figure.title for figure in 
 
 
 def draw_figures(losses: Sequence[LossCurve], telemetry: Mapping[str, Curve]) -> list[Picture]:
-    """Every figure that has data, in the order of `FIGURE_TITLES`; those without are left out."""
+    """Return every figure that has data, in the order of `FIGURE_TITLES`; those without are left out."""
     with drawing.style():
         pictures = [_draw_losses(losses), *(_draw_layers(spec, telemetry) for spec in LAYER_FIGURES)]
     return [picture for picture in pictures if picture is not None]
@@ -131,7 +131,7 @@ def _panel_of_run(panel: Panel, telemetry: Mapping[str, Curve]) -> Panel:
 
 
 def _draw_layers(spec: LayerFigure, telemetry: Mapping[str, Curve]) -> Picture | None:
-    """A line for each layer, coloured early to late, in each panel that has data; None where none has."""
+    """Return a line for each layer, coloured early to late, in each panel that has data; None where none has."""
     panels = [_panel_of_run(panel, telemetry) for panel in spec.panels]
     layers = {panel: layer_curves(telemetry, panel.metric) for panel in panels}
     layers = {panel: curves for panel, curves in layers.items() if any(map(_has_data, curves.values()))}
