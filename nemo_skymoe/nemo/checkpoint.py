@@ -1,5 +1,4 @@
-"""Check a NeMo 2 checkpoint against the model that will load it, and let Megatron find its layers as they are stored.
-"""
+"""Check a NeMo 2 checkpoint against the model that will load it, and let Megatron find its layers as they are stored."""
 
 import logging
 from collections.abc import Mapping

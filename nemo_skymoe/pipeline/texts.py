@@ -1,4 +1,4 @@
-"""A plan's options as a command line or a file gives them: a layout by its counts, gigabytes, a profile by its file."""
+"""Read the options of a plan from a command line or a file: numbers of layers, gigabytes, the file of a profile."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
