@@ -1,4 +1,4 @@
-"""The sizes of a Llama-like decoder, dense or MoE, and what follows from them. Plain values, no framework."""
+"""The sizes of a Llama-like decoder, dense or MoE, and the numbers that follow from them, without any framework."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from nemo_skymoe.config import ConfigurationError
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder with RMSNorm, RoPE, SwiGLU and no biases: Llama, Mistral, Skywork-13B and Skywork-MoE (Table 2).
+    """A decoder with RMSNorm, RoPE, SwiGLU and no biases: Llama, Mistral, Skywork-13B or Skywork-MoE (Table 2).
 
     Sizes are in elements; `vocab_size` counts the rows of the embedding as stored, without padding.
     """
@@ -22,18 +22,19 @@ class Architecture:
     num_attention_heads: int
     vocab_size: int
     num_query_groups: int | None = None
-    """Key-value heads; None is one for every attention head."""
+    """Key-value heads. None means one for every attention head."""
     kv_channels: int | None = None
-    """Size of a head; None is hidden_size / num_attention_heads."""
+    """Size of a head. None means hidden_size / num_attention_heads."""
     num_moe_experts: int | None = None
-    """Experts of an MoE layer; None is a dense model."""
+    """Experts of an MoE layer. None means a dense model."""
     moe_router_topk: int = 2
     tied_embeddings: bool = False
     moe_layer_freq: int | tuple[int, ...] = 1
-    """Megatron's: n is an MoE in every n-th layer from the first on; else 1 for every MoE layer and 0 for every dense one.
-    Kept as 1 where all layers are alike, else layer by layer."""
+    """The layers that are MoE layers, in Megatron's form. A number n means every n-th layer from the first on. A tuple
+    has 1 for every MoE layer and 0 for every dense one. It is kept as 1 if all layers are alike, and layer by layer
+    otherwise."""
     moe_ffn_hidden_size: int | None = None
-    """Size of an expert; None is `ffn_hidden_size`, that of the MLP of dense layers."""
+    """Size of an expert. None means `ffn_hidden_size`, the size of the MLP of dense layers."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
@@ -58,7 +59,7 @@ class Architecture:
         self._settle_layers()
 
     def _settle_layers(self) -> None:
-        """One way to write each model, so that equal ones compare equal."""
+        """Write every model in one way, so that equal models compare equal."""
         experts, size = self.num_moe_experts is not None, self.moe_ffn_hidden_size
         if size is not None and (not isinstance(size, int) or size < 1):
             raise ConfigurationError(f"moe_ffn_hidden_size is {size!r}, expected a positive integer")
@@ -73,7 +74,7 @@ class Architecture:
 
     @cached_property
     def moe_layers(self) -> tuple[bool, ...]:
-        """Of every layer, whether it is an MoE."""
+        """For every layer, whether it is an MoE layer."""
         if self.num_moe_experts is None:
             return (False,) * self.num_layers
         return tuple(map(bool, layer_pattern(self.moe_layer_freq, self.num_layers)))
@@ -85,60 +86,60 @@ class Architecture:
 
     @property
     def expert_ffn_hidden_size(self) -> int:
-        """Size of an expert; in a dense model that of its MLP."""
+        """Size of an expert, or of the MLP in a dense model."""
         return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
     def of_layers(self, moe: bool) -> "Architecture":
-        """The model if all its layers were like its MoE layers, or like its dense ones."""
+        """Return the model whose layers are all like this one's MoE layers, or all like its dense ones."""
         if not moe:
             return replace(self, num_moe_experts=None)
         return replace(self, moe_layer_freq=1, ffn_hidden_size=self.expert_ffn_hidden_size)
 
     @property
     def layers(self) -> "tuple[Architecture, ...]":
-        """`of_layers` of every layer."""
+        """For every layer, the result of `of_layers`."""
         kinds = {moe: self.of_layers(moe) for moe in {*self.moe_layers}}
         return tuple(kinds[moe] for moe in self.moe_layers)
 
     @property
     def query_groups(self) -> int:
-        """Key-value heads."""
+        """Number of key-value heads."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
     def head_size(self) -> int:
-        """Elements of a head."""
+        """Size of a head, in elements."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def attention_parameters(self) -> int:
-        """Weights of one layer's four projections."""
+        """Number of weights in one layer's four projections."""
         heads = 2 * self.num_attention_heads + 2 * self.query_groups
         return heads * self.head_size * self.hidden_size
 
     @property
     def expert_parameters(self) -> int:
-        """Weights of one expert; in a dense model, of one MLP."""
+        """Number of weights of one expert, or of one MLP in a dense model."""
         return 3 * self.hidden_size * self.expert_ffn_hidden_size
 
     @property
     def router_parameters(self) -> int:
-        """Weights of one MoE layer's router; 0 in a dense model."""
+        """Number of weights of one MoE layer's router, 0 in a dense model."""
         return (self.num_moe_experts or 0) * self.hidden_size
 
     @property
     def embedding_parameters(self) -> int:
-        """Embedding and output layer."""
+        """Number of weights of embedding and output layer."""
         return (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
 
     @property
     def parameters(self) -> int:
-        """All weights: 146,356,167,168 for Skywork-MoE at its vocabulary of 65,536."""
+        """Number of all weights: 146,356,167,168 for Skywork-MoE at its vocabulary of 65,536."""
         return self._parameters(self.num_moe_experts or 1)
 
     @property
     def activated_parameters(self) -> int:
-        """Weights that one token meets, both embeddings included."""
+        """Number of weights that one token meets, both embeddings included."""
         return self._parameters(self.moe_router_topk if self.num_moe_experts else 1)
 
     def _parameters(self, experts: int) -> int:
@@ -156,10 +157,11 @@ class Architecture:
 
 
 def layer_pattern(frequency: object, num_layers: int) -> tuple[int, ...]:
-    """1 for every MoE layer and 0 for every dense one, of Megatron's `moe_layer_freq`.
+    """Return 1 for every MoE layer and 0 for every dense one, from Megatron's `moe_layer_freq`.
 
     Raises:
-        ConfigurationError: Neither a positive integer nor such a list of `num_layers`, with an MoE in it.
+        ConfigurationError: The value is neither a positive integer nor a list of `num_layers` zeros and ones with an
+            MoE layer.
     """
     if isinstance(frequency, int) and not isinstance(frequency, bool) and frequency > 0:
         return tuple(int(layer % frequency == 0) for layer in range(num_layers))
@@ -175,9 +177,9 @@ def layer_pattern(frequency: object, num_layers: int) -> tuple[int, ...]:
 
 
 SKYWORK_13B = Architecture(52, 4608, 12288, 36, vocab_size=65519)
-"""arXiv 2310.19341, Table 3; 65,519 is the base model's vocabulary."""
+"""Skywork-13B (arXiv 2310.19341, Table 3). The base model's vocabulary has 65,519 entries."""
 SKYWORK_MOE_146B = Architecture(52, 4608, 12288, 36, vocab_size=65536, num_moe_experts=16)
-"""Table 2."""
+"""Skywork-MoE (Table 2)."""
 MODELS = {"skywork-13b": SKYWORK_13B, "skywork-moe-146b": SKYWORK_MOE_146B}
 
 

@@ -1,6 +1,6 @@
-"""What a user sets: options of plain values, mixed into Megatron's and NeMo's configuration classes.
+"""The options of Skywork-MoE, which are plain values mixed into Megatron's and NeMo's configuration classes.
 
-An option exists once, here, under a Megatron-style name; every bad value is refused here by that name.
+An option exists once, here, under a name in Megatron's style. Every bad value is refused here by that name.
 """
 
 import math
@@ -22,49 +22,57 @@ LOGIT_NORM_EPS = (1e-12, 0.01)
 class SkyworkOptions:
     """Options of Skywork-MoE (arXiv 2406.06563) on top of a Megatron `TransformerConfig`.
 
-    Mix it in *before* the configuration class: `class MyConfig(SkyworkOptions, TransformerConfig)`.
-    `__post_init__` may run any number of times: NeMo calls it again after setting the parallel sizes.
+    Mix it in *before* the configuration class: `class MyConfig(SkyworkOptions, TransformerConfig)`. `__post_init__` may
+    run any number of times, because NeMo calls it again after setting the parallel sizes.
+
+    Raises:
+        ConfigurationError: A value cannot work. The message names the option and what was expected.
     """
 
     moe_router_logit_norm_scale: Optional[float] = 1.0
-    """lambda of eq. (6): the standard deviation of a token's gating logits after normalisation. None: off."""
+    """lambda of eq. (6): the standard deviation of a token's gating logits after normalisation. None turns it off."""
     moe_router_logit_norm_correction: int = 1
-    """1: sample standard deviation (the released weights); 0: population (eq. 6 as written)."""
+    """1 takes the sample's standard deviation, as the released model does; 0 takes the population's (eq. 6 as written).
+    """
     moe_router_logit_norm_eps: float = 1e-6
-    """Rows whose standard deviation is not above this count as equal logits: a uniform gate, finite gradients."""
+    """A token whose logits have a standard deviation of at most this counts as one with equal logits. Its gate is
+    uniform, and its gradients are finite."""
     moe_router_gate_bias: bool = False
-    """Add the bias of eq. (1) to the gate, starting at zero. The released weights have none."""
+    """Adds the bias of eq. (1) to the gate, starting at zero. The released model has none."""
     moe_router_two_layer_gate: bool = False
-    """The gate of the authors' later code, W2 tanh(W1 x), with W1 [8 n, hidden] and W2 [n, 8 n] for n experts."""
+    """Uses the gate of the authors' later code, W2 tanh(W1 x), with W1 [8 n, hidden] and W2 [n, 8 n] for n experts."""
     moe_router_telemetry: bool = True
-    """Observe the router in training: drop rate, load, entropy and gate ratios (`moe.telemetry.LayerMetrics`)."""
+    """Observes the router in training: drop rate, load, entropy and gate ratios (`moe.telemetry.LayerMetrics`)."""
 
     moe_aux_loss_form: str = "switch"
-    """"switch": Megatron's n * sum_j f_j P_j; "square": the report's eq. (4), sum_j (1/n - P_j)^2.
-    At equal coefficients and balanced load the gradient of "switch" is n/2 times larger."""
+    """"switch" is Megatron's n * sum_j f_j P_j; "square" is the report's eq. (4), sum_j (1/n - P_j)^2. At equal
+    coefficients and balanced load the gradient of "switch" is n/2 times larger."""
     moe_adaptive_aux_loss: bool = True
-    """Give every MoE layer its own coefficient that follows its token drop rate (eq. 7-9)."""
+    """Gives every MoE layer its own coefficient, which follows the layer's token drop rate (eq. 7-9)."""
     moe_adaptive_aux_loss_sensitivity: float = 0.2
-    """xi: coefficient per unit of drop rate."""
+    """xi: the coefficient per unit of drop rate."""
     moe_adaptive_aux_loss_maximum: float = 0.01
-    """alpha_max."""
+    """alpha_max: the largest coefficient."""
     moe_adaptive_aux_loss_smoothing: float = 0.99
-    """beta: weight of the previous coefficient."""
+    """beta: the weight of the previous coefficient."""
     moe_adaptive_aux_loss_initial: Optional[float] = None
-    """alpha_0, which the report does not give. None: alpha_max, where its Figure 4 starts."""
+    """alpha_0: the first coefficient, which the report does not give. None means alpha_max, where its Figure 4 starts.
+    """
     moe_nominal_capacity_factor: float = 1.25
-    """Capacity factor of the *virtual* drop rate, used when training is dropless."""
+    """Capacity factor of the *virtual* drop rate, which is used if training is dropless."""
 
     moe_edp: bool = False
-    """Expert Data Parallelism (appendix B.1): the expert-parallel group is the tensor-parallel group. Not what
-    Megatron abbreviates EDP, the size of the expert-data-parallel group."""
+    """Expert Data Parallelism (appendix B.1): the expert-parallel group is the tensor-parallel group. Megatron uses the
+    letters EDP for something else, the size of the expert-data-parallel group."""
     edp_dispatcher: str = "auto"
-    """Token dispatcher under EDP. Without sequence parallelism "replicated", which dispatches nothing and combines in
-    one all-reduce; with it "allgather" or "alltoall". "auto": of those the one that sends the fewest bytes."""
+    """Token dispatcher under EDP. Without sequence parallelism it is "replicated", which dispatches nothing and
+    combines in one all-reduce. With sequence parallelism it is "allgather" or "alltoall". "auto" takes the one that
+    sends the fewest bytes."""
     moe_capacity_scope: str = "rank"
-    """Tokens over which an expert's capacity is counted: those of a "rank" or of the "edp" group."""
+    """Tokens over which an expert's capacity is counted: those of a "rank", or of the "edp" group."""
     edp_replica_check_interval: int = 0
-    """Compare the routing of the "replicated" dispatcher's ranks every so many forward passes of a layer; 0: never."""
+    """Forward passes of a layer between two comparisons of the routing of the "replicated" dispatcher's ranks; 0 for
+    never."""
 
     def __post_init__(self) -> None:
         _refuse(option_values.wrong_type(self, SkyworkOptions) or option_values.wrong_size(self))
@@ -268,10 +276,10 @@ class SkyworkOptions:
             )
 
     def check_training(self) -> None:
-        """Refuse a layout that can serve but not train, which only the caller can tell apart.
+        """Refuse a layout that can serve but not train. Only the caller knows which of them it is going to do.
 
         Raises:
-            ConfigurationError: Tensor parallelism with neither sequence parallelism nor EDP.
+            ConfigurationError: Tensor parallelism is on, with neither sequence parallelism nor EDP.
         """
         config: Any = self
         if (

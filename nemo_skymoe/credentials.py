@@ -1,4 +1,7 @@
-"""Secrets go by name through the environment, never by value: scripts, logs and saved configurations keep every value."""
+"""Refuse secrets that are given by value: scripts, logs and saved configurations keep every value.
+
+Secrets are passed by name, through the environment.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -17,7 +20,7 @@ _NO_SECRET = re.compile(
 _OPTION = re.compile(
     r"(?i)^(.*_)?(pass(word|wd|phrase)|secret|api_?key|credentials?)$|^((wandb|hf|access|auth)_)?(key|token)$"
 )
-"""Options of recipes have names that variables do not: `eod_token` is no secret."""
+"""Names of options that hold secrets. They differ from names of variables: the option `eod_token` is no secret."""
 _VALUE = re.compile(
     r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|nvapi-|wandb_v\d_|xox[abprs]-|AIza)[\w-]{12,}|\bA[KS]IA[0-9A-Z]{12,}"
     r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.|-----BEGIN [A-Z ]*PRIVATE KEY"
@@ -31,7 +34,7 @@ _REFERENCE = re.compile(r"(?i)(null|none|~|\?\?\?)?|\$.*")
 
 
 def refusal(option: str, variable: str = "NAME") -> ConfigurationError:
-    """Return the sentence for a secret that was given as a value; it does not repeat it."""
+    """Return the error for a secret that was given as a value. Its message does not repeat the value."""
     return ConfigurationError(
         f"{option} is given what looks like a secret: secrets are passed by name from the environment, never by value;"
         f" export {variable} where you launch, and give env_vars={{{variable}: null}}"
@@ -39,10 +42,10 @@ def refusal(option: str, variable: str = "NAME") -> ConfigurationError:
 
 
 def check_variables(option: str, variables: Mapping[str, Any]) -> None:
-    """Refuse environment variables with a secret as their value; None stands for the name alone.
+    """Refuse environment variables with a secret as their value. None stands for the name alone.
 
     Raises:
-        ConfigurationError: With the option and the variable, without its value.
+        ConfigurationError: A value looks like a secret. The message has the option and the variable, and not the value.
     """
     for name, value in variables.items():
         if value is not None and _is_secret(str(name), str(value)):
@@ -53,7 +56,7 @@ def check_options(values: Any, option: str = "") -> None:
     """Refuse secrets anywhere in nested options.
 
     Raises:
-        ConfigurationError: With the option, without its value.
+        ConfigurationError: A value looks like a secret. The message has the option, and not the value.
     """
     for place, text in _texts(values, option):
         parent, _, name = place.rpartition(".")
@@ -66,10 +69,10 @@ def check_options(values: Any, option: str = "") -> None:
 
 
 def check_text(option: str, text: str) -> None:
-    """Refuse secrets in text that assigns variables: lines of a shell, an override.
+    """Refuse secrets in text that assigns variables, such as lines of a shell or an override.
 
     Raises:
-        ConfigurationError: With the option and the variable, without its value.
+        ConfigurationError: A value looks like a secret. The message has the option and the variable, and not the value.
     """
     for name, value in _ASSIGNMENT.findall(text):
         value = value.strip("\"'")

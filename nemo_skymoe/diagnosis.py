@@ -1,4 +1,4 @@
-"""What `skymoe doctor` shows: versions with remarks, the verdict, and the patches that apply here."""
+"""Gather and print what `skymoe doctor` shows: versions with remarks, the verdict, and the patches that apply here."""
 
 import ast
 import json
@@ -29,7 +29,7 @@ if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `version` is None for what is absent."""
+    """One line of the table. `version` is None if the package is absent."""
 
     name: str
     version: str | None
@@ -46,7 +46,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that `skymoe doctor` shows."""
+    """Everything that `skymoe doctor` shows."""
 
     rows: list[Row]
     verdict: Verdict
@@ -61,7 +61,7 @@ def diagnose() -> Diagnosis:
 
 
 def cuda_devices() -> list[str]:
-    """Names of the CUDA devices that this process may use."""
+    """Return the names of the CUDA devices that this process may use."""
     probe = [sys.executable, "-c", _LIST_DEVICES]
     try:
         return subprocess.run(probe, capture_output=True, text=True, timeout=60.0).stdout.splitlines()
@@ -70,10 +70,10 @@ def cuda_devices() -> list[str]:
 
 
 def patches(versions: Mapping[str, str | None], devices: Sequence[str]) -> list[Patch]:
-    """What `nemo_skymoe.patches` substitutes here, read from its sources without importing them.
+    """List what `nemo_skymoe.patches` substitutes here, from its sources and without importing them.
 
-    A module there either lists functions as `SUBSTITUTIONS`, whose docstrings give the reason, or is one
-    patch itself, whose docstring says "Upstream: ...".
+    A module there either lists functions as `SUBSTITUTIONS`, whose docstrings give the reason, or is one patch itself,
+    whose docstring says "Upstream: ...".
     """
     found: list[Patch] = []
     for file in sorted(resources.files("nemo_skymoe.patches").iterdir(), key=lambda file: file.name):
@@ -153,7 +153,7 @@ def show_json(diagnosis: Diagnosis) -> None:
 
 
 def show(diagnosis: Diagnosis, reasons: bool = False) -> None:
-    """Print a diagnosis for people, the verdict last; with `reasons` also why each patch is needed."""
+    """Print a diagnosis for people, with the verdict last. With `reasons` it also says why each patch is needed."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,6 +1,6 @@
-"""The one table of EDP's token dispatchers: checks, the choice of "auto", the layer and the documentation follow from it.
+"""The table of EDP's token dispatchers. Checks, the choice of "auto", the layer and the documentation follow from it.
 
-Plain values, no torch: a class is named, and imported where a layer is built.
+It holds plain values and does not need torch: a class is named, and imported when a layer is built.
 """
 
 import importlib
@@ -14,28 +14,28 @@ from nemo_skymoe.traffic import Exchange, Traffic
 
 @dataclass(frozen=True)
 class Dispatcher:
-    """One way to bring tokens to the ranks of their experts and the results back."""
+    """One way to bring tokens to the ranks of their experts, and the results back."""
 
     name: str
     """The value of `edp_dispatcher`."""
     target: str
-    """Its class as `module:name`."""
+    """The dispatcher's class as `module:name`."""
     bytes_sent: Callable[[Exchange], Traffic]
-    """What a rank sends in one layer, see `traffic`."""
+    """Returns the bytes that a rank sends in one layer, see `traffic`."""
     needs_sequence_parallel: bool
-    """True where every rank holds its own tokens, False where all hold the same ones."""
+    """True if every rank holds its own tokens, False if all ranks hold the same ones."""
     sees_the_group: bool
-    """Whether a rank sees all the group's tokens, which `moe_capacity_scope="edp"` needs."""
+    """True if a rank sees all tokens of the group, which `moe_capacity_scope="edp"` needs."""
     moves: str
-    """What travels forward, in words."""
+    """What travels in the forward pass, in words."""
 
     def load(self) -> type:
-        """Its class; imports torch."""
+        """Import and return the class, which imports torch."""
         module, _, name = self.target.partition(":")
         return getattr(importlib.import_module(module), name)
 
     def unfit(self, config: Any) -> str | None:
-        """Why it cannot run under a configuration, in one sentence, or None."""
+        """Return a sentence on why the dispatcher cannot run under a configuration, or None if it can."""
         split = config.sequence_parallel
         if config.tensor_model_parallel_size > 1 and split != self.needs_sequence_parallel:
             return (
@@ -80,7 +80,7 @@ _ALL = (
     ),
 )
 DISPATCHERS = {dispatcher.name: dispatcher for dispatcher in _ALL}
-"""By name; of two that send as many bytes "auto" takes the first."""
+"""The dispatchers by name. Of two that send as many bytes, "auto" takes the first."""
 
 
 def fitting(config: Any) -> list[Dispatcher]:

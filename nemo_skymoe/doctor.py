@@ -1,4 +1,4 @@
-"""Which versions are installed and whether they work together.
+"""Find which versions are installed, and judge whether they work together.
 
 Nothing heavy is imported: versions are read from the files that an import would find.
 """
@@ -19,7 +19,7 @@ OLDEST_TORCH = "2.6"
 MEGATRON = ("0.14", "0.15", "0.16")
 TESTED = ("2.7.3", "0.15.3")
 PAIRS = (("2.5.3", "0.14.0"), ("2.6.2", "0.15.3"), ("2.6.2", "0.16.1"), TESTED, ("2.7.3", "0.16.1"))
-"""NeMo with megatron-core as `make compat` imports, dry-runs, trains and resumes them on a CPU."""
+"""The pairs of NeMo and megatron-core that `make compat` imports, dry-runs, trains and resumes on a CPU."""
 PACKAGES = (
     "torch",
     "nemo-toolkit",
@@ -32,7 +32,7 @@ PACKAGES = (
     "hydra-core",
 )
 _GROUPS = {"2.5": "ModelCommProcessGroups", "2.6": "ProcessGroupCollection", "2.7": "ProcessGroupCollection"}
-"""What a NeMo imports that the other megatron-cores lack: 0.15 replaced the first by the second."""
+"""The class that a NeMo imports, by its version. 0.15 of megatron-core replaced the first by the second."""
 _NEMO_IMPORTS = ("nemo_run", "lightning", "hydra-core")
 _VERSION_FILES = {
     "torch": ("torch", "version.py"),
@@ -43,7 +43,7 @@ _VERSION_FILES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a combination of versions is supported, and the sentence that says why."""
+    """A judgement on a combination of versions, and the sentence that gives the reason."""
 
     supported: bool
     sentence: str
@@ -53,7 +53,7 @@ def require_supported(*, nemo: bool = False) -> None:
     """Refuse an installation that cannot work, before anything is built.
 
     Args:
-        nemo: Whether the caller needs NeMo; otherwise Megatron-Core alone will do.
+        nemo: Whether the caller needs NeMo. Otherwise Megatron-Core alone is enough.
 
     Raises:
         ConfigurationError: A dependency is missing, too old, or does not work with another.
@@ -70,7 +70,7 @@ def judge(versions: Mapping[str, str | None]) -> Verdict:
     """Judge a combination of versions.
 
     Args:
-        versions: By the names that `installed` gives; None or a missing name means an absent package.
+        versions: Versions by the names that `installed` gives. None or a missing name means an absent package.
     """
     nemo, megatron = versions.get("nemo-toolkit"), versions.get("megatron-core")
     problem = _core_problem(versions) or (nemo and _nemo_problem(versions, nemo))
@@ -115,7 +115,7 @@ def _nemo_problem(versions: Mapping[str, str | None], nemo: str) -> str | None:
 
 
 def installed() -> dict[str, str | None]:
-    """Versions of "python", of `PACKAGES` and of the CUDA that torch was built for ("cuda"); None: absent."""
+    """Return the versions of "python", of `PACKAGES` and of torch's CUDA ("cuda"), each None if absent."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
     return versions | {"cuda": _constants("torch").get("cuda")}
@@ -132,7 +132,7 @@ def _version(name: str) -> str | None:
 
 
 def _constants(name: str) -> dict[str, str | None]:
-    """What the version file of `name` defines; these files import nothing of their package."""
+    """Return what the version file of `name` defines. These files import nothing of their package."""
     if name not in _VERSION_FILES:
         return {}
     module, file = _VERSION_FILES[name]

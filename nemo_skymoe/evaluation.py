@@ -1,4 +1,4 @@
-"""The benchmarks of Table 1 on an exported model, by lm-evaluation-harness."""
+"""Run the benchmarks of Table 1 on an exported model, with lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _LEADS_OUT = re.compile(r"__|\battr\s*\(|\|\s*attr\b|\\x5f|\\u005f|\\137", re.IG
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A task of the harness, its metric, and what the report has.
+    """A task of the harness, its metric, and the report's figure.
 
-    The report says neither how many shots nor which prompts: the shots are ours, the customary ones of base models
-    (the harness' own, where it has any), and the prompts the harness'.
+    The report says neither how many shots nor which prompts it uses. The shots are those that are customary for base
+    models (the harness' own, if it has any), and the prompts are the harness'.
     """
 
     title: str
@@ -37,7 +37,7 @@ class Benchmark:
     shots: int
     metric: str
     reported: float
-    """Percent, of the 146B model (Table 1)."""
+    """The report's figure for the 146B model, in percent (Table 1)."""
     runs_code: bool = False
 
 
@@ -49,12 +49,13 @@ TABLE_1 = (
     Benchmark("MATH", "hendrycks_math", 4, "exact_match,none", 31.9),
     Benchmark("HumanEval", "humaneval", 0, "pass@1,create_test", 43.9, runs_code=True),
 )
-"""C-Eval is its validation split: the answers of its test are not public. MATH is compared as normalised text."""
+"""The six benchmarks. C-Eval is its validation split, because the answers of its test are not public. MATH is compared
+as normalised text."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric of a task, and its standard error where the harness has one; shares, not percent."""
+    """A metric of a task and, if the harness has one, its standard error, as shares and not in percent."""
 
     task: str
     shots: int | None
@@ -74,7 +75,7 @@ def evaluate(
     dtype: str = "auto",
     allow_code: bool = False,
 ) -> list[Score]:
-    """Evaluate a Hugging Face checkpoint. Of its code only the modeling files that `skymoe convert` writes are run.
+    """Evaluate a Hugging Face checkpoint. Of its code, only the modeling files that `skymoe convert` writes are run.
 
     Args:
         model: Folder that `skymoe convert --to hf` wrote, or any other of its form.
@@ -119,7 +120,7 @@ def evaluate(
 
 
 def _check_model(model: Path) -> bool:
-    """Say whether its modeling files have to be run."""
+    """Refuse a model that cannot be evaluated safely, and say whether its modeling files have to be run."""
     if (model / "weights").is_dir():
         raise ConfigurationError(
             f"'{model}' is a NeMo checkpoint: export it first with skymoe convert {model} FOLDER --to hf"
@@ -208,25 +209,25 @@ def _error(results: dict[str, Any], metric: str) -> float | None:
 
 
 class _Function(str):
-    """What stands behind `!function`."""
+    """The value of a `!function` in a task's file."""
 
 
 class _TaskLoader(yaml.SafeLoader):
-    """Of a task's file, without the functions that it names."""
+    """Reads a task's file without importing the functions that it names."""
 
 
 _TaskLoader.add_multi_constructor("!", lambda loader, tag, node: _Function(f"!{tag} {node.value}"))
 
 
 def _checked_task(file: Path, allow_code: bool) -> str:
-    """Return the task that a file defines; the harness finds it by its folder.
+    """Return the task that a file defines. The harness finds it by its folder.
 
     Args:
-        file: YAML.
-        allow_code: Its functions and templates may do anything.
+        file: A YAML file.
+        allow_code: Whether its functions and templates may do anything.
 
     Raises:
-        ConfigurationError: It is missing or damaged, names no task, or would run code that is not allowed.
+        ConfigurationError: The file is missing or damaged, names no task, or would run code that is not allowed.
     """
     config = _read(file)
     if not isinstance(config, dict) or not isinstance(config.get("task"), str):
@@ -271,7 +272,7 @@ def _check(config: Any, file: Path, seen: set[Path]) -> None:
 
 
 def _pairs(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Keys and values of every dictionary, and the items of every list, in a value; each container once."""
+    """Yield keys and values of every dictionary, and the items of every list, in a value, visiting each once."""
     waiting, seen = [value], set[int]()
     while waiting:
         one = waiting.pop()

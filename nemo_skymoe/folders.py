@@ -1,4 +1,4 @@
-"""Every file below a folder, through links too; what is not followed or not readable is said, never passed over."""
+"""List every file below a folder, also through links. Files that are left out or cannot be read are reported."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,14 +7,14 @@ from pathlib import Path
 from nemo_skymoe.config import ConfigurationError
 
 LeaveOut = Callable[[Path, str], None]
-"""Told of a file or folder that is left out, and why; details of the reason are in brackets."""
+"""Called with a file or folder that is left out and the reason, whose details are in brackets."""
 
 
 def every_file(folder: Path) -> Iterator[Path]:
-    """Everything below `folder` that is no folder, as programs find it that follow links: broken links too.
+    """Return everything below `folder` that is not a folder, as programs see it that follow links: broken links too.
 
-    A folder is entered once, by whichever path comes first, so that a link round in a circle ends; a file that two links
-    name is given by both.
+    A folder is entered once, by the path that comes first, so that a circle of links ends. A file with two links to it
+    is listed under both.
     """
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -28,19 +28,19 @@ def every_file(folder: Path) -> Iterator[Path]:
 
 
 def again(first: Path) -> str:
-    """Why a second path to what `first` leads to is left out."""
+    """Return the reason why a second path to the same file as `first` is left out."""
     return f"read already under another path ({first})"
 
 
 def files_below(folder: Path, leave_out: LeaveOut, *, hidden: bool = True) -> list[Path]:
     """Return the files below `folder` in the order of their paths, each real file once.
 
-    Links to folders are followed after all folders that are none, so that a file's own path comes before another that a
-    link gives it. A link that leads back to a folder it lies in is left out, and so is a second path to the same file.
+    Links to folders are followed after all real folders, so that a file's own path comes before another that a link
+    gives it. A link that leads back to a folder around it is left out, and so is a second path to the same file.
 
     Args:
-        leave_out: Told of every link that is left out, and of what is hidden.
-        hidden: Also files and folders whose names begin with a dot.
+        leave_out: Called with every link that is left out, and with hidden files.
+        hidden: Whether to list files and folders whose names begin with a dot.
 
     Raises:
         ConfigurationError: A folder cannot be listed, or a link leads nowhere.
@@ -100,14 +100,14 @@ def _real(path: Path) -> Path:
 
 
 def file_identity(path: Path) -> object:
-    """Equal for two paths of one file, by links of either kind."""
+    """Return a value that is equal for two paths of one file, by links of either kind."""
     status = path.stat()
     # Where a file has one name, its number need not be unique: some network file systems give none.
     return (status.st_dev, status.st_ino) if status.st_nlink > 1 else path.resolve()
 
 
 def _each_once(paths: list[Path], leave_out: LeaveOut) -> list[Path]:
-    """A file's own path is kept before a link to it."""
+    """Keep one path of each file: its own path rather than a link to it."""
     kept: dict[object, Path] = {}
     for path in sorted(paths, key=lambda path: path.is_symlink()):
         if (first := kept.setdefault(file_identity(path), path)) != path:

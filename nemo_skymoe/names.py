@@ -1,4 +1,4 @@
-"""Unknown names, refused with the nearest known one."""
+"""Refuse unknown names, and propose the nearest known one."""
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
@@ -10,9 +10,9 @@ _NEAR, _ALIKE = 0.5, 0.8
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigurationError:
-    """That there is no `what` called `name`, with the nearest of `known`, or with all of a short list.
+    """Return the error for an unknown name of a `what`, with the nearest of `known`, or all of a short list.
 
-    Names with dots are options of parts. Their last word counts first: for `training.max_step` that is
+    Names with dots are options of parts. Their last word counts first: the nearest to `training.max_step` is
     `training.trainer.max_steps`, not `training.max_lr`.
     """
     names = sorted(known)

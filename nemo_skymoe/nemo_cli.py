@@ -1,4 +1,7 @@
-"""What the `nemo` command finds through the entry-point group `nemo_run.cli`: recipe factories and `nemo skymoe`."""
+"""The part of the `nemo` command that this package adds through the entry-point group `nemo_run.cli`.
+
+It registers recipe factories and `nemo skymoe`.
+"""
 
 import functools
 import importlib
@@ -37,7 +40,7 @@ failure.install()
 def _guarded(upstream: Any) -> Any:
     @functools.wraps(upstream)
     def cli_execute(self: Any, fn: Any, args: list[str], *more: Any, **keywords: Any) -> Any:
-        """No secret is printed or saved, and a failed job ends with its reason and exit code 1, instead of 0."""
+        """Keep secrets from being printed or saved, and end with the reason and exit code 1 if a job fails."""
         if any(name in text for text in (self.factory or "", *args) for name in _OURS):
             refuse_secrets([f"factory={self.factory}", *args])
         failure.ended.clear()
@@ -51,7 +54,7 @@ def _guarded(upstream: Any) -> Any:
 def _known(upstream: Any) -> Any:
     @functools.wraps(upstream)
     def parse_fn(self: Any, fn: Any, args: list[str], **defaults: Any) -> Any:
-        """A recipe's unknown option is refused with the nearest one, and what it would refuse in training here already."""
+        """Refuse a recipe's unknown option with the nearest one, and already here what its training would refuse."""
         known = {recipe.name for recipe in RECIPES}
         name = str(self.factory or "").partition("(")[0]
         if name not in known:

@@ -1,6 +1,6 @@
-"""Which single values of options can work: one sentence about the first that cannot.
+"""Find single values of options that cannot work, and describe the first of them in one sentence.
 
-Megatron takes most bad values without a word, or answers them with a traceback once it trains.
+Megatron accepts most bad values silently, or answers them with a traceback once it trains.
 """
 
 import math
@@ -11,16 +11,17 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 Rule = tuple[str, str, Callable[[Any], bool]]
-"""An option, what is expected of it, and whether a value is that."""
+"""An option, a description of its valid values, and a function that says whether a value is one of them."""
 
 _BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none", "sinkhorn")
 _NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a name"}
 
 
 def wrong_type(config: Any, options: type) -> str | None:
-    """What is wrong with the type of an option, or None: strict for those of `options`, no text as any number.
+    """Return what is wrong with the type of an option, or None.
 
-    A command line may pass text on, and `"false"` would be true.
+    The options of the class `options` are checked strictly. Of all others, only text in place of a number or a truth
+    value is refused: a command line may pass text on, and `"false"` would be true.
     """
     strict = {field.name for field in fields(options)}
     for field in fields(config):
@@ -38,24 +39,24 @@ def wrong_type(config: Any, options: type) -> str | None:
 
 
 def wrong_size(config: Any) -> str | None:
-    """What is wrong with a size that layers or process groups are made by, or None."""
+    """Return what is wrong with a size that layers or process groups are made by, or None."""
     return _first(config, _SIZES)
 
 
 def wrong_moe_value(config: Any) -> str | None:
-    """What is wrong with the value of an option of Megatron's MoE, or None."""
+    """Return what is wrong with the value of an option of Megatron's MoE, or None."""
     return _first(config, _MOE) or _wrong_balancing(config) or _wrong_layers(config)
 
 
 def is_a(value: Any, kind: type) -> bool:
-    """Say whether a value is of this type; a truth value is no number, a whole number is a float."""
+    """Say whether a value is of this type. A truth value is not a number, but a whole number is a float."""
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
 
 
 def _wanted(annotation: Any) -> tuple[type | None, bool]:
-    """Return the one simple type of an annotation, None if it has another or several, and whether it allows None."""
+    """Return the one simple type of an annotation, or None if it has another or several, and whether it allows None."""
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     named = [kind for kind in kinds if kind is not type(None)]
     simple = named[0] if len(named) == 1 and named[0] in _NAMES else None

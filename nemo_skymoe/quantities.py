@@ -1,18 +1,18 @@
-"""Numbers that a user gives: finite and in their range, or refused in a sentence that names the option."""
+"""Read numbers that a user gives: they are finite and in their range, or the message names the option."""
 
 from decimal import Context
 
 from nemo_skymoe.config import ConfigurationError
 
 MOST = 10**18
-"""More than anything here counts to, and small enough for every later product to be finite."""
+"""This is more than anything here counts to, and small enough for every later product to be finite."""
 _UNITS = {"M": 10**6, "B": 10**9, "T": 10**12}
 # What overflows becomes infinite and what is no number becomes NaN: neither is an exception.
 _DECIMAL = Context(prec=60, traps=[])
 
 
 def check_positive(**values: float | None) -> None:
-    """Refuse, by name, what is not finite, not above 0 or above `MOST`; None is a value that was not given."""
+    """Refuse by name a value that is not finite, not above 0, or above `MOST`. None stands for a value not given."""
     for name, value in values.items():
         if value is not None and not 0 < value <= MOST:  # of which NaN is not part
             kind = "an integer of at least 1" if isinstance(value, int) else "a finite number above 0"

@@ -1,4 +1,4 @@
-"""Values that a user gives, as words of a shell or of SLURM: quoted, or refused by the name of their option."""
+"""Turn values that a user gives into words of a shell or of SLURM: they are quoted, or the message names the option."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def word(value: str) -> str:
-    """`value` as one word of bash, on one line."""
+    """Return `value` as one word of bash, on one line."""
     if not _CONTROL.search(value):
         return shlex.quote(value)
     escaped = re.sub(r"[\\']", r"\\\g<0>", value)
@@ -18,28 +18,31 @@ def word(value: str) -> str:
 
 
 def sbatch_word(value: str) -> str:
-    """`value` as a part of an #SBATCH line. Unlike bash, sbatch reads backslashes within quotes, and looks for `hetjob`."""
+    """Return `value` as a part of an #SBATCH line.
+
+    Unlike bash, sbatch reads backslashes within quotes, and looks for `hetjob`.
+    """
     escaped = re.sub(r"[^\w@%+=:,./-]", r"\\\g<0>", value)
     return re.sub("(het|pack)(job)", r"\1\\\2", escaped, flags=re.IGNORECASE)
 
 
 def check_word(option: str, value: str) -> None:
-    """Refuse what cannot be on one line: line breaks and other control characters.
+    """Refuse a value that cannot be on one line: it has line breaks or other control characters.
 
     Raises:
-        ConfigurationError: With the name of the option.
+        ConfigurationError: The message names the option.
     """
     if _CONTROL.search(value):
         raise ConfigurationError(f"{option} is {value!r}, expected no line break and no control character")
 
 
 def check_plain(option: str, value: str) -> None:
-    """Refuse what a shell, or SLURM's patterns of file names, would read as something else.
+    """Refuse a value that a shell, or SLURM's patterns of file names, would read as something else.
 
-    For values that NeMo-Run gives to a shell as they are.
+    This is for values that NeMo-Run gives to a shell as they are.
 
     Raises:
-        ConfigurationError: With the name of the option.
+        ConfigurationError: The message names the option.
     """
     if value and (shlex.quote(value) != value or "%" in value):
         raise ConfigurationError(
@@ -48,10 +51,10 @@ def check_plain(option: str, value: str) -> None:
 
 
 def check_variable(option: str, name: str, value: str | None = None) -> None:
-    """Refuse an environment variable whose name bash has no way to export, or whose value ends early.
+    """Refuse an environment variable whose name bash cannot export, or whose value ends early.
 
     Raises:
-        ConfigurationError: With the name of the option.
+        ConfigurationError: The message names the option.
     """
     if not _VARIABLE.fullmatch(name):
         raise ConfigurationError(

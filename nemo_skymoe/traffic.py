@@ -1,8 +1,8 @@
-"""Bytes that a rank sends for one MoE layer, by dispatcher: the analytic count behind `edp_dispatcher="auto"`.
+"""Count the bytes that a rank sends for one MoE layer, by dispatcher, from which `edp_dispatcher="auto"` follows.
 
-Ring convention: to gather or to reduce-scatter a piece a rank sends it n - 1 times, an all-reduce is both, an
-all-to-all sends all pieces but one's own. Uniform routing: every set of k experts is as likely as any other.
-Plain arithmetic, no torch.
+The counts use the ring convention. To gather or to reduce-scatter a piece, a rank sends it n - 1 times. An all-reduce
+does both. An all-to-all sends all pieces but one's own. Routing is taken as uniform: every set of k experts is as
+likely as any other. This is plain arithmetic without torch.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a MoE layer has to exchange.
+    """The sizes of the exchange of an MoE layer.
 
     Attributes:
         ranks: n, the ranks that share the experts.
@@ -41,12 +41,12 @@ class Exchange:
 
     @property
     def others(self) -> int:
-        """n - 1."""
+        """Number of other ranks, n - 1."""
         return self.ranks - 1
 
     @property
     def local_experts(self) -> int:
-        """e = E / n."""
+        """Number of local experts, e = E / n."""
         return self.num_experts // self.ranks
 
     @property
@@ -61,13 +61,13 @@ class Exchange:
 
     @property
     def capacity(self) -> int:
-        """Rows an expert takes of one rank's tokens."""
+        """Number of rows that an expert takes of one rank's tokens."""
         assert self.capacity_factor is not None
         return math.ceil(self.tokens * self.topk / self.num_experts * self.capacity_factor)
 
     @property
     def kept(self) -> float:
-        """Share of the assignments that a capacity leaves."""
+        """Share of the assignments that are left after dropping."""
         if self.capacity_factor is None:
             return 1.0
         return min(1.0, self.capacity * self.num_experts / (self.tokens * self.topk))
@@ -82,18 +82,18 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        """Both passes; recomputation would add another `forward`."""
+        """Bytes of both passes. Recomputation would add another `forward`."""
         return self.forward + self.backward
 
 
 def replicated(x: Exchange) -> Traffic:
-    """Forward an all-reduce of the outputs; backward one of the tokens' gradients and one of the k weights'."""
+    """Count an all-reduce of the outputs forward, and one of the gradients of tokens and k weights backward."""
     all_reduce = 2 * x.others / x.ranks * (x.ranks * x.tokens)
     return Traffic(all_reduce * x.hidden_bytes, all_reduce * (x.hidden_bytes + x.topk * x.weight_bytes))
 
 
 def allgather(x: Exchange) -> Traffic:
-    """Hidden states out and back, with k weights (and forward their experts' numbers) a token."""
+    """Count hidden states out and back, with k weights per token and, forward, their experts' numbers."""
     sent = x.others * x.tokens
     weights = x.topk * x.weight_bytes
     return Traffic(
@@ -103,10 +103,10 @@ def allgather(x: Exchange) -> Traffic:
 
 
 def alltoall(x: Exchange) -> Traffic:
-    """Return a row for each pair of a token and another rank that has an expert for it, out and back.
+    """Count a row for each pair of a token and another rank that has an expert for it, out and back.
 
-    Beside a row go its e weights; forward, 1 + e counts (int32) to every rank. Padded: a row and one weight
-    for every place of every expert elsewhere, and no counts.
+    With a row go its e weights, and forward 1 + e counts (int32) to every rank. If experts are padded, there are a row
+    and one weight for every place of every expert elsewhere, and no counts.
     """
     if x.padded:
         sent = x.others * x.local_experts * x.capacity * (2 * x.hidden_bytes + x.weight_bytes)
@@ -117,7 +117,7 @@ def alltoall(x: Exchange) -> Traffic:
 
 
 def stock_allgather(x: Exchange) -> Traffic:
-    """Megatron's: the routing map and all E weights too, and the combine in the weights' dtype."""
+    """Count Megatron's all-gather, with the routing map and all E weights, and the combine in the weights' dtype."""
     sent = x.others * x.tokens
     combine = x.hidden_size * x.weight_bytes
     weights = x.num_experts * x.weight_bytes
@@ -128,7 +128,7 @@ def stock_allgather(x: Exchange) -> Traffic:
 
 
 def stock_alltoall(x: Exchange) -> Traffic:
-    """Megatron's: a row and a weight for every assignment elsewhere; forward, E counts (int64) gathered."""
+    """Count Megatron's all-to-all: a row and a weight for every assignment elsewhere, and E gathered int64 counts."""
     if x.padded:
         return alltoall(x)
     rows = x.others / x.ranks * x.tokens * x.topk * x.kept if x.rows is None else x.rows
@@ -136,14 +136,14 @@ def stock_alltoall(x: Exchange) -> Traffic:
 
 
 def _there_and_back(x: Exchange, rows: float, beside: int, counts: int) -> Traffic:
-    """Rows go out with their weights and come back without; backward it is the other way round."""
+    """Count rows that go out with their weights and come back without; backward it is the other way round."""
     received = rows if x.rows_received is None else x.rows_received
     hidden = (rows + received) * x.hidden_bytes
     return Traffic(hidden + rows * beside + counts, hidden + received * beside)
 
 
 def probability_of_rank(x: Exchange) -> float:
-    """How likely a token has an expert on a given rank, of its k minus those that a capacity drops at random."""
+    """Return how likely a token has an expert on a given rank, of its k minus those that a capacity drops at random."""
     sets = math.comb(x.num_experts, x.topk)
     missed = 0.0
     for here in range(min(x.local_experts, x.topk) + 1):
@@ -153,5 +153,5 @@ def probability_of_rank(x: Exchange) -> float:
 
 
 def per_token(traffic: Traffic, x: Exchange) -> float:
-    """Bytes a rank sends per token of its own, both passes."""
+    """Return the bytes that a rank sends per token of its own, in both passes."""
     return traffic.total / x.tokens

@@ -1,1 +1,1 @@
-"""Upcycle a dense checkpoint or train from scratch: section 3 of arXiv 2406.06563 as a calculation."""
+"""Advice whether to upcycle a dense checkpoint or to train from scratch, by section 3 of arXiv 2406.06563."""

@@ -1,4 +1,4 @@
-"""`advise`: upcycle a dense checkpoint, or train the MoE from scratch?"""
+"""`advise` answers whether to upcycle a dense checkpoint or to train the MoE from scratch."""
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,7 +18,7 @@ COSTS = ("sunk", "cumulative")
 
 @dataclass(frozen=True)
 class Measure:
-    """One way to count, and what section 3.3 answers by it."""
+    """One way to count the costs, and the answer of section 3.3 by it."""
 
     name: str
     dense: float
@@ -28,28 +28,28 @@ class Measure:
 
     @property
     def answer(self) -> Answer:
-        """By this way of counting alone."""
+        """The answer by this way of counting alone."""
         return rule.answer(self.ratio)
 
 
 @dataclass(frozen=True)
 class Advice:
-    """An answer with what it rests on. GPU-hours are predicted, nothing was measured."""
+    """An answer with its reasons. GPU-hours are predicted; nothing was measured."""
 
     model: Architecture
     cluster: Cluster
     cost: str
     moe: TrainingCost
     dense: TrainingCost | None
-    """Of the dense checkpoint, if there is or would be one."""
+    """Cost of the dense checkpoint, if there is or would be one."""
     finished: bool
-    """Is that checkpoint the end of its learning-rate schedule?"""
+    """Whether that checkpoint is at the end of its learning-rate schedule."""
     rates: Rates | None
-    """Peak and last learning rate of the dense model; None where they are not known."""
+    """Peak and last learning rate of the dense model; None if they are not known."""
 
     @cached_property
     def measures(self) -> tuple[Measure, ...]:
-        """The report's factor, GPU-hours and FLOPs; none without a dense model. The factor is of top-2 alone."""
+        """The report's factor, which holds for top-2 alone, GPU-hours and FLOPs; none of them without a dense model."""
         if self.dense is None:
             return ()
         dense, moe = self.dense, self.moe
@@ -71,7 +71,7 @@ class Advice:
 
     @property
     def deciding(self) -> Measure | None:
-        """The measure that the answer is by."""
+        """The measure that decides the answer."""
         return next((measure for measure in self.measures if measure.decides), None)
 
     @property
@@ -83,14 +83,15 @@ class Advice:
 
     @property
     def same_cost_tokens(self) -> int | None:
-        """Tokens of an MoE from scratch for what dense model and upcycled MoE cost together; None without a dense model."""
+        """Tokens of an MoE from scratch that cost as much as dense model and upcycled MoE together; None without a
+        dense model."""
         if self.deciding is None:
             return None
         return self.moe.tokens + round(self.moe.tokens / self.deciding.ratio)
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:
-        """Learning rates for the answer; in the grey zone both."""
+        """Learning rates for the answer, or for both answers in the grey zone."""
         scratch = figure1.scratch_schedule(self.rates)
         if self.dense is None or self.answer is Answer.SCRATCH:
             return (scratch,)
@@ -117,20 +118,22 @@ def advise(
 
     Args:
         model: The MoE, see `as_architecture`. The dense model is the same without experts.
-        moe_tokens: Budget of the MoE's training.
+        moe_tokens: Budget of the MoE's training, in tokens.
         hardware: A name of `pipeline.hardware.PRESETS`.
-        num_gpus: Of one training; both models are planned on them.
-        dense_tokens: What the dense checkpoint has seen; None: there is no checkpoint.
-        dense_schedule_tokens: Of the dense model's whole learning-rate schedule; None: the checkpoint is at its end.
-        dense_max_lr: Peak learning rate of the dense model. None: not known, unless it is Figure 1's model.
-        dense_min_lr: Its last one, given with the other or not at all.
-        cost: `sunk`: the dense checkpoint exists anyway. `cumulative`: it is trained to be upcycled (section 3.1).
+        num_gpus: GPUs of one training. Both models are planned on them.
+        dense_tokens: Tokens that the dense checkpoint has seen; None if there is no checkpoint.
+        dense_schedule_tokens: Tokens of the dense model's whole learning-rate schedule; None if the checkpoint is at
+            its end.
+        dense_max_lr: Peak learning rate of the dense model; None if it is not known, or the model is Figure 1's.
+        dense_min_lr: Last learning rate of the dense model. It is given together with the peak, or not at all.
+        cost: `sunk` if the dense checkpoint exists anyway, `cumulative` if it is trained to be upcycled (section 3.1).
         seq_length: Tokens of a sequence.
         global_batch_size: Sequences of a step.
-        capacity_factor: Of the MoE's experts; None: dropless.
+        capacity_factor: Capacity factor of the MoE's experts; None for dropless.
 
     Raises:
-        ConfigurationError: A value out of range, by name; or GPUs that train one of the models in no way.
+        ConfigurationError: A value is out of range, and the message names it; or one of the models cannot be trained on
+            these GPUs.
     """
     architecture = as_architecture(model)
     check_positive(
@@ -158,7 +161,7 @@ def advise(
 
 
 def dense_model(moe: Architecture) -> Architecture:
-    """What the MoE would be upcycled from: the same without experts."""
+    """Return the model that the MoE would be upcycled from: the same without experts."""
     return replace(moe, num_moe_experts=None)
 
 

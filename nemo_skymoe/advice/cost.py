@@ -1,4 +1,4 @@
-"""What a training costs in FLOPs and GPU-hours, by the pipeline planner's model of time and memory."""
+"""The cost of a training in FLOPs and GPU-hours, by the pipeline planner's model of time and memory."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +16,7 @@ _TENSOR_PARALLEL = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Cluster:
-    """What both models would be trained on."""
+    """The hardware and batch that both models would be trained on."""
 
     hardware: Hardware
     num_gpus: int
@@ -24,12 +24,16 @@ class Cluster:
     global_batch_size: int
     """Sequences of a step."""
     capacity_factor: float | None = None
-    """Of the MoE's experts; None: dropless."""
+    """Capacity factor of the MoE's experts; None for dropless."""
 
     @classmethod
     def of(cls, hardware: str | Hardware, num_gpus: int, seq_length: int, global_batch_size: int,
            capacity_factor: float | None = None) -> "Cluster":  # fmt: skip
-        """The same by the name of its GPUs. ConfigurationError: a name that is unknown, or a size that is none."""
+        """Return the cluster with GPUs of this name.
+
+        Raises:
+            ConfigurationError: The name is unknown, or a size is not positive.
+        """
         check_positive(num_gpus=num_gpus, seq_length=seq_length, global_batch_size=global_batch_size)
         gpu = hardware if isinstance(hardware, Hardware) else hardware_preset(hardware)
         return cls(gpu, num_gpus, seq_length, global_batch_size, capacity_factor)
@@ -37,18 +41,18 @@ class Cluster:
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """Of one model on one budget of tokens, predicted."""
+    """The predicted cost of training one model on a number of tokens."""
 
     tokens: int
     flops: float
     """Model FLOPs by `pipeline.flops.FORMULA`."""
     gpu_hours: float
     plan: Plan
-    """The parallel sizes that the GPU-hours are of: the fastest that fit."""
+    """The plan with the parallel sizes of these GPU-hours, which are the fastest that fit."""
 
 
 def training_cost(model: Architecture, tokens: int, cluster: Cluster) -> TrainingCost:
-    """Predict what `tokens` cost; experts are spread by EDP, over the tensor-parallel group.
+    """Predict the cost of `tokens` tokens. Experts are spread by EDP, over the tensor-parallel group.
 
     Raises:
         ConfigurationError: No parallel sizes fit the GPUs' number and memory and the batch.
@@ -84,7 +88,7 @@ def _fastest_plan(model: Architecture, cluster: Cluster) -> Plan:
 
 
 def _even_plan(model: Architecture, cluster: Cluster, tensor: int, stages: int) -> Plan:
-    """With as many layers on every stage, which is quick and ranks parallel sizes well enough."""
+    """Plan with as many layers on every stage, which is quick and ranks parallel sizes well enough."""
     few, more = divmod(model.num_layers, stages)
     return plan(
         model,

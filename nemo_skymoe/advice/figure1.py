@@ -1,7 +1,7 @@
-"""Figure 1 (section 3): the four starts of an 8-expert MoE, their learning rates and where they ended.
+"""Figure 1 (section 3): the four starts of an 8-expert MoE, their learning rates and their final losses.
 
-The dense model has 0.3B parameters and saw 300B tokens. Losses and similarities are read off the figure, to about
-a pixel; an MoE's tokens are counted from its own start.
+The dense model has 0.3B parameters and saw 300B tokens. Losses and similarities are read off the figure, to about a
+pixel. The tokens of an MoE are counted from its own start.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from nemo_skymoe.architecture import Architecture
 
 DENSE_MAX_LR, DENSE_MIN_LR, DENSE_TOKENS = 3e-3, 3e-4, 300e9
 DENSE = Architecture(24, 896, 2304, 14, vocab_size=65536)
-"""The dense model, whose learning rates the figure has."""
+"""The dense model whose learning rates the figure has."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Start:
     shape: str
     """`cosine` or `constant`."""
     losses: dict[str, float]
-    """At the end of a budget of `100B` or `300B` tokens."""
+    """Loss at the end of a budget of `100B` or `300B` tokens."""
     similarity: float
-    """Of the experts, at the end: 1 where they are copies, 0 from scratch."""
+    """Similarity of the experts at the end: 1 for copies, 0 from scratch."""
 
 
 SCRATCH = Start("from scratch", 3e-3, "cosine", {"100B": 2.265, "300B": 2.200}, 0.0)
@@ -37,19 +37,20 @@ STARTS = (SCRATCH, EARLY, FINISHED_CONSTANT, FINISHED)
 
 
 MINIATURE = {"2/3": ("0.400", "0.590"), "twice": ("0.113", "0.209")}
-"""The project's own miniature of the figure: by how much the upcycled models ended below the one from scratch, least and
-most, in nats a token at each of the two costs (benchmarks/paper/results/figure1.md, three seeds)."""
+"""How far the upcycled models ended below the one from scratch in this project's miniature of the figure: the least and
+the most, in nats per token, at each of the two costs (benchmarks/paper/results/figure1.md, three seeds)."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning rate over the MoE's training, relative to that of its dense model; the report gives no warm-up."""
+    """A learning rate over the MoE's training, relative to that of its dense model. The report gives no warm-up."""
 
     start: Start
     peak: str
     """The highest rate in words, as a proportion of the dense model's."""
     max_lr: float | None
-    """None where the dense model's rates are not known: a rate of another size would be no basis for this one."""
+    """The highest rate; None if the dense model's rates are not known, because a model of another size gives no basis
+    for them."""
     min_lr: float | None
 
     def __str__(self) -> str:
@@ -69,8 +70,9 @@ def scratch_schedule(dense: Rates | None) -> Schedule:
 def upcycled_schedule(dense: Rates | None, *, finished: bool) -> Schedule:
     """Return the schedule for a dense checkpoint at the end of its own schedule, or for one before it.
 
-    Rates are in Figure 1's proportion to the dense model's: 0.6 of its peak before the end, else 4 times its last
-    one, where the constant last one ended worse with experts more alike. Never above the dense model's peak.
+    Rates are in Figure 1's proportion to the dense model's: 0.6 of its peak before the end. At the end they are 4 times
+    its last rate, because the constant last rate ended worse, with experts that stayed more alike. They are never above
+    the dense model's peak.
     """
     of_peak, of_last = EARLY.max_lr / DENSE_MAX_LR, FINISHED.max_lr / DENSE_MIN_LR
     if not finished:

@@ -1,4 +1,4 @@
-"""Why: the sentences beside an answer, with the figures they rest on."""
+"""The sentences that give the reasons for an answer, with the figures that they rest on."""
 
 from nemo_skymoe.advice import figure1, rule
 from nemo_skymoe.advice.advising import Advice, Measure
@@ -6,7 +6,7 @@ from nemo_skymoe.advice.rule import Answer
 
 
 def reasons(advice: Advice) -> list[str]:
-    """What leads from the figures to the answer."""
+    """Return the sentences that lead from the figures to the answer."""
     if advice.deciding is None:
         return [
             "No dense checkpoint: section 3.3 trains from scratch; training a dense model first costs what the MoE could"
@@ -27,7 +27,7 @@ _CONTRADICTED = (
 
 
 def evidence(advice: Advice) -> list[str]:
-    """What the answer and the schedule rest on: one experiment, Figure 1, and what it does not show."""
+    """Return sentences on the evidence for answer and schedule: one experiment, Figure 1, and its limits."""
     lost = figure1.FINISHED_CONSTANT.losses["100B"] - figure1.SCRATCH.losses["100B"]
     won = figure1.SCRATCH.losses["100B"] - figure1.EARLY.losses["100B"]
     kept = [

@@ -1,4 +1,4 @@
-"""An advice as `skymoe advise` prints it, and as plain values."""
+"""Format an advice for `skymoe advise`, as text and as plain values."""
 
 from dataclasses import asdict
 from typing import Any
@@ -10,7 +10,7 @@ from nemo_skymoe.advice.reasons import evidence, reasons
 
 
 def as_text(advice: Advice) -> str:
-    """Answer, reasons, costs, learning rates and evidence."""
+    """Return answer, reasons, costs, learning rates and evidence as text."""
     rates = [f"  {schedule.start.name}: {schedule}" for schedule in advice.schedules]
     parts = [
         [f"{advice.answer}, {advice.cost} cost"],
@@ -26,7 +26,7 @@ def as_text(advice: Advice) -> str:
 
 
 def to_dict(advice: Advice) -> dict[str, Any]:
-    """Return the same as plain values; FLOPs are of the model, GPU-hours predicted."""
+    """Return the advice as plain values. FLOPs are those of the model, and GPU-hours are predicted."""
     measures = [
         {**asdict(measure), "ratio": float(measure.ratio), "answer": measure.answer}
         for measure in advice.measures
@@ -82,7 +82,7 @@ def _cost(cost: TrainingCost) -> dict[str, Any]:
 
 
 def _activated(advice: Advice) -> float:
-    """Without embedding and output layer, as the report's 1.7 is counted."""
+    """Return the ratio of activated parameters without embedding and output layer, as the report's 1.7 is counted."""
     moe, dense = advice.model, dense_model(advice.model)
     return (moe.activated_parameters - moe.embedding_parameters) / (
         dense.activated_parameters - dense.embedding_parameters

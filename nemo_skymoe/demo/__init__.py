@@ -1,1 +1,1 @@
-"""The demo: the story of the report on a laptop."""
+"""The demo tells the story of the report on a laptop."""

@@ -1,4 +1,4 @@
-"""What libraries print goes to log files; the terminal is for the story."""
+"""Send what libraries print to log files, and keep the terminal for the story."""
 
 import os
 import sys

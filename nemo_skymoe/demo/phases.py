@@ -1,4 +1,4 @@
-"""The demo's phases, each a function that runs on every rank of a world of its own."""
+"""The demo's phases. Each is a function that runs on every rank of a world of its own."""
 
 import resource
 from itertools import islice
@@ -27,7 +27,10 @@ BATCHES = 16
 
 
 def train(recipe: Any, title: str, terminal: int, log: Path, later: float = 0.0) -> dict[str, Any]:
-    """Run a recipe; returns this rank's peak memory in bytes and the mesh it trained on. `later`: see `TerminalProgress`."""
+    """Run a recipe, and return this rank's peak memory in bytes and the mesh that it trained on.
+
+    `TerminalProgress` explains `later`.
+    """
     redirect_output(log)
     nemo_cpu.apply()
     recipe.trainer.callbacks.append(run.Config(TerminalProgress, title=title, terminal=terminal, later=later))
@@ -36,7 +39,7 @@ def train(recipe: Any, title: str, terminal: int, log: Path, later: float = 0.0)
 
 
 def upcycle_and_compare(corpus: Corpus, dense: Path, moe: Path, log: Path) -> dict[str, float]:
-    """Upcycle `dense` to `moe`; returns the losses on held-out text before the first step."""
+    """Upcycle `dense` to `moe`, and return the losses on held-out text before the first step."""
     redirect_output(log)
     start_single_rank()
     config: Any = SkyworkMoETinyConfig()
@@ -48,14 +51,14 @@ def upcycle_and_compare(corpus: Corpus, dense: Path, moe: Path, log: Path) -> di
 
 
 def compare(corpus: Corpus, dense: Path, moe: Path, log: Path) -> dict[str, float]:
-    """Losses on held-out text of two trained checkpoints."""
+    """Return the losses on held-out text of two trained checkpoints."""
     redirect_output(log)
     start_single_rank()
     return held_out_losses(corpus, dense, moe)
 
 
 def held_out_losses(corpus: Corpus, dense: Path, moe: Path) -> dict[str, float]:
-    """Mean loss a token: of a dense checkpoint, and of an MoE with nothing dropped and at its capacity factor.
+    """Return the mean loss per token of a dense checkpoint, and of an MoE without dropping and at its capacity factor.
 
     Every rank takes its share of the batches, with whole models.
     """
@@ -79,5 +82,5 @@ def held_out_losses(corpus: Corpus, dense: Path, moe: Path) -> dict[str, float]:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, bytes."""
+    """Return the largest resident size of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Progress of a training in the terminal, while everything NeMo prints goes to a log file."""
+"""Show the progress of a training in the terminal, while everything that NeMo prints goes to a log file."""
 
 import os
 from time import monotonic
@@ -15,12 +15,12 @@ _FIRST = 3  # a step or two are no measure: the first one allocates
 
 
 class TerminalProgress(pl.Callback):
-    """Step, loss and time left, written by rank 0 to the terminal that the story was started from.
+    """Step, loss and time left, which rank 0 writes to the terminal that the story was started from.
 
     Args:
-        title: What is being trained.
+        title: Name of the training.
         terminal: File descriptor of the terminal, inherited by the forked ranks.
-        later: What comes after this training, as a number of its steps that would take as long.
+        later: Length of everything after this training, as a number of its steps that would take as long.
     """
 
     def __init__(self, title: str, terminal: int, later: float = 0.0) -> None:
@@ -48,7 +48,7 @@ class TerminalProgress(pl.Callback):
         self._progress.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Move the bar; where the terminal is a file, print a line now and then."""
+        """Move the bar. If the terminal is a file, print a line from time to time."""
         if self._progress is None:
             return
         value = trainer.callback_metrics.get("reduced_train_loss")
@@ -69,7 +69,7 @@ class TerminalProgress(pl.Callback):
             self._progress.console.file.flush()
 
     def _left(self, step: int, steps: int) -> str:
-        """Time until the end of everything, from the pace since the first step."""
+        """Return the time until the end of everything, from the pace since the first step."""
         if step == 1:
             self._begin = monotonic()
         if step < _FIRST:

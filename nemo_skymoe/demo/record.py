@@ -1,16 +1,17 @@
-"""The record of the demo: what its phases leave for its report, and what they were run with."""
+"""The record of the demo: the results of its phases for its report, and the settings that they were run with."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 SMOOTHING = 0.95
-"""Of the adaptive coefficients: over about 20 steps. The report's 0.99, over 100, would show little in so short a run."""
+"""Smoothing of the adaptive coefficients, over about 20 steps. The report's 0.99, over 100, would show little in so
+short a run."""
 
 
 @dataclass
 class Story:
-    """What the phases left: folders, losses, times."""
+    """The results of the phases: folders, losses, times."""
 
     output: Path
     dense_steps: int
@@ -23,11 +24,11 @@ class Story:
     memory: int = 0
 
     def folder(self, name: str) -> Path:
-        """Folder of a phase."""
+        """Return the folder of a phase."""
         return self.output / name
 
 
 def minutes(seconds: float) -> str:
-    """Return a duration for people."""
+    """Format a duration for people."""
     whole = round(seconds)
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"

@@ -1,4 +1,4 @@
-"""`make demo`: a dense Skywork model is trained on real text, upcycled, and continued as a Skywork-MoE."""
+"""`make demo` trains a dense Skywork model on real text, upcycles it, and continues it as a Skywork-MoE."""
 
 import multiprocessing
 import os
@@ -23,19 +23,21 @@ from nemo_skymoe.ranks import run_ranks
 
 RANKS = 2
 STEPS, QUICK_STEPS = (120, 150), (20, 20)
-"""Of the dense model, and of each of the two that follow it."""
+"""Steps of the dense model, and of each of the two that follow it."""
 PEAK_LR, FINAL_LR = 1.5e-3, 1.5e-4
-"""Of the MoE and of the continued dense model alike: the one peak there is time for, chosen before comparing."""
+"""Learning rates of the MoE and of the continued dense model alike. This is the one peak that there is time for, chosen
+before comparing."""
 _COSTS = {"dense": 1.0, "upcycling": 40.0, "moe": 2.0, "dense_continued": 1.0, "comparison": 30.0}
-"""What the phases take, by step or as a whole, in the dense model's steps: for the time left, in this order."""
+"""Time that the phases take in this order, per step or as a whole, in steps of the dense model. The time left follows
+from them."""
 
 
 def run(output: Path, quick: bool = False) -> Path:
-    """Tell the whole story in `output` and write its report; an earlier demo's runs there are removed.
+    """Tell the whole story in `output`, and write its report. The runs of an earlier demo there are removed.
 
     Args:
         output: Folder for the corpus (kept from an earlier run), the runs and the report.
-        quick: 20 steps a training: to see that it works, not to learn anything.
+        quick: Whether every training takes 20 steps, which shows that it works and teaches the models nothing.
 
     Returns:
         The report's path.
@@ -63,7 +65,7 @@ def run(output: Path, quick: bool = False) -> Path:
 
 
 def _clear(output: Path, console: Console) -> None:
-    """Remove an earlier demo's runs, and nothing else's."""
+    """Remove the runs of an earlier demo, and nothing else."""
     marker = output / ".skymoe-demo"
     if output.exists() and any(output.iterdir()) and not marker.exists():
         raise ConfigurationError(
@@ -79,7 +81,7 @@ def _clear(output: Path, console: Console) -> None:
 
 @contextmanager
 def _corpus(story: Story, console: Console) -> Iterator[None]:
-    """Build the corpus beside what is done inside, which keeps one core busy."""
+    """Build the corpus while the `with` block runs, which keeps one core busy."""
 
     def build() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's, which ends this process
@@ -178,7 +180,7 @@ def _train(
 
 
 def _later(story: Story, name: str) -> float:
-    """What comes after a training, in steps of it."""
+    """Return the length of everything after a training, in steps of it."""
     steps = {"dense": story.dense_steps, "moe": story.steps, "dense_continued": story.steps}
     phases = list(_COSTS)
     after = phases[phases.index(name) + 1 :]

@@ -1,4 +1,4 @@
-"""The demo's report: what was trained on what, three losses before, three after, and the router's curves."""
+"""The demo's report: the models and the text, three losses before training, three after, and the router's curves."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ HELD_OUT_TOKENS = BATCH * BATCHES * SEQUENCE
 
 
 def write(story: Story) -> Path:
-    """Write the report of a finished story; returns its path."""
+    """Write the report of a finished story, and return its path."""
     curves = {
         name: read_curves(story.output / "tensorboard" / name) for name in ("dense", "moe", "dense_continued")
     }

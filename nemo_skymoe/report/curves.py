@@ -1,4 +1,4 @@
-"""Scalar curves from the TensorBoard event files of a run."""
+"""Read scalar curves from the TensorBoard event files of a run."""
 
 import re
 from collections.abc import Mapping
@@ -34,20 +34,20 @@ class Curve:
 
     @property
     def lost(self) -> int:
-        """How many values are not finite, and so cannot be drawn."""
+        """Number of values that are not finite, and so cannot be drawn."""
         return int(np.count_nonzero(~np.isfinite(self.values)))
 
     @property
     def last(self) -> float | None:
-        """The last finite value, None where there is none."""
+        """The last finite value; None if there is none."""
         finite = self.values[np.isfinite(self.values)]
         return float(finite[-1]) if len(finite) else None
 
     def smoothed(self, fraction: float = 0.04) -> "Curve":
-        """Mean over a centred window of that fraction of the points.
+        """Return the curve with each value replaced by the mean over a centred window of that fraction of the points.
 
-        The window shrinks to the first point at the beginning, where a loss falls too fast to be
-        averaged, and is cut off at the end. Values that are not finite take no part and stay gaps.
+        The window shrinks towards the first point, where a loss falls too fast to be averaged, and is cut off at the
+        end. Values that are not finite take no part, and stay gaps.
         """
         index, half = np.arange(len(self)), round(fraction * len(self) / 2)
         begin = index - np.minimum(half, index)
@@ -61,7 +61,7 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class LossCurve:
-    """The losses of one labelled run; its step 0 is drawn at `offset` steps, so that phases can follow one another."""
+    """The losses of one labelled run. Its step 0 is drawn at `offset` steps, so that phases can follow one another."""
 
     label: str
     train: Curve | None = None
@@ -76,17 +76,17 @@ class LossCurve:
 
 @dataclass(frozen=True, eq=False)
 class Logs:
-    """What the event files of one run hold: its curves by tag, and sentences on what was left out or put together."""
+    """The contents of one run's event files: its curves by tag, and sentences on what was left out or put together."""
 
     curves: dict[str, Curve]
     remarks: list[str]
 
 
 def read_logs(run_dir: Path) -> Logs:
-    """Return every scalar logged anywhere below `run_dir`, by its TensorBoard tag, put together by `event_files.merge`.
+    """Return every scalar that is logged below `run_dir`, by tag, as `event_files.merge` puts them together.
 
     Raises:
-        ConfigurationError: `run_dir` is no directory, no event file below it holds a scalar, or they are of two runs.
+        ConfigurationError: `run_dir` is no folder, no event file below it holds a scalar, or they are of two runs.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -110,7 +110,7 @@ def read_curves(run_dir: Path) -> dict[str, Curve]:
 
 
 def layer_curves(telemetry: Mapping[str, Curve], metric: str) -> dict[int, Curve]:
-    """Return the curves `moe/<metric>_layer_<number>` among `telemetry`, by global layer number from 1, early to late."""
+    """Return the curves `moe/<metric>_layer_<number>` in `telemetry` by global layer number, which counts from 1."""
     matches = ((_LAYER_TAG.fullmatch(tag), curve) for tag, curve in telemetry.items())
     layers = {int(m["layer"]): curve for m, curve in matches if m and m["metric"] == metric and len(curve)}
     return dict(sorted(layers.items()))

@@ -1,4 +1,4 @@
-"""How every figure of a report looks: style, colours, lines, keys (matplotlib's object interface, Agg)."""
+"""The look of every figure of a report: style, colours, lines, keys (matplotlib's object interface, Agg)."""
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
@@ -44,7 +44,7 @@ STYLE = {
 
 
 def style() -> AbstractContextManager[None]:
-    """Return the context that figures are made and saved in."""
+    """Return the context in which figures are made and saved."""
     from matplotlib import rc_context
 
     return rc_context(cast(Any, STYLE))
@@ -67,7 +67,7 @@ def png(figure: Any) -> bytes:
 
 
 def draw_line(axes: Any, curve: Curve, colour: Any, offset: int = 0, **style: Any) -> None:
-    """The curve as a line with gaps where values are not finite, beginning `offset` steps to the right."""
+    """Draw the curve as a line with gaps where values are not finite, beginning `offset` steps to the right."""
     values = np.where(np.isfinite(curve.values), curve.values, np.nan)
     # A line through a single point is invisible.
     marker = "o" if len(values) - curve.lost == 1 else ""
@@ -75,7 +75,7 @@ def draw_line(axes: Any, curve: Curve, colour: Any, offset: int = 0, **style: An
 
 
 def finish_axes(axes: Any, title: str, floor: float | None = None) -> None:
-    """Title and ticks; `floor`, the least possible value, bounds the axis below."""
+    """Set title and ticks. `floor`, the least possible value, bounds the axis below."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
 
     axes.set_title(title)
@@ -98,14 +98,14 @@ def layer_colours(layers: Collection[int]) -> dict[int, Any]:
 
 
 def _shade(place: float) -> Any:
-    """Viridis without its yellow end, which is too faint on white; `place` in [0, 1]."""
+    """Return a colour of Viridis without its yellow end, which is too faint on white; `place` is in [0, 1]."""
     from matplotlib import colormaps
 
     return colormaps["viridis"](0.88 * place)
 
 
 def add_layer_key(figure: Any, axes: Sequence[Any], colours: dict[int, Any]) -> None:
-    """A legend at the right for few layers, a colour bar for many."""
+    """Add a legend at the right for few layers, or a colour bar for many."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.lines import Line2D
@@ -130,8 +130,8 @@ def add_layer_key(figure: Any, axes: Sequence[Any], colours: dict[int, Any]) -> 
 def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write (x, y, label, colour) beside the end of each line.
 
-    Lines that reach the right margin are labelled there, moved apart where they would overlap; a
-    line that ends earlier is labelled below its end, the free side of a falling curve.
+    Lines that reach the right margin are labelled there, and moved apart where the labels would overlap. A line that
+    ends earlier is labelled below its end, which is the free side of a falling curve.
     """
     from matplotlib.patheffects import withStroke
 
@@ -151,7 +151,7 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None
 
 
 def spread(places: Sequence[float], gap: float, floor: float) -> list[float]:
-    """Move ascending `places` as little as possible (least squares): `gap` apart, none below `floor`."""
+    """Move ascending `places` as little as possible (least squares), so that they are `gap` apart and above `floor`."""
     blocks: list[list[float]] = []  # of places less their index times the gap, pooled to their mean
     for index, place in enumerate(places):
         blocks.append([place - index * gap])

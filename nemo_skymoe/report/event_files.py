@@ -1,4 +1,4 @@
-"""TensorBoard event files: their scalars, how far they can be read, and which of them are one run."""
+"""TensorBoard event files: read their scalars, find how far they can be read, and put the files of one run together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class EventFile:
     path: Path
     begun: float
     scalars: dict[str, Points]
-    """By tag."""
+    """The scalars by tag."""
     times: dict[str, tuple[float, float]]
-    """When the first and the last value of a tag were logged."""
+    """Times at which the first and the last value of a tag were logged."""
     damage: str | None
-    """The sentence that says from where on the file cannot be read."""
+    """A sentence that says from which place on the file cannot be read; None if all of it can."""
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -36,7 +36,10 @@ class EventFile:
 
 
 def find_event_files(run_dir: Path) -> list[Path]:
-    """Return every `*tfevents*` below a folder, through links to folders too, each real file once and in order of its path."""
+    """Return every `*tfevents*` below a folder, also behind links to folders.
+
+    Each real file is listed once, and they are in the order of their paths.
+    """
     found: dict[Path, Path] = {}
     for path in every_file(run_dir):
         if "tfevents" in path.name and path.is_file():
@@ -69,7 +72,7 @@ def read_event_file(path: Path) -> EventFile:
 
 
 def _damage(path: Path) -> str | None:
-    """Where TensorBoard stops reading, which it does without a word."""
+    """Return a sentence on the place where TensorBoard stops reading, which it does without a message."""
     from tensorboard.compat.tensorflow_stub import errors
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
@@ -91,10 +94,10 @@ def _damage(path: Path) -> str | None:
 
 
 def merge(files: Sequence[EventFile]) -> tuple[dict[str, Points], list[str]]:
-    """The scalars of one run's files by tag, and sentences on how they were put together.
+    """Return the scalars of one run's files by tag, and sentences on how they were put together.
 
-    A run that was resumed has several files. Each takes the place of what earlier ones hold from its first step on: what
-    they logged after the checkpoint that it went on from is of an attempt that was given up.
+    A resumed run has several files. Each replaces the values of earlier ones from its first step on: anything that they
+    logged after the checkpoint that it continued from belongs to an attempt that was given up.
 
     Raises:
         ConfigurationError: Two files are of different runs: they were written at the same time, or both begin at the
@@ -125,7 +128,7 @@ def merge(files: Sequence[EventFile]) -> tuple[dict[str, Points], list[str]]:
 
 
 def _shared_tag(points: dict[str, Points], file: EventFile) -> str | None:
-    """Return a scalar that both have along the run: what is logged once, at every start, says nothing."""
+    """Return a scalar that both files log along the run. One that is logged once, at every start, proves nothing."""
     shared = [tag for tag in file.scalars if len(points.get(tag, ())) > 1]
     return max(shared, key=lambda tag: len(points[tag]), default=None)
 

@@ -1,4 +1,4 @@
-"""The figures of a report: what they show and what their captions say."""
+"""The figures of a report, and their captions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Panel:
-    """One metric over steps, a line for each layer; `floor` is the least value it can take."""
+    """One metric over steps, with a line for each layer. `floor` is the least value that it can take."""
 
     metric: str
     label: str
@@ -32,7 +32,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class LayerFigure:
-    """Panels side by side, and what they correspond to in the report."""
+    """Panels side by side, and the figure of the report that they correspond to."""
 
     name: str
     title: str
@@ -85,14 +85,14 @@ FIGURE_TITLES = {"losses": "Losses", **{figure.name: figure.title for figure in 
 
 
 def draw_figures(losses: Sequence[LossCurve], telemetry: Mapping[str, Curve]) -> list[Picture]:
-    """Return every figure that has data, in the order of `FIGURE_TITLES`; those without are left out."""
+    """Return the figures in the order of `FIGURE_TITLES`, without those that have no data."""
     with drawing.style():
         pictures = [_draw_losses(losses), *(_draw_layers(spec, telemetry) for spec in LAYER_FIGURES)]
     return [picture for picture in pictures if picture is not None]
 
 
 def _draw_losses(losses: Sequence[LossCurve]) -> Picture | None:
-    """All runs on one axis: training loss faint and smoothed, validation as dots; None without any loss."""
+    """Draw all runs on one axis: training loss faint and smoothed, validation as dots. Return None without any loss."""
     runs = [run for run in map(_with_data_only, losses) if run.train or run.validation]
     if not runs:
         return None
@@ -123,7 +123,7 @@ def _draw_losses(losses: Sequence[LossCurve]) -> Picture | None:
 
 
 def _panel_of_run(panel: Panel, telemetry: Mapping[str, Curve]) -> Panel:
-    """Dropless training logs a drop rate that would have been, under a name that says so."""
+    """Return the panel with the metric's name in this run: the drop rate of dropless training is a virtual one."""
     virtual = f"virtual_{panel.metric}"
     if layer_curves(telemetry, panel.metric) or not layer_curves(telemetry, virtual):
         return panel
@@ -131,7 +131,7 @@ def _panel_of_run(panel: Panel, telemetry: Mapping[str, Curve]) -> Panel:
 
 
 def _draw_layers(spec: LayerFigure, telemetry: Mapping[str, Curve]) -> Picture | None:
-    """Return a line for each layer, coloured early to late, in each panel that has data; None where none has."""
+    """Draw a line for each layer, coloured early to late, in each panel that has data. Return None if none has."""
     panels = [_panel_of_run(panel, telemetry) for panel in spec.panels]
     layers = {panel: layer_curves(telemetry, panel.metric) for panel in panels}
     layers = {panel: curves for panel, curves in layers.items() if any(map(_has_data, curves.values()))}
@@ -180,7 +180,7 @@ def _draw_run(axes: Any, run: LossCurve, colour: str) -> None:
 
 
 def _end(run: LossCurve, colour: str) -> tuple[float, float, str, str]:
-    """Where the run ends, its label with the last (smoothed) loss, and its colour."""
+    """Return where the run ends, its label with the last (smoothed) loss, and its colour."""
     curve = run.train.smoothed() if run.train else run.validation
     assert curve is not None
     step, loss = curve.steps[np.isfinite(curve.values)][-1] + run.offset, curve.last
@@ -188,7 +188,7 @@ def _end(run: LossCurve, colour: str) -> tuple[float, float, str, str]:
 
 
 def _cut_first_descent(axes: Any, runs: Sequence[LossCurve]) -> bool:
-    """Leave each run's first fifth out of the vertical range where that at least halves the range."""
+    """Leave the first fifth of each run out of the vertical range, if that at least halves the range."""
     curves = [curve for run in runs for curve in (run.train, run.validation) if curve]
     logged = np.concatenate([curve.values[len(curve) // 5 :] for curve in curves])
     lines = np.concatenate([curve.smoothed().values[len(curve) // 5 :] for curve in curves])

@@ -1,4 +1,4 @@
-"""One self-contained HTML page with the tables and figures of one or more runs."""
+"""Write one self-contained HTML page with the tables and figures of one or more runs."""
 
 import os
 from base64 import b64encode
@@ -20,9 +20,9 @@ PIXEL_DENSITY = 1.5  # pixels of a PNG to one of the page, alike for all so that
 
 @dataclass(frozen=True)
 class Table:
-    """A table of plain values: numbers are formatted and set to the right, None is an empty cell.
+    """A table of plain values. Numbers are formatted and set to the right, and None is an empty cell.
 
-    Every row has a cell for each column; `note` is a sentence below the table.
+    Every row has a cell for each column. `note` is a sentence below the table.
     """
 
     title: str
@@ -33,7 +33,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Text:
-    """Preformatted text, shown as it is; it comes after the figures."""
+    """Preformatted text, which is shown as it is and comes after the figures."""
 
     title: str
     body: str
@@ -122,7 +122,7 @@ def _is_number(value: object) -> bool:
 
 
 def _format(value: object) -> str:
-    """Integers with their thousands marked, other numbers with four significant digits."""
+    """Format integers with their thousands marked, and other numbers with four significant digits."""
     if value is None:
         return ""
     if isinstance(value, Integral) and not isinstance(value, bool):
@@ -158,7 +158,7 @@ def _left_out(pictures: Sequence[Picture]) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write through a temporary file in the same directory, so that a reader never sees half a file."""
+    """Write through a temporary file in the same folder, so that a reader never sees half a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(data)

@@ -1,4 +1,4 @@
-"""The report of a single run, made from nothing but its logs."""
+"""Make the report of a single run from nothing but its logs."""
 
 import logging
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ ROUTER_METRICS = {
 
 
 def report_run(run_dir: Path, output: Path | None = None) -> Path:
-    """Write the page for the logs anywhere below `run_dir` into `output` (RUN_DIR/report) and return its path.
+    """Write the page for the logs below `run_dir` into `output` (by default RUN_DIR/report), and return its path.
 
-    What was left out of damaged files, and how the files of a resumed run were put together, stands on the page and is
-    logged as a warning.
+    The page, and warnings in the log, say what was left out of damaged files and how the files of a resumed run were
+    put together.
 
     Raises:
-        ConfigurationError: There are no logs below `run_dir`, or `output` cannot be a directory.
+        ConfigurationError: There are no logs below `run_dir`, or `output` cannot be a folder.
     """
     run_dir = Path(run_dir)
     logs = read_logs(_logs(run_dir))
@@ -49,7 +49,7 @@ def report_run(run_dir: Path, output: Path | None = None) -> Path:
 
 
 def _logs(run_dir: Path) -> Path:
-    """The recipes keep the logs of `runs/NAME` in `runs/tensorboard/NAME`."""
+    """Return the folder of a run's logs: the recipes keep those of `runs/NAME` in `runs/tensorboard/NAME`."""
     beside = run_dir.parent / "tensorboard" / run_dir.name
     return beside if beside.is_dir() and not any(run_dir.rglob("*tfevents*")) else run_dir
 
