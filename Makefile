@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 # One thread a process: ranks share the cores, and worlds are forked (OpenMP threads do not survive a fork).
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
-.PHONY: demo test test-long test-slurm test-versions compat docs lint clean
+.PHONY: demo test test-long test-slurm versions compat imports docs lint clean
 
 demo: $(STAMP)
 	@$(RUN) $(BIN)/skymoe demo
@@ -17,21 +17,26 @@ test: $(STAMP)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/pyright
 	@$(RUN) $(BIN)/pytest -m "not long"
-	@bash tests/versions.sh
 
+# The full grids as well; writes tests/logs/test-long.log.
 test-long: $(STAMP)
-	@$(RUN) $(BIN)/pytest
+	@$(RUN) bash tests/logged.sh test-long $(BIN)/pytest --durations=20
 
 # A real SLURM on loopback, which preempts, stops and loses trainings. As root; it says which packages it needs.
 test-slurm: $(STAMP)
 	@$(RUN) $(BIN)/pytest tests/slurm
 
-test-versions: $(STAMP)
-	@bash tests/versions.sh
+# The core with the other Megatron-Cores that it supports, each downloaded once; writes tests/logs/versions.log.
+versions: $(STAMP)
+	@bash tests/logged.sh versions bash tests/versions.sh
 
 # Every supported pair of NeMo and megatron-core in its own environment, once 700 MB; writes benchmarks/compat.md.
 compat: $(STAMP)
 	@PIP_ARGS="$(PIP_ARGS)" $(RUN) $(BIN)/python -m tests.compat.run $(PAIRS)
+
+# The picture of who imports whom, into docs/imports.svg.
+imports: $(STAMP)
+	@$(BIN)/python -m benchmarks.imports
 
 # The site, into build/docs; a warning is an error.
 docs: .venv/.docs

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The tests of nemo_skymoe/moe, and of the tables of checkpoints, with the other Megatron-Cores that it supports: tests/versions.sh [VERSION...]
-# Each is unpacked once beside the installed one, which it hides for the run.
+# Each is downloaded once into a folder of its own, which hides the installed one for the run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
 [ $# -gt 0 ] || set -- 0.14.0 0.16.1
 for version in "$@"; do
-    folder=.venv/megatron-core-$version
+    folder=build/versions/megatron-core-$version
     if [ ! -d "$folder" ]; then
+        rm -rf "$folder.part"
         "$python" -m pip install --quiet --disable-pip-version-check --no-deps ${PIP_ARGS:-} \
             --target "$folder.part" "megatron-core==$version"
         mv "$folder.part" "$folder"
