@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests of nemo_skymoe/moe, and of the tables of checkpoints, with the other Megatron-Cores that it supports: tests/versions.sh [VERSION...]
+# The tests of nemo_skymoe/moe, and of the names in checkpoints, with the other Megatron-Cores that it supports: tests/versions.sh [VERSION...]
 # Each is downloaded once into a folder of its own, which hides the installed one for the run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,5 +17,5 @@ for version in "$@"; do
     export PYTHONPATH=$PWD/$folder OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
     found=$("$python" -c "from megatron.core.package_info import __version__ as v; print(v)")
     [ "$found" = "$version" ] || { echo "megatron-core $version is not what is imported, but $found" >&2; exit 1; }
-    "$python" -m pytest tests/moe tests/test_config.py tests/checkpoint/torch_dist/test_tables.py -m "${MARKERS:-not long}"
+    "$python" -m pytest tests/moe tests/test_config.py tests/checkpoint/torch_dist/test_names.py -m "${MARKERS:-not long}"
 done

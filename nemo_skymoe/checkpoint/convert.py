@@ -23,9 +23,9 @@ from nemo_skymoe.checkpoint.target import Target, check_complete, stored_dtypes
 from nemo_skymoe.checkpoint.tensors import TensorInfo, Weights
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
 from nemo_skymoe.checkpoint.torch_dist.context import context_files
+from nemo_skymoe.checkpoint.torch_dist.names import LAYER_SPECS
 from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
 from nemo_skymoe.checkpoint.torch_dist.storage import CONFIG, check_backend
-from nemo_skymoe.checkpoint.torch_dist.tables import LAYER_SPECS
 from nemo_skymoe.checkpoint.torch_dist.target import TorchDistTarget
 from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
 from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled, check_same_base

@@ -229,7 +229,7 @@ def test_dense_layers_named_wrongly_are_refused(tmp_path: Path) -> None:
 
 def similarities() -> tuple[dict[int, float], dict[int, float]]:
     """Of random experts: the product's, and the mean cosine over all pairs, one pair at a time."""
-    from nemo_skymoe.checkpoint.torch_dist.gpt_model import gpt_model, one_rank
+    from nemo_skymoe.checkpoint.verification.gpt_model import gpt_model, one_rank
     from nemo_skymoe.moe.similarity import expert_similarity
 
     with one_rank():

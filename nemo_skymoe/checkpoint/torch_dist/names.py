@@ -1,19 +1,66 @@
-"""Megatron's names: what each tensor that is stored in a `torch_dist` checkpoint is made of."""
+"""Megatron's names in `torch_dist` checkpoints, and what each stored tensor is made of. Without torch.
+
+The local layers' names and shapes were measured on the real model of megatron-core 0.14.0, 0.15.3 and 0.16.1; those of
+Transformer Engine's ("te") were derived from Megatron's sources and never measured.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.mapping import Chunk, Part, whole
+from nemo_skymoe.checkpoint.mapping import Chunk, Part
+from nemo_skymoe.checkpoint.table import Line, below, entries, stacked_shape
 from nemo_skymoe.checkpoint.tensors import Key, Storage
-from nemo_skymoe.checkpoint.torch_dist import tables
-from nemo_skymoe.checkpoint.torch_dist.tables import PREFIX, Place
 from nemo_skymoe.config import ConfigurationError
 
+LAYER_SPECS = ("local", "te")
+PREFIX = "module."
+"""Before every name in a NeMo checkpoint; Megatron-LM's have none."""
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+_PADDED = ("embedding", "output")
+
+
+def by_query_group(architecture: Architecture, layer: int | None, _: int | None) -> Iterator[Part]:
+    """The query heads of a group, its key and its value, group by group."""
+    size, groups = architecture.head_size, architecture.query_groups
+    queries = architecture.num_attention_heads // groups * size
+    for group in range(groups):
+        for kind, rows in (("query", queries), ("key", size), ("value", size)):
+            yield Part(Key(kind, layer), group * rows, (group + 1) * rows)
+
+
+# The lines of a layer stand in the order of the alphabet, in which their files are numbered.
+TABLE = (
+    Line(EMBEDDING, "embedding"),
+    Line("decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc1.weight", below("gate", "up"), "moe"),
+    Line("decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc2.weight", "down", "moe"),
+    Line("decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight", "mlp_norm", "dense"),
+    Line("decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight", "mlp_norm", "moe local"),
+    Line("decoder.layers.{layer}.mlp.linear_fc1.weight", below("gate", "up"), "dense"),
+    Line("decoder.layers.{layer}.mlp.linear_fc2.weight", "down", "dense"),
+    Line("decoder.layers.{layer}.mlp.router.weight", "router", "moe"),
+    Line("decoder.layers.{layer}.pre_mlp_layernorm.weight", "mlp_norm", "moe te"),
+    Line("decoder.layers.{layer}.self_attention.linear_proj.weight", "attention_output"),
+    Line("decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight", "attention_norm"),
+    Line("decoder.layers.{layer}.self_attention.linear_qkv.weight", by_query_group),
+    Line("decoder.final_layernorm.weight", "final_norm"),
+    Line(HEAD, "output"),
+)
+EXTRA_STATES = (
+    Line("decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc1._extra_state", where="moe"),
+    Line("decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc2._extra_state", where="moe"),
+    Line("decoder.layers.{layer}.mlp.linear_fc1._extra_state", where="dense"),
+    Line("decoder.layers.{layer}.mlp.linear_fc2._extra_state", where="dense"),
+    Line("decoder.layers.{layer}.pre_mlp_layernorm._extra_state", where="moe te"),
+    Line("decoder.layers.{layer}.self_attention.core_attention._extra_state", where="te"),
+    Line("decoder.layers.{layer}.self_attention.linear_proj._extra_state"),
+    Line("decoder.layers.{layer}.self_attention.linear_qkv._extra_state"),
+    Line("decoder.final_layernorm._extra_state", where="te"),
+)
+"""What Megatron expects beside the tensors, one empty object for each: the FP8 scales of its linear layers."""
 
 
 def padded_vocab_size(vocab_size: int, multiple: int = 128) -> int:
@@ -31,28 +78,76 @@ def chunks(
 ) -> list[Chunk]:
     """What a checkpoint of this architecture holds: a chunk for each layer, or each layer and expert, in their order.
 
-    Arguments are those of `tables.tensors`. Experts are stored alike whether they run grouped or one after another.
+    Experts are stored alike whether they run grouped or one after another.
+
+    Args:
+        padded_vocab_size: Rows of embedding and head as Megatron stores them.
+        layer_spec: "local" or "te", whose layers the model is made of.
+        stacked: One tensor [layers, ...] for all layers, or one a layer (`hetereogenous_dist_checkpoint`), as always
+            where layers differ.
+        prefix: Before every name.
 
     Raises:
         ConfigurationError: The vocabulary does not fit into `padded_vocab_size`, or an unknown `layer_spec`.
     """
-    if padded_vocab_size < architecture.vocab_size:
+    padding = padded_vocab_size - architecture.vocab_size
+    if padding < 0:
         raise ConfigurationError(
             f"padded_vocab_size is {padded_vocab_size}, expected at least vocab_size ({architecture.vocab_size})"
         )
-    places = tables.tensors(architecture, padded_vocab_size, layer_spec, stacked=stacked, prefix=prefix)
-    return [
-        Chunk(place.name, place.shape, tuple(_PARTS[place.module](place, architecture)), place.index)
-        for place in sorted(places, key=_order)
-    ]
+    found = []
+    for line, place in _places(TABLE, architecture, layer_spec, stacked, prefix):
+        parts = line.parts(architecture, place.layer, place.expert)
+        if padding and line.meaning in _PADDED:
+            parts = (*parts, Part(None, 0, padding))
+        shape = (*place.stacked, *stacked_shape(architecture, parts))
+        found.append(Chunk(place.name, shape, parts, place.index))
+    return found
 
 
 def extra_states(
     architecture: Architecture, layer_spec: str = "local", *, stacked: bool = True, prefix: str = PREFIX
 ) -> list[str]:
     """The stored names of the objects that Megatron looks for beside the tensors; all of them are empty."""
-    places = tables.extra_states(architecture, layer_spec, stacked=stacked, prefix=prefix)
-    return [place.shard for place in sorted(places, key=_order)]
+    return [place.shard for _, place in _places(EXTRA_STATES, architecture, layer_spec, stacked, prefix)]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where Megatron keeps what belongs to a layer and an expert: a name, and a slice of what has that name."""
+
+    name: str
+    stacked: tuple[int, ...]
+    """How many layers and experts share the name, in the leading dimensions."""
+    index: tuple[int, ...]
+    """Which of them this one is."""
+    layer: int | None
+    expert: int | None
+
+    @property
+    def shard(self) -> str:
+        """The name under which an extra state is stored."""
+        index, stacked = (
+            ".".join(map(str, numbers)) for numbers in (self.index or (0,), self.stacked or (1,))
+        )
+        return f"{self.name}/shard_{index}_{stacked}"
+
+
+def _places(
+    table: tuple[Line, ...], architecture: Architecture, layer_spec: str, stacked: bool, prefix: str
+) -> Iterator[tuple[Line, _Place]]:
+    if layer_spec not in LAYER_SPECS:
+        raise ConfigurationError(f"layer_spec is {layer_spec!r}, expected one of {', '.join(LAYER_SPECS)}")
+    stacked = stacked and not architecture.layers_differ
+    for line, layer, expert in entries(table, architecture, layer_spec):
+        name, sizes, index = prefix + line.name, (), ()
+        if layer is not None and stacked:
+            name, sizes, index = name.replace("{layer}.", ""), (architecture.num_layers,), (layer,)
+        if expert is not None:
+            assert architecture.num_moe_experts is not None
+            name = name.replace("{expert}.", "")
+            sizes, index = (*sizes, architecture.num_moe_experts), (*index, expert)
+        yield line, _Place(name.format(layer=layer), sizes, index, layer, expert)
 
 
 @dataclass(frozen=True)
@@ -91,58 +186,3 @@ def layout(storage: Storage) -> Layout:
         stacked=not any(re.search(r"decoder\.layers\.\d", name) for name in names),
         prefix=prefix,
     )
-
-
-def _order(place: Place) -> tuple[bool, int, int]:
-    """Embedding, layers, final norm and head."""
-    first = place.module == EMBEDDING
-    after = place.layer is None and not first
-    return after, -1 if place.layer is None else place.layer, -1 if place.expert is None else place.expert
-
-
-def _whole(kind: str) -> Callable[[Place, Architecture], Iterator[Part]]:
-    def parts(place: Place, architecture: Architecture) -> Iterator[Part]:
-        yield from whole(Key(kind, place.layer, place.expert), place.shape[len(place.index)])
-
-    return parts
-
-
-def _padded(kind: str) -> Callable[[Place, Architecture], Iterator[Part]]:
-    def parts(place: Place, architecture: Architecture) -> Iterator[Part]:
-        yield Part(Key(kind), 0, architecture.vocab_size)
-        if place.shape[0] > architecture.vocab_size:
-            yield Part(None, 0, place.shape[0] - architecture.vocab_size)
-
-    return parts
-
-
-def _query_key_value(place: Place, architecture: Architecture) -> Iterator[Part]:
-    """The query heads of a group, its key and its value, group by group."""
-    size, groups = architecture.head_size, architecture.query_groups
-    queries = architecture.num_attention_heads // groups * size
-    for group in range(groups):
-        for kind, rows in (("query", queries), ("key", size), ("value", size)):
-            yield Part(Key(kind, place.layer), group * rows, (group + 1) * rows)
-
-
-def _gate_up(place: Place, architecture: Architecture) -> Iterator[Part]:
-    """However many ranks saved it, the stored matrix is the whole gate over the whole up projection."""
-    for kind in ("gate", "up"):
-        yield Part(Key(kind, place.layer, place.expert), 0, place.shape[-2] // 2)
-
-
-_PARTS: dict[str, Callable[[Place, Architecture], Iterator[Part]]] = {
-    EMBEDDING: _padded("embedding"),
-    "self_attention.linear_qkv.layer_norm_weight": _whole("attention_norm"),
-    "self_attention.linear_qkv.weight": _query_key_value,
-    "self_attention.linear_proj.weight": _whole("attention_output"),
-    "mlp.linear_fc1.layer_norm_weight": _whole("mlp_norm"),
-    "pre_mlp_layernorm.weight": _whole("mlp_norm"),
-    "mlp.router.weight": _whole("router"),
-    "mlp.linear_fc1.weight": _gate_up,
-    "mlp.linear_fc2.weight": _whole("down"),
-    "mlp.experts.experts.linear_fc1.weight": _gate_up,
-    "mlp.experts.experts.linear_fc2.weight": _whole("down"),
-    "decoder.final_layernorm.weight": _whole("final_norm"),
-    HEAD: _padded("output"),
-}

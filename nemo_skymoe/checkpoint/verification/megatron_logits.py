@@ -9,10 +9,10 @@ from torch import Tensor
 
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
-from nemo_skymoe.checkpoint.torch_dist.gpt_model import gpt_model, one_rank
 from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage, weights_folder
+from nemo_skymoe.checkpoint.verification.gpt_model import gpt_model, one_rank
 from nemo_skymoe.ranks import run_ranks
 
 LOCAL_NORM, TE_NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"

@@ -14,8 +14,8 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.tensors import Key, Weights
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
-from nemo_skymoe.checkpoint.torch_dist.gpt_model import gpt_model
 from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
+from nemo_skymoe.checkpoint.verification.gpt_model import gpt_model
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.ranks import run_ranks
