@@ -72,10 +72,11 @@ def planned(job: dict[str, Any]) -> Any:
     """The plan of a job."""
     from nemo_skymoe.checkpoint import convert
     from nemo_skymoe.checkpoint.convert import TargetOptions
+    from nemo_skymoe.checkpoint.sources import open_source
     from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 
     upcycling = None if job["upcycling"] is None else Upcycling(EXPERTS, **job["upcycling"])
-    sources = {name: convert.open_source(Path(folder)) for name, folder in job["sources"].items()}
+    sources = {name: open_source(Path(folder)) for name, folder in job["sources"].items()}
     options = TargetOptions(job["to"], layer_spec="local" if job["to"] == "nemo" else None)
     return convert.plan(sources, options, upcycling)
 

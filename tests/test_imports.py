@@ -24,11 +24,15 @@ ORDER = (
         "checkpoint.torch_dist",
         "checkpoint.upcycling",
     ),
-    *("checkpoint.convert", "checkpoint.inspection", "checkpoint.verification"),
+    *("checkpoint.sources", "checkpoint.convert", "checkpoint.inspection", "checkpoint.verification"),
     "data",
     *("doctor", "diagnosis", "report", "advice", "evaluation"),
     *("nemo", "recipes", "demo", "conf", "launch", "commands", "cli", "nemo_cli", "__main__"),
 )
+# Siblings: what two of these share stands below both.
+APART = {f"nemo_skymoe.checkpoint.{name}" for name in ("hugging_face", "torch_dist", "upcycling")}
+# How the writers' work is checked: nothing here may share a mistake with them.
+SECOND_PATH = ("bits", "comparison", "recomputed", "hugging_face_tensors", "megatron_tensors")
 LAYERS = {"nemo_skymoe": -1} | {f"nemo_skymoe.{name}": height for height, name in enumerate(ORDER)}
 # What must outlive NeMo, and what must work before it is installed.
 WITHOUT_NEMO = {f"nemo_skymoe.{name}" for name in ORDER[: ORDER.index("nemo")]} - {"nemo_skymoe.patches"}
@@ -119,6 +123,20 @@ def test_linked_folders_are_read(tmp_path: Path):
     (tmp_path / "package" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "package")
     assert [*python_files(tmp_path / "package")] == [tmp_path / "package" / "link" / "module.py"]
+
+
+@every_module
+def test_siblings_do_not_know_each_other(module: str):
+    room = layer(module)[0]
+    if room in APART:
+        assert APART & {layer(name)[0] for name in ours(imported(module))} <= {room}
+
+
+def test_the_second_path_shares_no_code_with_the_first():
+    allowed = ("nemo_skymoe.architecture", "nemo_skymoe.config", "nemo_skymoe.durable.errors")
+    for name in SECOND_PATH:
+        shared = ours(imported(f"nemo_skymoe.checkpoint.verification.{name}")) - {*allowed}
+        assert [module for module in shared if ".verification." not in module] == []
 
 
 @every_module

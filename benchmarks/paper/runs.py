@@ -185,10 +185,11 @@ def _child(recipe: Any, seed: int, terminal: int, log: Path) -> None:
 
 def _upcycle(sources: Mapping[str, Path], upcycling: Upcycling, output: Path, log: Path) -> None:
     from nemo_skymoe.checkpoint import convert
+    from nemo_skymoe.checkpoint.sources import open_source
     from nemo_skymoe.demo.output import redirect_output
 
     redirect_output(log)
-    opened = {name: convert.open_source(folder) for name, folder in sources.items()}
+    opened = {name: open_source(folder) for name, folder in sources.items()}
     convert.plan(opened, convert.TargetOptions("nemo"), upcycling).run(output)
 
 

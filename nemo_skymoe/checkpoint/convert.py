@@ -10,45 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe import __version__
-from nemo_skymoe.checkpoint import foreign, job
-from nemo_skymoe.checkpoint.companions import find_companions
+from nemo_skymoe.checkpoint import job
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import exported_files
 from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
-from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
-from nemo_skymoe.checkpoint.mapping import StoredWeights
-from nemo_skymoe.checkpoint.run_folder import checkpoint_of
+from nemo_skymoe.checkpoint.sources import Source
 from nemo_skymoe.checkpoint.target import Target, check_complete, stored_dtypes
 from nemo_skymoe.checkpoint.tensors import TensorInfo, Weights
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
 from nemo_skymoe.checkpoint.torch_dist.context import context_files
 from nemo_skymoe.checkpoint.torch_dist.names import LAYER_SPECS
-from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
-from nemo_skymoe.checkpoint.torch_dist.storage import CONFIG, check_backend
 from nemo_skymoe.checkpoint.torch_dist.target import TorchDistTarget
 from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
 from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled, check_same_base
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.durable.stand_in import refuse_broken_link
 
 FORMS = ("hf", "nemo")
-
-
-@dataclass(frozen=True)
-class Source:
-    """An opened checkpoint."""
-
-    folder: Path
-    form: str
-    """"hf", "nemo", or "megatron" for Megatron-LM's without `context/`."""
-    weights: StoredWeights
-    description: Description
-
-    @property
-    def tokenizer(self) -> Path | None:
-        """The folder with the files of the tokenizer, and of whatever else travels along, if they are there."""
-        return self.folder if self.form == "hf" else find_companions(self.folder / "context")
 
 
 @dataclass(frozen=True)
@@ -134,56 +112,6 @@ class Plan:
         )
 
 
-def form_of(folder: Path) -> str:
-    """The format of a checkpoint folder, from the names in it.
-
-    Raises:
-        ConfigurationError: None that is known.
-    """
-    foreign.refuse_path(folder)
-    known = {"hf": "config.json", "nemo": "weights", "megatron": ".metadata"}
-    for name in known.values():
-        refuse_broken_link(folder / name)
-    form = next((form for form, name in known.items() if (folder / name).exists()), None)
-    foreign.refuse_folder(folder, is_model=form is not None)
-    if form is not None:
-        return form
-    foreign.refuse_folder_of_models(folder, known.values())
-    if (folder / CONFIG).is_file():
-        check_backend(folder / CONFIG)
-    names = sorted(path.name for path in folder.iterdir())
-    weights = [name for name in names if name.endswith(".safetensors")]
-    has = (
-        f"has '{weights[0]}' but no config.json"
-        if weights
-        else "is no checkpoint"
-        if names
-        else "is no checkpoint, it is empty"
-    )
-    raise ConfigurationError(
-        f"'{folder}' {has}: expected config.json (Hugging Face), weights/ (NeMo 2) or .metadata"
-        " (Megatron-LM's torch_dist, the folder of one iteration)"
-    )
-
-
-def open_source(folder: Path, config: Path | None = None) -> Source:
-    """Open a checkpoint of any format.
-
-    Args:
-        folder: The checkpoint's, or that of a run: it stands for the run's last checkpoint.
-        config: A config.json that describes a Megatron checkpoint which does not do so itself.
-    """
-    folder = checkpoint_of(folder)
-    form = form_of(folder)
-    if form == "hf":
-        if config is not None:
-            raise ConfigurationError(
-                f"config is for Megatron checkpoints, '{folder}' has its own config.json"
-            )
-        return Source(folder, form, *open_hugging_face(folder))
-    return Source(folder, form, *open_torch_dist(folder, config))
-
-
 def plan(sources: Mapping[str, Source], options: TargetOptions, upcycling: Upcycling | None = None) -> Plan:
     """Work out what is to be written, from headers alone.
 
@@ -234,6 +162,8 @@ def nemo_target(
     rows = options.vocab_size or torch_dist_names.padded_vocab_size(weights.architecture.vocab_size)
     chunks = torch_dist_names.chunks(weights.architecture, rows, spec)
     states = torch_dist_names.extra_states(weights.architecture, spec)
-    extras = context_files(description, tokenizer_folder, padded_vocab_size=rows)
+    extras = context_files(
+        description, tokenizer_folder, config=exported_files.config_file(description), padded_vocab_size=rows
+    )
     target = TorchDistTarget(chunks, stored_dtypes(chunks, weights), states, extras=extras)
     return target, {"vocab_size": rows, "layer_spec": spec}

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.companions import companion_kinds
-from nemo_skymoe.checkpoint.convert import Source
 from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.regions import DTYPE_SIZES
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
+from nemo_skymoe.checkpoint.sources import Source, form_of, open_source
 from nemo_skymoe.checkpoint.tensors import Key, Storage, TensorInfo
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
@@ -65,12 +64,12 @@ def inspect(folder: Path, config: Path | None = None) -> Inspection:
         ConfigurationError: The folder holds no checkpoint of a known format.
     """
     folder = checkpoint_of(folder)
-    form = convert.form_of(folder)
+    form = form_of(folder)
     found = Inspection(str(folder), FORMATS[form])
     try:
         storage = SafetensorsStorage(folder) if form == "hf" else TorchDistStorage(folder)
         _describe_storage(found, storage)
-        _describe_model(found, convert.open_source(folder, config))
+        _describe_model(found, open_source(folder, config))
     except ConfigurationError as problem:
         found.problems.append(str(problem))
     _describe_receipt(found, folder)

@@ -86,11 +86,12 @@ def verify(options: VerifyOptions) -> None:
 
 def _plan(folders: dict[str, Path], options: WritingOptions, upcycling: "Upcycling | None") -> "Plan":
     from nemo_skymoe.checkpoint import convert
+    from nemo_skymoe.checkpoint.sources import open_source
 
     target = convert.TargetOptions(
         options.to, parse_bytes(options.shard_size), options.vocab_size, options.layer_spec
     )
-    sources = {name: convert.open_source(folder, options.config) for name, folder in folders.items()}
+    sources = {name: open_source(folder, options.config) for name, folder in folders.items()}
     return convert.plan(sources, target, upcycling)
 
 

@@ -12,6 +12,7 @@ from torch import distributed
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
 from nemo_skymoe.data.corpus import Corpus, validation_batches
 from nemo_skymoe.demo.output import redirect_output
@@ -45,7 +46,7 @@ def upcycle_and_compare(corpus: Corpus, dense: Path, moe: Path, log: Path) -> di
     config: Any = SkyworkMoETinyConfig()
     options = Upcycling(config.num_moe_experts, config.moe_router_topk, router_std=config.init_method_std)
     if distributed.get_rank() == 0:
-        convert.plan({BASE: convert.open_source(dense)}, TargetOptions("nemo"), options).run(moe)
+        convert.plan({BASE: open_source(dense)}, TargetOptions("nemo"), options).run(moe)
     distributed.barrier()
     return held_out_losses(corpus, dense, moe)
 

@@ -7,6 +7,7 @@ from nemo.lightning import io
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.upcycling.options import BASE
 from nemo_skymoe.config import ConfigurationError
 
@@ -40,5 +41,5 @@ class HuggingFaceExporter(io.ModelConnector):
 
 
 def _convert(source: Path, output: Path, to: str) -> Path:
-    convert.plan({BASE: convert.open_source(source)}, TargetOptions(to)).run(output)
+    convert.plan({BASE: open_source(source)}, TargetOptions(to)).run(output)
     return output

@@ -16,6 +16,7 @@ from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 from nemo_skymoe.checkpoint.hugging_face.exported_files import to_hf_config
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.durable.receipt import RECEIPT
 
 TINY = Architecture(1, 16, 8, 2, vocab_size=40)
@@ -105,7 +106,7 @@ def nemo(without: str, content: bytes | None = None) -> Callable[[Path], Path]:
     """A checkpoint of NeMo's, one file of which is missing or something else."""
 
     def make(folder: Path) -> Path:
-        source = convert.open_source(model(folder / "made"))
+        source = open_source(model(folder / "made"))
         convert.plan({"base": source}, TargetOptions("nemo", layer_spec="local")).run(folder / "nemo")
         (folder / "nemo" / without).unlink()
         if without != RECEIPT:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.verifier import verify
 from nemo_skymoe.durable.receipt import RECEIPT
@@ -65,7 +66,7 @@ STAYS = {
 
 
 def convert_to(to: str, source: Path, output: Path, upcycling: Upcycling | None = None) -> Path:
-    convert.plan({"base": convert.open_source(source)}, TargetOptions(to), upcycling).run(output)
+    convert.plan({"base": open_source(source)}, TargetOptions(to), upcycling).run(output)
     return output
 
 

@@ -10,6 +10,7 @@ import pytest
 from nemo_skymoe.checkpoint import convert, inspection
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.config import ConfigurationError
 from tests.checkpoint.foreign_examples import CONFIG, EXAMPLES, POINTER, model, model_with
@@ -26,7 +27,7 @@ def sentences(made: Path) -> list[str]:
     for upcycling in (None, Upcycling(2)):
         with pytest.raises(ConfigurationError) as reason:
             target = TargetOptions("nemo", layer_spec="local")
-            convert.plan({"base": convert.open_source(made)}, target, upcycling).run(output)
+            convert.plan({"base": open_source(made)}, target, upcycling).run(output)
         found.append(str(reason.value))
     assert not output.exists() and not output.with_name("converted.unfinished").exists()
     assert all("\n" not in sentence for sentence in found)
@@ -40,7 +41,7 @@ def test_each_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (place := tmp_path / str(number)).mkdir()
         found = sentences(make(place))
         assert len(found) >= 3 and all(re.search(message, sentence) for sentence in found), (message, found)
-    convert.open_source(model(tmp_path / "good"))
+    open_source(model(tmp_path / "good"))
 
 
 def test_what_lies_beside_a_model_and_does_not_change_it_is_no_matter(tmp_path: Path):

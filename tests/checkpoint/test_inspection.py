@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.cli import app
 from tests.checkpoint import hf_models
 from tests.checkpoint.simple_formats import flip
@@ -41,7 +42,7 @@ def made(kind: str, form: str, folder: Path) -> Path:
         (folder / "hf" / name).parent.mkdir(exist_ok=True)
         (folder / "hf" / name).write_text(CONTENT.get(name, "{}"))
     if form == "nemo":
-        source = {"base": convert.open_source(folder / "hf")}
+        source = {"base": open_source(folder / "hf")}
         convert.plan(source, TargetOptions("nemo", layer_spec="local")).run(folder / "nemo")
     return folder / form
 

@@ -19,9 +19,9 @@ from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import exported_files
 from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config
+from nemo_skymoe.checkpoint.sources import open_source, open_torch_dist
 from nemo_skymoe.checkpoint.tensors import model_keys
 from nemo_skymoe.checkpoint.torch_dist import context as nemo_context
-from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.verifier import verify
@@ -90,7 +90,7 @@ def test_there_and_back_and_what_both_compute(tmp_path: Path, remote_code: None)
 
     source = made(tmp_path / "hf")
     nemo = converted(source, tmp_path / "nemo", "nemo")
-    names = convert.open_source(nemo).weights.storage.tensors
+    names = open_source(nemo).weights.storage.tensors
     routers = {name: info.shape for name, info in names.items() if "router" in name}
     assert routers == {f"module.decoder.layers.{layer}.mlp.router.weight": (4, 16) for layer in (1, 2)}
     assert names["module.decoder.layers.0.mlp.linear_fc1.weight"].shape == (48, 16)
@@ -222,7 +222,7 @@ def test_dense_layers_named_wrongly_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=message):
             from_hf_config(config | change)
     hf_models.llama(tmp_path / "dense", num_hidden_layers=1)
-    dense = convert.open_source(tmp_path / "dense")
+    dense = open_source(tmp_path / "dense")
     moe = convert.plan({"base": dense}, TargetOptions("hf"), Upcycling(2)).weights.architecture
     assert moe.moe_layers == (True,)
 

@@ -16,10 +16,11 @@ CHILD = """
 import json, sys
 from pathlib import Path
 from nemo_skymoe.checkpoint import convert
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 source, output, to, options = json.loads(sys.argv[1])
-opened = {"base": convert.open_source(Path(source))}
+opened = {"base": open_source(Path(source))}
 convert.plan(opened, TargetOptions(to), None if options is None else Upcycling(16, **options)).run(Path(output))
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """

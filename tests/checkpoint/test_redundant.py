@@ -17,12 +17,12 @@ from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
-from nemo_skymoe.checkpoint.hugging_face.exported_files import to_hf_config
+from nemo_skymoe.checkpoint.hugging_face.exported_files import config_file, to_hf_config
 from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
+from nemo_skymoe.checkpoint.sources import open_source, open_torch_dist
 from nemo_skymoe.checkpoint.tensors import Key
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
 from nemo_skymoe.checkpoint.torch_dist.context import context_files
-from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.hugging_face_tensors import HuggingFaceModel
 from nemo_skymoe.checkpoint.verification.megatron_logits import megatron_logits
@@ -71,7 +71,9 @@ def test_megatron(tmp_path: Path):
     for number, change in enumerate((0.0, 1.0)):
         folder = tmp_path / str(number)
         save(folder, tensors | {"module.output_layer.weight": embedding + change})
-        for name, content in context_files(DESCRIPTION, None, padded_vocab_size=128).items():
+        for name, content in context_files(
+            DESCRIPTION, None, config=config_file(DESCRIPTION), padded_vocab_size=128
+        ).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
         if not change:
@@ -107,10 +109,12 @@ def opened(form: str, folder: Path, stored: str, *, tied: bool, change: float) -
         (folder / "config.json").write_text(json.dumps(to_hf_config(description)))
     else:
         save(folder, tensors)
-        for name, content in context_files(description, None, padded_vocab_size=128).items():
+        for name, content in context_files(
+            description, None, config=config_file(description), padded_vocab_size=128
+        ).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
-    return convert.open_source(folder)
+    return open_source(folder)
 
 
 @pytest.mark.parametrize("form", ["hf", "nemo"])
@@ -145,11 +149,11 @@ def test_a_head_that_stands_for_both_is_written_as_the_embedding(tmp_path: Path)
                 {"base": source}, TargetOptions(to, layer_spec="local" if to == "nemo" else None)
             )
             plan.run(tmp_path / form / to)
-            names = convert.open_source(tmp_path / form / to).weights.storage.tensors.keys()
+            names = open_source(tmp_path / form / to).weights.storage.tensors.keys()
             assert [name for name in names if "embed" in name] and not [
                 name for name in names if "head" in name
             ]
-            written = convert.open_source(tmp_path / form / to).weights
+            written = open_source(tmp_path / form / to).weights
             for key in (*written.keys(),):
                 assert torch.equal(written.read(key), source.weights.read(key)), key
         assert convert.plan({"base": source}, TargetOptions("hf"), Upcycling(2)).run(tmp_path / form / "moe")
@@ -213,7 +217,7 @@ def test_transformers_computes_with_a_head_that_stands_for_both(tmp_path: Path):
             logits.append(logits_of(folder, token_ids))
         assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
         assert logits[0].std() > 0
-    source = convert.open_source(tmp_path / "llama" / "head")
+    source = open_source(tmp_path / "llama" / "head")
     convert.plan({"base": source}, TargetOptions("hf")).run(tmp_path / "out")
     found = compare_logits(tmp_path / "llama" / "head", tmp_path / "out", tmp_path / "text")
     assert found.preserved and found.relative == 0.0

@@ -19,6 +19,7 @@ from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.hugging_face.exported_files import extras
 from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.checkpoint.hugging_face.remote_code import check_code
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.untrusted.allowed_classes import VARIABLE
 from nemo_skymoe.checkpoint.upcycling.options import BASE
 from nemo_skymoe.cli import app
@@ -41,9 +42,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in extras(open_hugging_face(folder / "moe")[1], None).items():
         (folder / "moe" / name).write_bytes(content)
     for to in ("nemo", "hf"):
-        plan = convert.plan(
-            {BASE: convert.open_source(folder / "hf")}, TargetOptions(to, shard_bytes=100_000)
-        )
+        plan = convert.plan({BASE: open_source(folder / "hf")}, TargetOptions(to, shard_bytes=100_000))
         plan.run(folder / f"hf.{to}")
     megatron_files.write(folder / "nemo", random_weights(DENSE), torch.float32)
     megatron_files.write_context(folder / "nemo", DENSE)

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B, Architecture
-from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import exported_files
 from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
+from nemo_skymoe.checkpoint.sources import form_of
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
 
@@ -355,4 +355,4 @@ def test_form_of_a_folder(tmp_path: Path):
         folder = tmp_path / form
         folder.mkdir()
         (folder / name).touch()
-        assert convert.form_of(folder) == form
+        assert form_of(folder) == form

@@ -16,8 +16,8 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.sources import open_source, open_torch_dist
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
-from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
 from nemo_skymoe.checkpoint.untrusted.context_check import check_context
 from nemo_skymoe.checkpoint.upcycling.options import BASE
 from nemo_skymoe.checkpoint.verification.megatron_logits import megatron_logits
@@ -43,7 +43,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source = folder / f"hf-{name}"
         for file in tokenizer.iterdir():
             (source / file.name).write_bytes(file.read_bytes())
-        plan = convert.plan({BASE: convert.open_source(source)}, TargetOptions("nemo"))
+        plan = convert.plan({BASE: open_source(source)}, TargetOptions("nemo"))
         plan.run(folder / name)
     return folder
 

@@ -30,7 +30,7 @@ def to_hf_config(description: Description) -> dict[str, Any]:
     is written with the norm that gives the same function under the release's sample standard deviation.
     """
     architecture = description.architecture
-    family = "skywork" if architecture.num_moe_experts else description.family
+    family = _family(description)
     # transformers 5 reads the older rope fields, 4 does not know `rope_parameters`.
     stale = {"auto_map", "quantization_config", "rope_parameters", "mlp_only_layers", "moe_intermediate_size"}
     config = {name: value for name, value in description.raw.items() if name not in stale}
@@ -66,6 +66,15 @@ def to_hf_config(description: Description) -> dict[str, Any]:
     if family == "mistral":  # whose default is a window
         config.setdefault("sliding_window", None)
     return config | _moe_fields(description)
+
+
+def config_file(description: Description) -> bytes:
+    """`to_hf_config` as it is written: the same bytes for the same description."""
+    return (json.dumps(to_hf_config(description), indent=2, sort_keys=True) + "\n").encode()
+
+
+def _family(description: Description) -> str:
+    return "skywork" if description.architecture.num_moe_experts else description.family
 
 
 def _auto_map(description: Description) -> dict[str, Any]:
@@ -107,10 +116,9 @@ def extras(description: Description, folder: Path | None) -> dict[str, bytes]:
     Raises:
         ConfigurationError: As `companion_files`.
     """
-    config = to_hf_config(description)
-    files = {"config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
+    files = {"config.json": config_file(description)}
     if folder is not None:
         files |= companion_files(folder)
-    if config["model_type"] == "skywork":
+    if _family(description) == "skywork":
         files |= {name: (EXPORT / name).read_bytes() for name in MODELING_FILES}
     return files

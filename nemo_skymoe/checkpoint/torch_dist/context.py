@@ -14,7 +14,6 @@ from typing import Any
 
 from nemo_skymoe.checkpoint.companions import companion_files
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.hugging_face import exported_files
 from nemo_skymoe.checkpoint.torch_dist.options import CONTEXT, HF_CONFIG
 
 TOKENIZER = "tokenizer"
@@ -31,13 +30,14 @@ class _Call:
 
 
 def context_files(
-    description: Description, tokenizer_folder: Path | None, *, padded_vocab_size: int
+    description: Description, tokenizer_folder: Path | None, *, config: bytes, padded_vocab_size: int
 ) -> dict[str, bytes]:
     """The files by path relative to the checkpoint.
 
     Args:
         description: Of the model.
         tokenizer_folder: Where its tokenizer is, if anywhere.
+        config: The config.json that describes it too.
         padded_vocab_size: Rows of embedding and head, with which NeMo is to build the model.
 
     Raises:
@@ -54,11 +54,10 @@ def context_files(
         },
     )
     root = _Call("nemo.lightning.io.pl.TrainerContext", {"model": model, "trainer": trainer})
-    config = json.dumps(exported_files.to_hf_config(description), indent=2, sort_keys=True) + "\n"
     files = {
         "io.json": _io_json(root),
         "model.yaml": _model_yaml(model),
-        HF_CONFIG: config.encode(),
+        HF_CONFIG: config,
         **{f"{TOKENIZER}/{name}": content for name, content in tokenizer.items()},
     }
     return {f"{CONTEXT}/{name}": content for name, content in files.items()}

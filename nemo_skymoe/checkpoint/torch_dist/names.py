@@ -14,7 +14,7 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.mapping import Chunk, Part
 from nemo_skymoe.checkpoint.table import Line, below, entries, stacked_shape
 from nemo_skymoe.checkpoint.tensors import Key, Storage
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import ConfigurationError
 
 LAYER_SPECS = ("local", "te")
 PREFIX = "module."

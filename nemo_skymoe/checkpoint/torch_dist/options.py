@@ -11,9 +11,7 @@ from typing import Any
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import tokenizer
 from nemo_skymoe.checkpoint.companions import find_companions
-from nemo_skymoe.checkpoint.config_values import read_json
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.hugging_face import configuration
 from nemo_skymoe.checkpoint.tensors import Storage
 from nemo_skymoe.checkpoint.torch_dist import saved_arguments
 from nemo_skymoe.checkpoint.torch_dist.storage import WEIGHTS, weights_folder
@@ -61,19 +59,20 @@ SUPPORTED_MOE: dict[str, tuple[Any, ...]] = {
 """The same for a Skywork-MoE, of whose layers some may be dense."""
 
 
-def describe(folder: Path, storage: Storage, config: Path | None = None) -> Description:
-    """The model whose tensors are `storage`, from the first of: `config`, the context, the saved arguments.
+def config_file(folder: Path) -> Path | None:
+    """The config.json in a checkpoint's context, if there is one."""
+    file = _context(weights_folder(folder)) / HF_CONFIG
+    return file if file.is_file() else None
+
+
+def describe(folder: Path, storage: Storage) -> Description:
+    """The model whose tensors are `storage`, from its options: those in the context, or the saved arguments.
 
     Raises:
-        ConfigurationError: None of them is there, or they describe a model of another kind.
+        ConfigurationError: Neither is there, or they describe a model of another kind.
     """
     weights = weights_folder(folder)
-    context = (weights.parent if weights.name == WEIGHTS else weights) / CONTEXT
-    refuse_pointers(context, HF_CONFIG, "model.yaml", "io.json")
-    if config is not None:
-        return configuration.from_hf_config(read_json(config), str(config))
-    if (context / HF_CONFIG).is_file():
-        return configuration.from_hf_config(read_json(context / HF_CONFIG), str(context / HF_CONFIG))
+    context = _context(weights)
     dtypes = {info.dtype for info in storage.tensors.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "bfloat16"
     if (context / "model.yaml").is_file():
@@ -90,6 +89,12 @@ def describe(folder: Path, storage: Storage, config: Path | None = None) -> Desc
             " --config with a config.json that describes the model"
         ) from reason
     return from_options(options, dtype, str(common), "llama")
+
+
+def _context(weights: Path) -> Path:
+    context = (weights.parent if weights.name == WEIGHTS else weights) / CONTEXT
+    refuse_pointers(context, HF_CONFIG, "model.yaml", "io.json")
+    return context
 
 
 def from_options(options: Mapping[str, Any], dtype: str, place: str, family: str = "skywork") -> Description:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_skymoe.checkpoint import convert
-from nemo_skymoe.checkpoint.convert import Source
 from nemo_skymoe.checkpoint.hugging_face import configuration
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
+from nemo_skymoe.checkpoint.sources import Source, form_of, open_source
 from nemo_skymoe.checkpoint.verification.files import written_receipt
 from nemo_skymoe.checkpoint.verification.hugging_face_tensors import HuggingFaceModel
 from nemo_skymoe.config import ConfigurationError
@@ -49,7 +48,7 @@ def compare_logits(source: Path, target: Path, text: Path, config: Path | None =
     Raises:
         ConfigurationError: The text is empty, or its tokens are not of this vocabulary.
     """
-    opened, target = convert.open_source(source, config), checkpoint_of(target)
+    opened, target = open_source(source, config), checkpoint_of(target)
     token_ids = tokens_of(text, opened)
     expected = logits_of(checkpoint_of(source), token_ids, config)
     difference = (logits_of(target, token_ids) - expected).abs().max() / expected.abs().max()
@@ -95,7 +94,7 @@ def logits_of(folder: Path, token_ids: Tensor, config: Path | None = None) -> Te
     Raises:
         ConfigurationError: The weights have names, or a form of 8 bits, that transformers does not load.
     """
-    if convert.form_of(folder) == "hf":
+    if form_of(folder) == "hf":
         return _transformers_logits(folder, token_ids)
     from nemo_skymoe.checkpoint.verification.megatron_logits import megatron_logits
 

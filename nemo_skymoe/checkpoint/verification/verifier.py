@@ -12,7 +12,7 @@ from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import configuration
 from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
-from nemo_skymoe.checkpoint.torch_dist import options as torch_dist_options
+from nemo_skymoe.checkpoint.sources import describe_torch_dist
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare, said
 from nemo_skymoe.checkpoint.verification.files import companion_problems, file_problems, written_receipt
@@ -85,7 +85,7 @@ def _open(folder: Path, config: Path | None = None) -> tuple[HuggingFaceModel | 
         description = configuration.read(folder)
         return HuggingFaceModel(folder, description.architecture), description
     storage = TorchDistStorage(folder)
-    description = torch_dist_options.describe(folder, storage, config)
+    description = describe_torch_dist(folder, storage, config)
     return MegatronModel(folder, description.architecture), description
 
 

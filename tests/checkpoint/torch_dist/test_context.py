@@ -13,9 +13,10 @@ import torch
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import configuration
+from nemo_skymoe.checkpoint.hugging_face.exported_files import config_file
+from nemo_skymoe.checkpoint.sources import open_torch_dist
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
 from nemo_skymoe.checkpoint.torch_dist.context import context_files
-from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
 from nemo_skymoe.config import ConfigurationError
 from tests.checkpoint.fakes import random_weights
 from tests.checkpoint.megatron_files import save
@@ -57,7 +58,7 @@ def test_the_source_description_comes_back(tmp_path: Path) -> None:
         for chunk in torch_dist_names.chunks(description.architecture, 128)
     }
     save(tmp_path, tensors)
-    write(tmp_path, context_files(description, None, padded_vocab_size=128))
+    write(tmp_path, context_files(description, None, config=config_file(description), padded_vocab_size=128))
     read, again = open_torch_dist(tmp_path)
     assert read.keys() == weights.keys()
     assert again == description
@@ -86,7 +87,7 @@ def test_without_config_json_the_options_say_the_same(tmp_path: Path) -> None:
             for chunk in torch_dist_names.chunks(description.architecture, 97)
         }
         save(folder, tensors)
-        write(folder, context_files(description, None, padded_vocab_size=97))
+        write(folder, context_files(description, None, config=config_file(description), padded_vocab_size=97))
         (folder / "context" / "config.json").unlink()
         assert open_torch_dist(folder)[1] == description
 
@@ -102,8 +103,10 @@ import hashlib, json, sys
 from pathlib import Path
 from nemo_skymoe.architecture import SKYWORK_13B
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.hugging_face.exported_files import config_file
 from nemo_skymoe.checkpoint.torch_dist.context import context_files
-files = context_files(Description(SKYWORK_13B), Path({str(tokenizer)!r}), padded_vocab_size=65536)
+description = Description(SKYWORK_13B)
+files = context_files(description, Path({str(tokenizer)!r}), config=config_file(description), padded_vocab_size=65536)
 print(json.dumps([{{name: hashlib.sha256(content).hexdigest() for name, content in files.items()}},
     sorted({{"torch", "nemo", "fiddle", "numpy"}} & sys.modules.keys())]))
 """
@@ -150,7 +153,9 @@ print(json.dumps([{{name: hashlib.sha256(content).hexdigest() for name, content 
 def test_the_tokenizer_class_of_nemo(tmp_path: Path, files: dict[str, str], expected: tuple | None) -> None:
     """A tokenizer that brings code along is loaded by SentencePiece, without running the code."""
     write(tmp_path, {name: content.encode() for name, content in files.items()})
-    written = context_files(Description(DENSE), tmp_path, padded_vocab_size=128)
+    written = context_files(
+        Description(DENSE), tmp_path, config=config_file(Description(DENSE)), padded_vocab_size=128
+    )
     assert {name for name in written if "tokenizer/" in name} == {
         f"context/tokenizer/{name}" for name in files
     }
@@ -166,4 +171,4 @@ def test_the_tokenizer_class_of_nemo(tmp_path: Path, files: dict[str, str], expe
 def test_a_scaling_that_megatron_lacks_is_refused() -> None:
     description = Description(DENSE, rope_scaling={"rope_type": "yarn", "factor": 2.0})
     with pytest.raises(ConfigurationError, match="rope_scaling is of type 'yarn', which Megatron lacks"):
-        context_files(description, None, padded_vocab_size=128)
+        context_files(description, None, config=config_file(description), padded_vocab_size=128)

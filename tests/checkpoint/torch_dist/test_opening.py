@@ -12,9 +12,9 @@ from megatron.core.transformer.enums import AttnBackend
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.sources import open_torch_dist
 from nemo_skymoe.checkpoint.tensors import Key, Weights
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
-from nemo_skymoe.checkpoint.torch_dist.opening import open_torch_dist
 from nemo_skymoe.checkpoint.verification.gpt_model import gpt_model
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import cpu_runtime

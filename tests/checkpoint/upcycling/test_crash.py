@@ -11,6 +11,7 @@ import pytest
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.verifier import verify
 from tests.checkpoint import crash, hf_models
@@ -40,7 +41,7 @@ def upcycling(
     output = folder / "output"
 
     def run() -> None:
-        opened = {name: convert.open_source(source) for name, source in sources.items()}
+        opened = {name: open_source(source) for name, source in sources.items()}
         target = TargetOptions(to, shard_bytes=100_000)
         convert.plan(opened, target, Upcycling(4, seed=1, **options)).run(output, workers)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
 from nemo_skymoe.checkpoint.verification.megatron_logits import megatron_logits
 from nemo_skymoe.checkpoint.verification.same_function import compare_logits
@@ -27,7 +28,7 @@ TEXT = torch.tensor(list(Path(__file__).read_bytes()[:256])).view(2, 128)
 def converted(
     source: Path, output: Path, to: str, upcycling: Upcycling | None = None, **options: Any
 ) -> Path:
-    plan = convert.plan({BASE: convert.open_source(source)}, TargetOptions(to, **options), upcycling)
+    plan = convert.plan({BASE: open_source(source)}, TargetOptions(to, **options), upcycling)
     plan.run(output, allow_nonfinite=True)
     return output
 

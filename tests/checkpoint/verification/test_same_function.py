@@ -9,6 +9,7 @@ import torch
 
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.same_function import compare_logits
 from nemo_skymoe.config import ConfigurationError
@@ -28,7 +29,7 @@ def upcycle(folder: Path, to: str, options: dict[str, Any], layers: int) -> floa
     if not (folder / "dense").exists():
         hf_models.skywork_dense(folder / "dense", dtype=torch.float32, num_hidden_layers=layers)
     moe = folder / "-".join(map(str, [to, *options.values()]))
-    source = convert.open_source(folder / "dense")
+    source = open_source(folder / "dense")
     convert.plan({"base": source}, TargetOptions(to), Upcycling(8, **options)).run(moe)
     difference = compare_logits(folder / "dense", moe, TEXT)
     assert difference.tokens == 256 and difference.preserved == (options in PRESERVING)
@@ -51,9 +52,7 @@ def test_24_layers(to: str, tmp_path: Path):
 
 def test_refused_texts(tmp_path: Path):
     hf_models.skywork_dense(tmp_path / "dense")
-    convert.plan({"base": convert.open_source(tmp_path / "dense")}, TargetOptions("hf")).run(
-        tmp_path / "copy"
-    )
+    convert.plan({"base": open_source(tmp_path / "dense")}, TargetOptions("hf")).run(tmp_path / "copy")
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     with pytest.raises(ConfigurationError, match=r"empty.txt' gives no tokens, expected some below 419"):

@@ -16,6 +16,7 @@ from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import Plan, TargetOptions
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.mapping import Chunk, Part
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.target import stored_dtypes
 from nemo_skymoe.checkpoint.tensors import Key, TensorInfo, Weights
 from nemo_skymoe.checkpoint.torch_dist.target import TorchDistTarget
@@ -47,7 +48,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def plan(sources: dict[str, Path], to: str, upcycling: Upcycling | None = NOISE) -> Plan:
-    opened = {name: convert.open_source(folder) for name, folder in sources.items()}
+    opened = {name: open_source(folder) for name, folder in sources.items()}
     return convert.plan(opened, TargetOptions(to), upcycling)
 
 
@@ -261,7 +262,7 @@ def test_padding_that_is_not_zero_is_found(sources: dict[str, Path], tmp_path: P
 
 @pytest.mark.parametrize("to", ["hf", "nemo"])
 def test_a_wrong_configuration_is_found(to: str, sources: dict[str, Path], tmp_path: Path):
-    source = convert.open_source(sources["base"])
+    source = open_source(sources["base"])
     wrong = replace(source, description=replace(source.description, rope_theta=500000.0))
     convert.plan({"base": wrong}, TargetOptions(to), NOISE).run(tmp_path / "moe")
     problems = verify({"base": sources["base"]}, tmp_path / "moe").problems
