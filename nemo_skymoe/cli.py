@@ -68,9 +68,9 @@ for command in (
     *evaluation.COMMANDS,
     *pipeline.COMMANDS,
     *advice.COMMANDS,
+    *launch.COMMANDS,
 ):
     app.command()(as_typer(command))
-app.command()(launch.launch)
 
 
 def main() -> None:

@@ -1,32 +1,22 @@
 """`skymoe launch`: hydra groups, translated into a NeMo-Run experiment."""
 
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nemo_skymoe.commands.front_ends import Command
 from nemo_skymoe.config import ConfigurationError
 
 if TYPE_CHECKING:
     from nemo_skymoe.launch.jobs import Job
 
 
-def launch(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="GROUP=NAME, GROUP.KEY=VALUE or jobs=[...], as hydra reads them."),
-    ] = None,
-    config_dir: Annotated[
-        Path | None, typer.Option(help="A site's own folder of groups, beside the installed ones.")
-    ] = None,
-    cfg: Annotated[
-        str | None, typer.Option(help="job: print the composed configuration and do nothing.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and commands.")] = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
     """Launch the jobs of an experiment on a cluster.
 
     Groups cluster, training, upcycle, conversion, data and model, in the manner of the NeMo launcher; they name
@@ -35,16 +25,32 @@ def launch(
     skymoe launch training=skywork_moe_146b cluster=a800_slurm jobs=[upcycle,training]
     upcycle.source=/data/skywork-13b upcycle.output_path=/data/upcycled training.dir=/data/runs --dry-run
     """
-    if cfg not in (None, "job"):
-        raise ConfigurationError(f"--cfg is {cfg!r}, expected job")
+
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="GROUP=NAME, GROUP.KEY=VALUE or jobs=[...], as hydra reads them."),
+    ] = None
+    config_dir: Annotated[
+        Path | None, typer.Option(help="A site's own folder of groups, beside the installed ones.")
+    ] = None
+    cfg: Annotated[str | None, typer.Option(help="job: print the composed configuration and do nothing.")] = (
+        None
+    )
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and commands.")] = False
+
+
+def launch(options: LaunchOptions) -> None:
+    """Print what was asked for, or submit the jobs."""
+    if options.cfg not in (None, "job"):
+        raise ConfigurationError(f"--cfg is {options.cfg!r}, expected job")
     try:
         from nemo_skymoe.launch.composition import compose_groups
     except ModuleNotFoundError as missing:
         raise ConfigurationError(
             f"launch needs {missing.name}, which is not installed: nemo-skymoe[nemo]"
         ) from None
-    composed = compose_groups(overrides or [], config_dir)
-    if cfg:
+    composed = compose_groups(options.overrides or [], options.config_dir)
+    if options.cfg:
         from omegaconf import OmegaConf
 
         typer.echo(OmegaConf.to_yaml(composed), nl=False)
@@ -55,7 +61,7 @@ def launch(
         from nemo_skymoe.launch import experiment
 
         made = jobs(composed)
-    if dry_run:
+    if options.dry_run:
         typer.echo(experiment.dry_run(made), nl=False)
     else:
         experiment.submit(made)
@@ -75,4 +81,4 @@ def jobs(composed: Any) -> "list[Job]":
     return jobs(composed, named)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (launch,)
+COMMANDS = (Command("launch", LaunchOptions, launch),)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_skymoe import credentials
+from nemo_skymoe.architecture import as_architecture
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.paths import check_paths
 from nemo_skymoe.launch.planner_options import planner_options
@@ -20,7 +21,7 @@ from nemo_skymoe.launch.recipe import check_recipe, make_recipe, run_folder
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
 from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
-from nemo_skymoe.nemo.recipe_check import check_start, plan_of
+from nemo_skymoe.nemo.recipe_check import built, check_start, plan_of
 from nemo_skymoe.pipeline.texts import planned
 from nemo_skymoe.recipes.executor_checks import check_executor
 from nemo_skymoe.recipes.executors import EXECUTORS, plugins
@@ -83,10 +84,9 @@ def _command(name: str, command: Callable[..., None], values: dict[str, Any], de
     given = {
         option: value for option, value in values[name].items() if option not in derived or value != MISSING
     }
-    section = derived | given
-    check_missing(name, section)
-    task = run.Partial(command)
-    set_values(name, task, section)
+    check_missing(name, derived | given)
+    task = run.Partial(command, **{option: value for option, value in derived.items() if option not in given})
+    set_values(name, task, given)
     arguments = fdl.ordered_arguments(task)
     for parameter in inspect.signature(command).parameters.values():
         if parameter.default is parameter.empty and parameter.name not in arguments:
@@ -97,13 +97,24 @@ def _command(name: str, command: Callable[..., None], values: dict[str, Any], de
     check_paths(name, task, executor)
     if name == "plan":
         _plan_of(task)
-    shown = " ".join(word(f"{key}={value}") for key, value in arguments.items())
+    shown = " ".join(word(f"{key}={_as_text(value)}") for key, value in arguments.items())
     return Job(name, f"nemo skymoe {command.__name__} {shown}", task, executor, [])
+
+
+def _as_text(value: Any) -> Any:
+    """The value of an option as it would be given on the command line."""
+    if not isinstance(value, fdl.Buildable):
+        return value
+    sizes = fdl.ordered_arguments(value).items()
+    return ",".join(
+        f"{name}={[*size] if isinstance(size, tuple) else int(size)}" for name, size in sizes
+    ).replace(" ", "")
 
 
 def _plan_of(task: run.Partial) -> PipelinePlan | None:
     """What the job is going to write; None where that takes a profile that is not on this machine."""
     options: dict[str, Any] = {str(name): value for name, value in fdl.ordered_arguments(task).items()}
+    options["model"] = as_architecture(built(options["model"], "model"))
     del options["output_path"]
     if profile := options.pop("profile", None):
         if not Path(profile).is_file():

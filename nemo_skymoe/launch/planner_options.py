@@ -4,7 +4,7 @@ from typing import Any
 
 import nemo_run as run
 
-from nemo_skymoe.architecture import layer_pattern
+from nemo_skymoe.architecture import Architecture, layer_pattern
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo.recipe_check import built
 from nemo_skymoe.nemo.run_numbers import check_numbers
@@ -32,7 +32,7 @@ def planner_options(recipe: Any) -> dict[str, Any]:
     sizes["ffn_hidden_size"] = config.ffn_hidden_size
     sizes["vocab_size"] = config.vocab_size or _vocabulary(data)
     if config.share_embeddings_and_output_weights:
-        sizes["tied_embeddings"] = 1
+        sizes["tied_embeddings"] = True
     capacity: dict[str, Any] = {}
     if config.num_moe_experts:
         sizes |= {name: getattr(config, name) for name in _EXPERTS}
@@ -44,7 +44,7 @@ def planner_options(recipe: Any) -> dict[str, Any]:
         }
     _check_planned(config, strategy)
     return {
-        "model": ",".join(f"{name}={size}" for name, size in sizes.items() if size is not None),
+        "model": run.Config(Architecture, **{name: size for name, size in sizes.items() if size is not None}),
         "num_gpus": recipe.trainer.num_nodes * recipe.trainer.devices,
         "tensor_parallel": strategy.tensor_model_parallel_size,
         "pipeline_parallel": strategy.pipeline_model_parallel_size,
@@ -71,7 +71,7 @@ def _ffn_sizes(config: Any) -> dict[str, Any]:
     return {
         "ffn_hidden_size": config.ffn_hidden_size,
         "moe_ffn_hidden_size": experts,
-        "moe_layer_freq": f"[{','.join(map(str, pattern))}]",
+        "moe_layer_freq": pattern,
     }
 
 

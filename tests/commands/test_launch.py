@@ -79,9 +79,12 @@ assert not {"nemo", "nemo_run", "torch"} & set(sys.modules)
 def test_every_group_is_in_the_wheel() -> None:
     import tomllib
 
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert "nemo_skymoe.conf" in setuptools["packages"]
+    from setuptools import find_packages
+
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {*find_packages(str(ROOT), include=config["packages"]["find"]["include"])}
+    assert {"nemo_skymoe.conf", "nemo_skymoe.recipes", "nemo_skymoe.patches"} <= found
     packaged = {
-        file for glob in setuptools["package-data"]["nemo_skymoe.conf"] for file in (ROOT / "conf").glob(glob)
+        file for glob in config["package-data"]["nemo_skymoe.conf"] for file in (ROOT / "conf").glob(glob)
     }
     assert packaged == set((ROOT / "conf").rglob("*.yaml"))

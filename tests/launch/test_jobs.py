@@ -1,6 +1,7 @@
 """Every group composed and resolved into recipes and executors; nothing of a recipe said twice."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
+from nemo_skymoe.architecture import SKYWORK_MOE_146B
 from nemo_skymoe.commands.launch import jobs
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.composition import GROUPS, compose_groups
@@ -128,7 +130,9 @@ def test_every_plan_is_that_of_the_training(name: str) -> None:
     )
     options = fdl.ordered_arguments(plan.task)
     assert plan.task.__fn_or_cls__.__name__ == "plan" and options["output_path"] == "/data/p"
-    assert "num_layers=52,hidden_size=4608" in options["model"] and "num_moe_experts=16" in options["model"]
+    model = fdl.build(options["model"])
+    assert model == replace(SKYWORK_MOE_146B, num_query_groups=36, kv_channels=128)
+    assert "model=num_layers=52,hidden_size=4608" in plan.summary and "num_moe_experts=16" in plan.summary
     assert (options["num_gpus"], options["capacity_factor"]) == (1536, 1.25)
     # The recipe's own is the planner's: found again, from its sizes alone.
     recipe = recipe_of("skywork_moe_146b")(dir="/data/runs")

@@ -12,7 +12,6 @@ import pytest
 from typer.testing import CliRunner
 
 from nemo_skymoe.cli import app
-from nemo_skymoe.commands import tasks as commands
 from nemo_skymoe.commands.launch import jobs
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.composition import compose_groups
@@ -37,8 +36,8 @@ def by_launch(tmp_path: Path, *overrides: str) -> dict[str, Any]:
     given = ["cluster=a800_slurm", "training.dir=/data/runs", "jobs=[plan]", "plan.output_path=/data/p"]
     (job,) = jobs(compose_groups([*given, *overrides]))
     file = tmp_path / "plan.json"
-    options: dict[str, Any] = {str(name): value for name, value in fdl.ordered_arguments(job.task).items()}
-    commands.plan(**options | {"output_path": str(file)})
+    job.task.output_path = str(file)
+    fdl.build(job.task)()
     return json.loads(file.read_text())
 
 
