@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nemo_skymoe.checkpoint.config_values import read_bytes, read_json
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.stand_in import refuse_broken_link
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -44,7 +44,7 @@ def companion_files(folder: Path) -> dict[str, bytes]:
     """What travels of a folder, by relative path.
 
     Raises:
-        ConfigurationError: One cannot be read, is no file, or is a link to a file that has another name.
+        CheckpointError: One cannot be read, is no file, or is a link to a file that has another name.
     """
     return {name: read_bytes(folder / name) for name in companion_names(folder)}
 
@@ -95,12 +95,12 @@ def _check_link(file: Path, folder: Path) -> None:
     real, home = Path(os.path.realpath(file)), folder.resolve()
     refuse_broken_link(file)
     if not real.is_file():
-        raise ConfigurationError(f"'{file}' is '{real}', expected a regular file")
+        raise CheckpointError(f"'{file}' is '{real}', expected a regular file")
     blobs = real.parent.name == "blobs" and (
         real.parent.parent.name.startswith("models--") or real.parent.parent == home.parent.parent
     )
     if not (real.is_relative_to(home) or real.name == file.name or blobs):
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{file}' is a link to '{real}', expected a regular file inside its folder, a blob of the Hugging Face"
             " cache, or a file of the same name: put a copy in the link's place"
         )

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.stand_in import LFS_POINTER, refuse_stand_in
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ LARGEST = 2**31
 
 
 class ConfigValues:
-    """Reads values by name. Every method raises ConfigurationError, naming file and value, for a wrong one.
+    """Reads values by name. Every method raises CheckpointError, naming file and value, for a wrong one.
 
     Args:
         raw: The parsed file.
@@ -75,34 +75,34 @@ class ConfigValues:
             if (value := self.raw[name]) not in (None, False) and value not in ("", [], {}):
                 logger.warning("%s: %s is %r, which is unknown here and not used", self.place, name, value)
 
-    def wrong(self, name: str, expected: str) -> ConfigurationError:
+    def wrong(self, name: str, expected: str) -> CheckpointError:
         """The error to raise about a value."""
-        return ConfigurationError(f"{self.place}: {name} is {self.raw.get(name)!r}, expected {expected}")
+        return CheckpointError(f"{self.place}: {name} is {self.raw.get(name)!r}, expected {expected}")
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ConfigurationError: There is no such file, or it holds something else.
+        CheckpointError: There is no such file, or it holds something else.
     """
     content = read_bytes(file)
     refuse_stand_in(file, content)
     try:
         value = json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError) as reason:
-        raise ConfigurationError(f"'{file}' is not JSON: {reason}") from reason
+        raise CheckpointError(f"'{file}' is not JSON: {reason}") from reason
     if not isinstance(value, dict):
-        raise ConfigurationError(f"'{file}' holds a {type(value).__name__}, expected an object")
+        raise CheckpointError(f"'{file}' holds a {type(value).__name__}, expected an object")
     return value
 
 
 def read_bytes(file: Path) -> bytes:
-    """The content of a file; ConfigurationError if it cannot be read."""
+    """The content of a file; CheckpointError if it cannot be read."""
     try:
         content = file.read_bytes()
     except OSError as reason:
-        raise ConfigurationError(f"'{file}' cannot be read: {reason.strerror}") from reason
+        raise CheckpointError(f"'{file}' cannot be read: {reason.strerror}") from reason
     if content.startswith(LFS_POINTER):
         refuse_stand_in(file, content)
     return content

@@ -24,7 +24,7 @@ from nemo_skymoe.checkpoint.torch_dist.names import LAYER_SPECS
 from nemo_skymoe.checkpoint.torch_dist.target import TorchDistTarget
 from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
 from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled, check_same_base
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import ConfigurationError
 
 FORMS = ("hf", "nemo")
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.stand_in import refuse_broken_link, refuse_pointer
 
 MERGE = (
@@ -101,7 +101,7 @@ def refuse_path(path: Path) -> None:
     """Refuse what is no folder, with what it seems to be.
 
     Raises:
-        ConfigurationError: It is no folder.
+        CheckpointError: It is no folder.
     """
     if path.is_dir():
         return
@@ -113,19 +113,19 @@ def refuse_path(path: Path) -> None:
             or _advice_by_content(path)
             or "is a file: give the folder of a checkpoint"
         )
-        raise ConfigurationError(f"'{path}' {advice}")
+        raise CheckpointError(f"'{path}' {advice}")
     hub = _HUB_ID.fullmatch(str(path))
     if hub and not path.is_absolute():
         name = hub[1].replace("--", "/")
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{path}' is not a folder: if it is a model of the Hugging Face hub, download it first, as by"
             f" hf download {name} --local-dir {name.rpartition('/')[2]}, and give that folder"
         )
     if _ADDRESS.match(str(path)):
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{path}' is an address, not a folder: download the checkpoint first, and give its folder"
         )
-    raise ConfigurationError(f"'{path}' is not a folder")
+    raise CheckpointError(f"'{path}' is not a folder")
 
 
 def refuse_folder(folder: Path, *, is_model: bool) -> None:
@@ -135,14 +135,14 @@ def refuse_folder(folder: Path, *, is_model: bool) -> None:
         is_model: Whether it has what a model here has: then only adapters and unfinished work matter.
 
     Raises:
-        ConfigurationError: With the file that says so.
+        CheckpointError: With the file that says so.
     """
     names = sorted(entry.name for entry in folder.iterdir())
     tables = _FOLDERS[:2] if is_model else (*_FOLDERS, *_FILES)
     for table in tables:
         for name in names:
             if re.fullmatch(table[0], name, re.IGNORECASE):
-                raise ConfigurationError(f"'{folder / name}' {table[1]}")
+                raise CheckpointError(f"'{folder / name}' {table[1]}")
 
 
 def refuse_folder_of_models(folder: Path, telling: Iterable[str]) -> None:
@@ -152,7 +152,7 @@ def refuse_folder_of_models(folder: Path, telling: Iterable[str]) -> None:
         telling: Names in a folder by which a model is known.
 
     Raises:
-        ConfigurationError: With the first few of them.
+        CheckpointError: With the first few of them.
     """
     depths = ("*", "*/*", "models--*/snapshots/*")
     found: list[str] = []
@@ -163,7 +163,7 @@ def refuse_folder_of_models(folder: Path, telling: Iterable[str]) -> None:
         )
     if found:
         more = ", ..." if len(found) > _MOST_NAMED else ""
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{folder}' is no checkpoint itself: give the one in it that you mean,"
             f" {', '.join(map(repr, found[:_MOST_NAMED]))}{more}"
         )

@@ -15,7 +15,7 @@ from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.sources import Source, form_of, open_source
 from nemo_skymoe.checkpoint.tensors import Key, Storage, TensorInfo
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import ConfigurationError
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt
 from nemo_skymoe.durable.stand_in import refuse_pointer
 

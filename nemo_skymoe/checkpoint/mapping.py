@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.buffers import empty
 from nemo_skymoe.checkpoint.tensors import Key, Storage, TensorInfo, Weights, key_shape, model_keys
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 if TYPE_CHECKING:  # a --dry-run has less time than importing torch takes
     import torch
@@ -47,11 +47,6 @@ class Chunk:
         return f"{self.tensor}[{', '.join(map(str, self.index))}]" if self.index else self.tensor
 
 
-def whole(key: Key, rows: int) -> tuple[Part, ...]:
-    """The parts of a chunk that is one tensor as it is."""
-    return (Part(key, 0, rows),)
-
-
 def assemble(chunk: Chunk, weights: Weights, dtype: torch.dtype) -> Tensor:
     """A chunk's content, of `chunk_shape`. Reads each tensor that it needs once; holds two copies at most."""
     if len(chunk.parts) == 1 and (key := chunk.parts[0].key) is not None:
@@ -78,7 +73,7 @@ class StoredWeights:
     """The tensors by meaning of a folder whose format is `chunks`.
 
     Raises:
-        ConfigurationError: The folder lacks a tensor, has one that no chunk explains, or one of another shape.
+        CheckpointError: The folder lacks a tensor, has one that no chunk explains, or one of another shape.
     """
 
     def __init__(self, storage: Storage, architecture: Architecture, chunks: Iterable[Chunk]):
@@ -129,7 +124,7 @@ def check_tensors(storage: Storage, expected: dict[str, tuple[int, ...]]) -> Non
         if name in found and found[name].shape != shape
     ]
     if problems:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{storage.folder}' is not the model its configuration describes: {listed(problems)}"
         )
 

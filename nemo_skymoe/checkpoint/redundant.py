@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.regions import FileStorage
 from nemo_skymoe.checkpoint.storage_view import Renamed, StorageView
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,12 +30,12 @@ def one_embedding(storage: FileStorage, *, embedding: str, head: str, tied: bool
         tied: Whether they are one, by the configuration.
 
     Raises:
-        ConfigurationError: Both are stored and differ, though tied; or one of them is missing, though separate.
+        CheckpointError: Both are stored and differ, though tied; or one of them is missing, though separate.
     """
     stored = [name for name in (embedding, head) if name in storage.tensors]
     if not tied and len(stored) == 1:
         (missing,) = {embedding, head} - {*stored}
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{storage.folder}' has '{stored[0]}' but no '{missing}': set tie_word_embeddings (Megatron:"
             " share_embeddings_and_output_weights) to true if the one serves as the other, as it does not by the"
             " configuration"
@@ -57,13 +57,13 @@ def without_copies(storage: FileStorage, copies: Mapping[str, str]) -> FileStora
         copies: The name of the original by that of its copy; copies that are not there do not matter.
 
     Raises:
-        ConfigurationError: A copy differs from its original.
+        CheckpointError: A copy differs from its original.
     """
     tensors = storage.tensors
     there = {copy: name for copy, name in copies.items() if copy in tensors and name in tensors}
     for copy, name in there.items():
         if tensors[copy] != tensors[name] or not _same(storage, copy, name):
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{copy}' in '{storage.folder}' differs from '{name}', but the configuration says that they are tied:"
                 " set tie_word_embeddings (Megatron: share_embeddings_and_output_weights) to false if both are meant"
             )
@@ -74,7 +74,7 @@ def without_buffers(storage: FileStorage, description: Description) -> FileStora
     """The storage without rotary frequencies and causal masks, which are compared with what the model computes.
 
     Raises:
-        ConfigurationError: They are other ones.
+        CheckpointError: They are other ones.
     """
     frequencies = [name for name in storage.tensors if name.endswith(FREQUENCIES)]
     masks = [name for name in storage.tensors if name.endswith(MASKS)]
@@ -122,7 +122,7 @@ def _check_frequencies(storage: FileStorage, name: str, description: Description
         )
         if close:
             return
-    raise ConfigurationError(
+    raise CheckpointError(
         f"'{name}' in '{storage.folder}' is not what rope_theta {description.rope_theta:g} and heads of {head} give:"
         " expected the rotary frequencies of the configuration, or none"
     )
@@ -138,6 +138,6 @@ def _check_mask(storage: FileStorage, name: str) -> None:
     )
     causal = square is not None and torch.equal(square != 0, torch.ones_like(square, dtype=torch.bool).tril())
     if not causal and mask.numel() != 1:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{name}' in '{storage.folder}' is no causal mask, and has no place in the model"
         )

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.stand_in import refuse_broken_link
 
 _CHECKPOINTS, _LAST, _UNFINISHED = "checkpoints", "*-last", "-unfinished"
@@ -23,7 +23,7 @@ def last_checkpoint(run: Path) -> Path:
     """The last checkpoint of a run that is complete, the one that the run itself would resume from.
 
     Raises:
-        ConfigurationError: It has none, or one of them is a link that leads nowhere.
+        CheckpointError: It has none, or one of them is a link that leads nowhere.
     """
     complete = [
         path
@@ -31,7 +31,7 @@ def last_checkpoint(run: Path) -> Path:
         if not path.with_name(path.name + _UNFINISHED).exists()
     ]
     if not complete:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{run / _CHECKPOINTS}' has no {_LAST} that is complete: the run has not saved a checkpoint yet"
         )
     for path in complete:

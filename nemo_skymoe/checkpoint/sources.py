@@ -18,7 +18,7 @@ from nemo_skymoe.checkpoint.torch_dist import options
 from nemo_skymoe.checkpoint.torch_dist.names import layout
 from nemo_skymoe.checkpoint.torch_dist.opening import stored_weights
 from nemo_skymoe.checkpoint.torch_dist.storage import CONFIG, TorchDistStorage, check_backend
-from nemo_skymoe.durable.errors import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 from nemo_skymoe.durable.stand_in import refuse_broken_link
 
 
@@ -42,7 +42,7 @@ def form_of(folder: Path) -> str:
     """The format of a checkpoint folder, from the names in it.
 
     Raises:
-        ConfigurationError: None that is known.
+        CheckpointError: None that is known.
     """
     foreign.refuse_path(folder)
     known = {"hf": "config.json", "nemo": "weights", "megatron": ".metadata"}
@@ -64,7 +64,7 @@ def form_of(folder: Path) -> str:
         if names
         else "is no checkpoint, it is empty"
     )
-    raise ConfigurationError(
+    raise CheckpointError(
         f"'{folder}' {has}: expected config.json (Hugging Face), weights/ (NeMo 2) or .metadata"
         " (Megatron-LM's torch_dist, the folder of one iteration)"
     )
@@ -96,7 +96,7 @@ def open_torch_dist(folder: Path, config: Path | None = None) -> tuple[StoredWei
         config: A config.json that describes the model, instead of what the checkpoint says.
 
     Raises:
-        ConfigurationError: No checkpoint, none that says how its heads are cut, one of another kind of model, or
+        CheckpointError: No checkpoint, none that says how its heads are cut, one of another kind of model, or
             tensors that are not those of the model described.
     """
     storage = TorchDistStorage(folder)
@@ -109,7 +109,7 @@ def describe_torch_dist(folder: Path, storage: Storage, config: Path | None = No
     """The model whose tensors are `storage`, from the first of: `config`, a config.json in the context, the options.
 
     Raises:
-        ConfigurationError: None of them is there, or they describe a model of another kind.
+        CheckpointError: None of them is there, or they describe a model of another kind.
     """
     in_context = options.config_file(folder)
     file = config or in_context

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from nemo_skymoe.checkpoint.mapping import Chunk, listed
 from nemo_skymoe.checkpoint.regions import DTYPE_SIZES
 from nemo_skymoe.checkpoint.tensors import Key, Weights
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ def stored_dtypes(chunks: Iterable[Chunk], weights: Weights) -> dict[str, str]:
     """The data type of every stored tensor, torch's name: that of what it is made of.
 
     Raises:
-        ConfigurationError: It is made of tensors of different types.
+        CheckpointError: It is made of tensors of different types.
     """
     dtypes: dict[str, str] = {}
     for chunk in chunks:
@@ -77,7 +77,7 @@ def stored_dtypes(chunks: Iterable[Chunk], weights: Weights) -> dict[str, str]:
                 continue
             dtype = weights.info(part.key).dtype
             if dtypes.setdefault(chunk.tensor, dtype) != dtype:
-                raise ConfigurationError(
+                raise CheckpointError(
                     f"'{chunk.tensor}' would hold {part.key} in {dtype} beside {dtypes[chunk.tensor]}: expected one"
                     " data type for all that is stacked"
                 )
@@ -102,7 +102,7 @@ def check_complete(chunks: Sequence[Chunk], weights: Weights) -> None:
     """Refuse a table that leaves out, or has twice, a tensor of the model or a piece of the target.
 
     Raises:
-        ConfigurationError: With the list.
+        CheckpointError: With the list.
     """
     rows: dict[Key, list[tuple[int, int]]] = defaultdict(list)
     names: Counter[str] = Counter()
@@ -130,7 +130,7 @@ def check_complete(chunks: Sequence[Chunk], weights: Weights) -> None:
         if not _tiles(rows[key], weights.info(key).shape[0])
     ]
     if problems:
-        raise ConfigurationError(f"the target does not hold exactly the source's tensors: {listed(problems)}")
+        raise CheckpointError(f"the target does not hold exactly the source's tensors: {listed(problems)}")
 
 
 def _rows(chunk: Chunk) -> tuple[int, ...]:

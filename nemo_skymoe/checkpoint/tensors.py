@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 from nemo_skymoe.architecture import Architecture
 
 if TYPE_CHECKING:  # a --dry-run has less time than importing torch takes
-    import torch
     from torch import Tensor
 
-MODEL_KINDS = ("embedding", "final_norm", "output")
 ATTENTION_KINDS = ("attention_norm", "query", "key", "value", "attention_output", "mlp_norm")
 MLP_KINDS = ("gate", "up", "down")
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1}
@@ -50,13 +48,6 @@ class TensorInfo:
     def bytes(self) -> int:
         """Size without padding or headers."""
         return prod(self.shape) * ITEM_SIZES[self.dtype]
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The data type itself. Imports torch."""
-        import torch
-
-        return getattr(torch, self.dtype)
 
 
 class Storage(Protocol):

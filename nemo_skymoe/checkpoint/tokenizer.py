@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.checkpoint.config_values import read_json
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 TOKENIZER_JSON, SENTENCEPIECE, VOCABULARY = "tokenizer.json", "tokenizer.model", "vocab.json"
 SPECIAL = ("bos_token", "eos_token", "pad_token")
@@ -16,7 +16,7 @@ def size(folder: Path) -> int | None:
     """One more than the largest id; None where neither `tokenizer.json` nor `tokenizer.model` tells it.
 
     Raises:
-        ConfigurationError: The file is damaged.
+        CheckpointError: The file is damaged.
     """
     return max(_ids(folder).values(), default=-1) + 1 or None
 
@@ -25,7 +25,7 @@ def special_ids(folder: Path) -> dict[str, int]:
     """`bos_token_id`, `eos_token_id` and `pad_token_id`, as far as `tokenizer_config.json` names the tokens.
 
     Raises:
-        ConfigurationError: A file is damaged.
+        CheckpointError: A file is damaged.
     """
     file = folder / "tokenizer_config.json"
     if not file.is_file():
@@ -52,7 +52,7 @@ def _ids(folder: Path) -> dict[str, int]:
     try:
         model: Any = SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as reason:
-        raise ConfigurationError(f"'{file}' is no SentencePiece model: {reason}") from reason
+        raise CheckpointError(f"'{file}' is no SentencePiece model: {reason}") from reason
     ids = {model.id_to_piece(number): number for number in range(model.vocab_size())}
     return ids | _integers(more, added)
 
@@ -65,11 +65,11 @@ def _ids_of_json(file: Path) -> dict[str, int]:
             vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
         ids = vocabulary | {token["content"]: token["id"] for token in values["added_tokens"]}
     except (KeyError, TypeError, ValueError) as reason:
-        raise ConfigurationError(f"'{file}' is no tokenizer of Hugging Face's: {reason!r}") from reason
+        raise CheckpointError(f"'{file}' is no tokenizer of Hugging Face's: {reason!r}") from reason
     return _integers(ids, file)
 
 
 def _integers(ids: dict[str, Any], file: Path) -> dict[str, int]:
     if not all(isinstance(number, int) for number in ids.values()):
-        raise ConfigurationError(f"'{file}' is no tokenizer of Hugging Face's: an id is no integer")
+        raise CheckpointError(f"'{file}' is no tokenizer of Hugging Face's: an id is no integer")
     return ids

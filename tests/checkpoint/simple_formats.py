@@ -10,7 +10,7 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.job import run
-from nemo_skymoe.checkpoint.mapping import Chunk, Part, StoredWeights, whole
+from nemo_skymoe.checkpoint.mapping import Chunk, Part, StoredWeights
 from nemo_skymoe.checkpoint.regions import FileStorage
 from nemo_skymoe.checkpoint.target import Target, stored_dtypes
 from nemo_skymoe.checkpoint.tensors import Key, Weights, key_shape, model_keys
@@ -38,6 +38,10 @@ class Interrupting(DictWeights):
                 raise self.what
             self.what()
         return super().read(key)
+
+
+def whole(key: Key, rows: int) -> tuple[Part, ...]:
+    return (Part(key, 0, rows),)
 
 
 def separate(architecture: Architecture) -> list[Chunk]:

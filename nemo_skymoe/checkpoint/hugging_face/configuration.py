@@ -12,7 +12,7 @@ from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import unfamiliar
 from nemo_skymoe.checkpoint.hugging_face.foreign_tensors import check_quantization
 from nemo_skymoe.checkpoint.tensors import ITEM_SIZES
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 
 FAMILIES = {
     "SkyworkForCausalLM": "skywork",
@@ -30,7 +30,7 @@ def read(folder: Path) -> Description:
     """The description in a folder's config.json.
 
     Raises:
-        ConfigurationError: It is missing or wrong, or describes a model that has no place here.
+        CheckpointError: It is missing or wrong, or describes a model that has no place here.
     """
     return from_hf_config(read_json(folder / "config.json"), str(folder / "config.json"))
 
@@ -117,7 +117,7 @@ def _architecture(
     try:
         return Architecture(**sizes)
     except ConfigurationError as reason:
-        raise ConfigurationError(f"{values.place}: {reason}") from None
+        raise CheckpointError(f"{values.place}: {reason}") from None
 
 
 def _num_experts(values: ConfigValues) -> int | None:

@@ -114,7 +114,7 @@ def extras(description: Description, folder: Path | None) -> dict[str, bytes]:
         folder: Where the files are that travel with it, if anywhere.
 
     Raises:
-        ConfigurationError: As `companion_files`.
+        CheckpointError: As `companion_files`.
     """
     files = {"config.json": config_file(description)}
     if folder is not None:

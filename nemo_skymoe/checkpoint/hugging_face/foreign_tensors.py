@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.checkpoint.foreign import MERGE
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _QUANTISED_TENSORS: tuple[tuple[str, str], ...] = (
@@ -40,27 +40,27 @@ def refuse_quantised_files(folder: Path) -> None:
     """Refuse a folder with the settings of a quantiser beside config.json."""
     for name in _QUANTISED_FILES:
         if (folder / name).is_file():
-            raise ConfigurationError(f"'{folder / name}' says that the weights are quantised: {_UNQUANTISE}")
+            raise CheckpointError(f"'{folder / name}' says that the weights are quantised: {_UNQUANTISE}")
 
 
 def refuse_foreign_tensors(folder: Path, dtypes: dict[str, str]) -> None:
     """Refuse tensors that are a quantiser's, an adapter's or a wrapper's, by their names and data types.
 
     Raises:
-        ConfigurationError: With the first of them, and what to do.
+        CheckpointError: With the first of them, and what to do.
     """
     for name in sorted(dtypes):
         for ending, method in _QUANTISED_TENSORS:
             if name.endswith(ending):
-                raise ConfigurationError(
+                raise CheckpointError(
                     f"'{name}' in '{folder}' belongs to weights quantised as {method}: {_UNQUANTISE}"
                 )
         if any(part in name for part in _ADAPTER_PARTS):
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{name}' in '{folder}' belongs to an adapter (LoRA), which has to become part of the weights: {MERGE}"
             )
         if dtypes[name] in _WHOLE_NUMBERS and name.endswith("_proj.weight"):
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{name}' in '{folder}' is {dtypes[name]}, as of a quantiser: {_UNQUANTISE}"
             )
     _refuse_prefixes(folder, dtypes)
@@ -75,18 +75,18 @@ def _refuse_prefixes(folder: Path, names: Iterable[str]) -> None:
     if before == _WHOLE or not all(name.startswith(before) or ".lm_head." in f".{name}" for name in names):
         return
     if before == "":
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{folder}' holds '{embedding}', not '{_WHOLE}{embedding}': the inner model was saved, without its head; load"
             " it with the class that config.json names, such as LlamaForCausalLM, and save that"
         )
     wrapper = before.removesuffix(_WHOLE)
-    raise ConfigurationError(
+    raise CheckpointError(
         f"the names in '{folder}' begin with '{wrapper}', as a wrapper (DDP, torch.compile, peft, a multimodal model)"
         " leaves them: unwrap the model, save it again with save_pretrained, and give the result"
     )
 
 
-def check_quantization(name: str, config: Any, wrong: Callable[[str, str], ConfigurationError]) -> None:
+def check_quantization(name: str, config: Any, wrong: Callable[[str, str], CheckpointError]) -> None:
     """Refuse a `quantization_config`, under this name, whose weights are not read here; `wrong` makes the error."""
     if config is None:
         return

@@ -8,7 +8,7 @@ from nemo_skymoe.checkpoint.mapping import listed
 from nemo_skymoe.checkpoint.regions import FileStorage
 from nemo_skymoe.checkpoint.storage_view import StorageView
 from nemo_skymoe.checkpoint.tensors import TensorInfo
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ class Dequantized(StorageView):
     Each tensor has its own scale, w1 and w3 of an expert too, which a server that fuses them must assume equal.
 
     Raises:
-        ConfigurationError: An 8-bit tensor has no scale, or a scale no 8-bit tensor.
+        CheckpointError: An 8-bit tensor has no scale, or a scale no 8-bit tensor.
     """
 
     def __init__(self, storage: FileStorage):
@@ -47,7 +47,7 @@ class Dequantized(StorageView):
 
         scale = super().read(name + SCALE).float().reshape(())
         if not (torch.isfinite(scale) and scale > 0):
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{name}{SCALE}' in '{self.folder}' is {scale.item()}, expected a positive number"
             )
         return tensor.float().mul_(scale).to(torch.bfloat16)
@@ -63,4 +63,4 @@ def _check_scales(storage: FileStorage, quantized: set[str], scales: set[str]) -
         if (shape := storage.tensors[name].shape) not in ((), (1,))
     ]
     if problems:
-        raise ConfigurationError(f"'{storage.folder}' has wrong FP8 scales: {listed(problems)}")
+        raise CheckpointError(f"'{storage.folder}' has wrong FP8 scales: {listed(problems)}")

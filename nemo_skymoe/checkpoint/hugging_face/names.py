@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.mapping import Chunk
 from nemo_skymoe.checkpoint.table import Line, below, entries, stacked_shape
 
-NAMINGS = ("skywork", "authors")
+Naming = Literal["skywork", "authors"]
 """Experts are named as in the release, or as by the authors' trainer and their later MoE++."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TABLE = (
@@ -36,12 +38,12 @@ TABLE = (
 )
 
 
-def chunks(architecture: Architecture, naming: str = "skywork") -> list[Chunk]:
+def chunks(architecture: Architecture, naming: Naming = "skywork") -> list[Chunk]:
     """Every stored tensor of a model: 471 for Skywork-13B, 2863 for Skywork-MoE.
 
     Args:
         architecture: A dense model has Llama's names whatever `naming` is.
-        naming: Of the experts, one of NAMINGS.
+        naming: Of the experts.
     """
     found = []
     for line, layer, expert in entries(TABLE, architecture, naming):

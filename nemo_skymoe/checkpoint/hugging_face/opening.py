@@ -18,7 +18,7 @@ from nemo_skymoe.checkpoint.redundant import one_embedding, without_buffers
 from nemo_skymoe.checkpoint.regions import FileStorage
 from nemo_skymoe.checkpoint.storage_view import StorageView
 from nemo_skymoe.checkpoint.tensors import ITEM_SIZES, TensorInfo
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def open_hugging_face(folder: Path) -> tuple[StoredWeights, Description]:
     """A checkpoint folder of any layout here, from its headers and its configuration.
 
     Raises:
-        ConfigurationError: The configuration is refused, or the tensors are not those of its model.
+        CheckpointError: The configuration is refused, or the tensors are not those of its model.
     """
     description = configuration.read(folder)
     refuse_quantised_files(folder)
@@ -63,7 +63,7 @@ def _check_types(storage: FileStorage) -> None:
         f"'{name}' is {info.dtype}" for name, info in storage.tensors.items() if info.dtype not in ITEM_SIZES
     ]
     if problems:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{storage.folder}' has weights of other types than {', '.join(ITEM_SIZES)}: {listed(problems)}"
         )
 
@@ -72,7 +72,7 @@ def _with_stored(description: Description, embedding: TensorInfo, folder: Path) 
     """The data type is that of the weights; a vocabulary of another size is an error, never a correction."""
     vocab_size = description.architecture.vocab_size
     if embedding.shape[:1] != (vocab_size,):
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{folder / 'config.json'}': vocab_size is {vocab_size}, the embedding is {list(embedding.shape)}"
         )
     if embedding.dtype != description.dtype:

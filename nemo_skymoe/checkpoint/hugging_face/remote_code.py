@@ -9,7 +9,7 @@ from typing import Any
 from nemo_skymoe.checkpoint.config_values import read_bytes, read_json
 from nemo_skymoe.checkpoint.hugging_face.exported_files import AUTO_MAP, EXPORT, MODELING_FILES
 from nemo_skymoe.checkpoint.untrusted import allowed_classes
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 _AUTO_MAP, _ATTENTION, _GENERATION = "auto_map", "attn_implementation", "custom_generate"
 _OF_DATA = ("tokenizer.json", "vocab.json", "model.safetensors.index.json", "added_tokens.json")
@@ -22,23 +22,23 @@ def check_code(folder: Path) -> bool:
         Whether it has those, so that transformers has to be told to run them.
 
     Raises:
-        ConfigurationError: The file that names other code, or a modeling file that is not the package's.
+        CheckpointError: The file that names other code, or a modeling file that is not the package's.
     """
     if (folder / _GENERATION).exists():
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{folder / _GENERATION}' is code that transformers would run: expected a model without, or the modeling"
             " files of skymoe convert alone"
         )
     named = [(file, name) for file in sorted(folder.glob("*.json")) for name in _named(file)]
     for file, name in named:
         if name not in AUTO_MAP.values() and not allowed_classes.is_vouched_for(name):
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{file}' names '{name}', code that transformers would run: expected the modeling files that skymoe"
                 f" convert writes; if you know where it is from and need it, set {allowed_classes.VARIABLE}={name}"
             )
     for name in MODELING_FILES if any(name in AUTO_MAP.values() for _, name in named) else ():
         if read_bytes(folder / name) != (EXPORT / name).read_bytes():
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{folder / name}' is not the modeling file that this version of skymoe writes, and would be run:"
                 " expected that file byte for byte; export the model again, or put the package's in its place"
             )

@@ -15,7 +15,7 @@ from nemo_skymoe.checkpoint.buffers import empty
 from nemo_skymoe.checkpoint.mapping import listed
 from nemo_skymoe.checkpoint.regions import DTYPE_SIZES, Extent, box, box_shape, first_element, tensor_bytes
 from nemo_skymoe.checkpoint.tensors import TensorInfo
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.reading import are_sizes, member, read_bytes, read_into
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class SafetensorsStorage:
     """`model.safetensors`, or the shards that `model.safetensors.index.json` names. Reads headers only.
 
     Raises:
-        ConfigurationError: A file is missing, truncated, not what its header or the index says, or a pickle.
+        CheckpointError: A file is missing, truncated, not what its header or the index says, or a pickle.
     """
 
     def __init__(self, folder: Path):
@@ -80,7 +80,7 @@ class SafetensorsStorage:
             _check_index(shard, indexed, places.keys())
             twice = self._places.keys() & places.keys()
             if twice:
-                raise ConfigurationError(f"'{shard}' holds '{min(twice)}', as another shard does")
+                raise CheckpointError(f"'{shard}' holds '{min(twice)}', as another shard does")
             self._places |= places
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(place.shape, place.dtype) for name, place in self._places.items()
@@ -109,10 +109,10 @@ def read_header(file: Path) -> dict[str, _Place]:
     """The tensors of one safetensors file, of which every byte is checked to be accounted for."""
     size = file.stat().st_size
     if size < 8:
-        raise ConfigurationError(f"'{file}' is truncated: {size} bytes, expected a safetensors header")
+        raise CheckpointError(f"'{file}' is truncated: {size} bytes, expected a safetensors header")
     length = int.from_bytes(read_bytes(file, 0, 8), "little")
     if not 2 <= length <= min(LONGEST_HEADER, size - 8):
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{file}' claims a header of {length:,} bytes, expected 2 to {min(LONGEST_HEADER, size - 8):,}"
         )
     header = parse_json(read_bytes(file, 8, length), file)
@@ -124,15 +124,15 @@ def read_header(file: Path) -> dict[str, _Place]:
         place = _Place(file, 8 + length + offsets[0], shape, dtype)
         if place.start != position:
             kind = "overlaps the tensor before it" if place.start < position else "follows a hole"
-            raise ConfigurationError(f"'{name}' in '{file}' {kind}")
+            raise CheckpointError(f"'{name}' in '{file}' {kind}")
         if place.stop != 8 + length + offsets[1]:
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{name}' in '{file}' is {offsets[1] - offsets[0]:,} bytes, expected"
                 f" {place.stop - place.start:,} for {dtype} of shape {list(shape)}"
             )
         places[name], position = place, place.stop
     if position != size:
-        raise ConfigurationError(f"'{file}' is {size:,} bytes, expected {position:,} by its header")
+        raise CheckpointError(f"'{file}' is {size:,} bytes, expected {position:,} by its header")
     return places
 
 
@@ -148,9 +148,9 @@ def parse_json(data: bytes, file: Path) -> dict[str, Any]:
     try:
         result = json.loads(data.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as reason:
-        raise ConfigurationError(f"'{file}' has no valid JSON where expected: {reason}") from None
+        raise CheckpointError(f"'{file}' has no valid JSON where expected: {reason}") from None
     if not isinstance(result, dict):
-        raise ConfigurationError(f"'{file}' holds a JSON {type(result).__name__}, expected an object")
+        raise CheckpointError(f"'{file}' holds a JSON {type(result).__name__}, expected an object")
     return result
 
 
@@ -159,9 +159,9 @@ def _entry(file: Path, name: str, value: object) -> tuple[tuple[int, int], tuple
     entry = value if isinstance(value, dict) else {}
     shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
     if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ConfigurationError(f"'{name}' in '{file}' has the shape {shape!r} and offsets {offsets!r}")
+        raise CheckpointError(f"'{name}' in '{file}' has the shape {shape!r} and offsets {offsets!r}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{name}' in '{file}' is of data type {dtype!r}, expected one of {', '.join(DTYPES)}"
         )
     return (offsets[0], offsets[1]), tuple(shape), DTYPES[dtype]
@@ -170,29 +170,27 @@ def _entry(file: Path, name: str, value: object) -> tuple[tuple[int, int], tuple
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
     """The files of a model by name, each with the tensors that the index says it holds, if there is one."""
     if not folder.is_dir():
-        raise ConfigurationError(f"'{folder}' is not a folder")
+        raise CheckpointError(f"'{folder}' is not a folder")
     names = sorted(path.name for path in folder.iterdir())
     index = folder / INDEX
     if INDEX not in names:
         if SINGLE in names:
             return {member(folder, SINGLE, folder): None}
-        raise ConfigurationError(_what_is_missing(folder, names))
+        raise CheckpointError(_what_is_missing(folder, names))
     if SINGLE in names:
-        raise ConfigurationError(
-            f"'{folder}' has both '{SINGLE}' and '{INDEX}': delete the one that is stale"
-        )
+        raise CheckpointError(f"'{folder}' has both '{SINGLE}' and '{INDEX}': delete the one that is stale")
     index = member(folder, INDEX, folder)
     if (size := index.stat().st_size) > LONGEST_HEADER:
-        raise ConfigurationError(f"'{index}' is {size:,} bytes, expected at most {LONGEST_HEADER:,}")
+        raise CheckpointError(f"'{index}' is {size:,} bytes, expected at most {LONGEST_HEADER:,}")
     weight_map = parse_json(read_bytes(index, 0, size), index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigurationError(f"'{index}' has no weight_map")
+        raise CheckpointError(f"'{index}' has no weight_map")
     shards: dict[Path, set[str] | None] = {}
     for shard in sorted(set(map(str, weight_map.values()))):
         shards[member(folder, shard, index)] = {name for name, file in weight_map.items() if file == shard}
     strays = {name for name in names if _NUMBERED.fullmatch(name)} - {shard.name for shard in shards}
     if strays:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{folder / min(strays)}' is not in '{INDEX}': delete it if it is left from another save"
         )
     return shards
@@ -211,4 +209,4 @@ def _check_index(shard: Path, indexed: set[str] | None, held: Any) -> None:
     problems = [f"'{name}' is in the index only" for name in sorted(indexed - held)]
     problems += [f"'{name}' is not in the index" for name in sorted(held - indexed)]
     if problems:
-        raise ConfigurationError(f"'{shard}' and '{INDEX}' differ: {listed(problems)}")
+        raise CheckpointError(f"'{shard}' and '{INDEX}' differ: {listed(problems)}")

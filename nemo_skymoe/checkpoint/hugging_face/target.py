@@ -12,7 +12,7 @@ from nemo_skymoe.checkpoint.mapping import Chunk, assemble
 from nemo_skymoe.checkpoint.regions import tensor_bytes
 from nemo_skymoe.checkpoint.target import TargetFile, chunk_bytes, contiguous
 from nemo_skymoe.checkpoint.tensors import Weights
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import ConfigurationError
 from nemo_skymoe.durable.output_file import OutputFile
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

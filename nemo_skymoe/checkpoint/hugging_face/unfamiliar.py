@@ -118,7 +118,7 @@ def check(values: ConfigValues) -> None:
     """Pass over what is harmless, and refuse what makes another model of the same tensors.
 
     Raises:
-        ConfigurationError: A field of NEUTRAL that was not read, or one that sounds like them, has a value that is not neutral.
+        CheckpointError: A field of NEUTRAL that was not read, or one that sounds like them, has a value that is not neutral.
     """
     values.known(*HARMLESS)
     for name, value in values.raw.items():

@@ -14,7 +14,7 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.mapping import Chunk, Part
 from nemo_skymoe.checkpoint.table import Line, below, entries, stacked_shape
 from nemo_skymoe.checkpoint.tensors import Key, Storage
-from nemo_skymoe.durable.errors import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 
 LAYER_SPECS = ("local", "te")
 PREFIX = "module."
@@ -164,12 +164,12 @@ def layout(storage: Storage) -> Layout:
     """How the model in `storage` was saved, by its names.
 
     Raises:
-        ConfigurationError: It has no embedding of Megatron's.
+        CheckpointError: It has no embedding of Megatron's.
     """
     names = storage.tensors.keys()
     adapter = next((name for name in sorted(names) if ".adapter." in name), None)
     if adapter is not None:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{adapter}' in '{storage.folder}' belongs to an adapter (LoRA) of NeMo, which is not a model: merge it into its"
             " base with nemo.collections.llm.peft.merge_lora, and give the result"
         )
@@ -177,7 +177,7 @@ def layout(storage: Storage) -> Layout:
     # Where both are tied, either may be the one that was saved.
     embedding = next((prefix + name for name in (EMBEDDING, HEAD) if prefix + name in names), None)
     if embedding is None:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{storage.folder}' has no '{prefix + EMBEDDING}': expected a Megatron GPT model"
         )
     return Layout(

@@ -15,7 +15,7 @@ def stored_weights(storage: FileStorage, saved: Layout, description: Description
     """The tensors by meaning of a model that was saved in this layout.
 
     Raises:
-        ConfigurationError: The tensors are not those of the model described.
+        CheckpointError: The tensors are not those of the model described.
     """
     storage = without_buffers(storage, description)
     names = {"embedding": saved.prefix + EMBEDDING, "head": saved.prefix + HEAD}

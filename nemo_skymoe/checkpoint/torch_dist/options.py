@@ -15,7 +15,7 @@ from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.tensors import Storage
 from nemo_skymoe.checkpoint.torch_dist import saved_arguments
 from nemo_skymoe.checkpoint.torch_dist.storage import WEIGHTS, weights_folder
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 from nemo_skymoe.durable.stand_in import refuse_pointers
 
 CONTEXT = "context"
@@ -69,7 +69,7 @@ def describe(folder: Path, storage: Storage) -> Description:
     """The model whose tensors are `storage`, from its options: those in the context, or the saved arguments.
 
     Raises:
-        ConfigurationError: Neither is there, or they describe a model of another kind.
+        CheckpointError: Neither is there, or they describe a model of another kind.
     """
     weights = weights_folder(folder)
     context = _context(weights)
@@ -84,7 +84,7 @@ def describe(folder: Path, storage: Storage) -> Description:
     try:
         options = _megatron_lm_options(saved_arguments.read(common))
     except ConfigurationError as reason:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{folder}' does not say how its attention heads are cut (no context/model.yaml; {reason}): expected"
             " --config with a config.json that describes the model"
         ) from reason
@@ -101,7 +101,7 @@ def from_options(options: Mapping[str, Any], dtype: str, place: str, family: str
     """The model of Megatron's option values; `place` is what messages call their source.
 
     Raises:
-        ConfigurationError: An option is missing, or has a value that no Llama and no Skywork-MoE has.
+        CheckpointError: An option is missing, or has a value that no Llama and no Skywork-MoE has.
     """
     experts = options.get("num_moe_experts")
     _check(options, SUPPORTED if experts is None else SUPPORTED | SUPPORTED_MOE, place)
@@ -151,7 +151,7 @@ def _architecture(options: Mapping[str, Any], place: str) -> Architecture:
     try:
         return Architecture(**sizes)
     except ConfigurationError as reason:
-        raise ConfigurationError(f"{place}: {reason}") from None
+        raise CheckpointError(f"{place}: {reason}") from None
 
 
 def _nemo_options(context: Path) -> dict[str, Any]:
@@ -162,13 +162,13 @@ def _nemo_options(context: Path) -> dict[str, Any]:
     try:
         model = yaml.safe_load(file.read_bytes())
     except OSError as reason:
-        raise ConfigurationError(f"'{file}' cannot be read: {reason.strerror}") from reason
+        raise CheckpointError(f"'{file}' cannot be read: {reason.strerror}") from reason
     except (yaml.YAMLError, ValueError, RecursionError) as reason:
         said = " ".join(str(reason).split())
-        raise ConfigurationError(f"'{file}' is not YAML of plain values: {said}") from None
+        raise CheckpointError(f"'{file}' is not YAML of plain values: {said}") from None
     config = model.get("config") if isinstance(model, dict) else None
     if not isinstance(config, dict):
-        raise ConfigurationError(f"'{file}' has no 'config': expected what NeMo writes of a model")
+        raise CheckpointError(f"'{file}' has no 'config': expected what NeMo writes of a model")
     options = {
         name: value.get("_target_") if isinstance(value, dict) else value for name, value in config.items()
     }
@@ -179,7 +179,7 @@ def _nemo_options(context: Path) -> dict[str, Any]:
         options["vocab_size"] = tokens
         logger.info("vocab_size is %d, the size of '%s'", tokens, folder)
     elif options.get("vocab_size") is None:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{context}' has no tokenizer and no vocab_size, which would say how much of the embedding is padding:"
             " expected --config with a config.json that describes the model"
         )
@@ -210,13 +210,13 @@ def _check(options: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]],
     for option, values in supported.items():
         if option in options and options[option] not in values:
             expected = " or ".join(map(repr, values))
-            raise ConfigurationError(f"{place}: {option} is {options[option]!r}, expected {expected}")
+            raise CheckpointError(f"{place}: {option} is {options[option]!r}, expected {expected}")
 
 
 def _size(options: Mapping[str, Any], option: str, place: str) -> int:
     value = options.get(option)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{place}: {option} is {value!r}, expected a positive integer")
+        raise CheckpointError(f"{place}: {option} is {value!r}, expected a positive integer")
     return value
 
 
@@ -225,5 +225,5 @@ def _number(options: Mapping[str, Any], option: str, default: float, place: str)
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigurationError(f"{place}: {option} is {value!r}, expected a positive number")
+        raise CheckpointError(f"{place}: {option} is {value!r}, expected a positive number")
     return float(value)

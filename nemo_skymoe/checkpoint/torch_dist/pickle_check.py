@@ -13,7 +13,7 @@ from typing import Any
 from nemo_skymoe.checkpoint.torch_dist.storage import CONFIG, METADATA, WEIGHTS, check_backend, read_metadata
 from nemo_skymoe.checkpoint.untrusted.context_check import CONTEXT, check_context
 from nemo_skymoe.checkpoint.untrusted.torch_file_check import EXTRA_STATE, check_torch_file, read_object
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.reading import are_sizes, member, read_bytes
 from nemo_skymoe.folders import every_file
 
@@ -32,7 +32,7 @@ def check_checkpoint(folder: Path, bases: int = _MOST_BASES) -> None:
         bases: How many base models may follow each other.
 
     Raises:
-        ConfigurationError: A file by its name, and the class that it refers to, or how it is damaged.
+        CheckpointError: A file by its name, and the class that it refers to, or how it is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -45,7 +45,7 @@ def check_checkpoint(folder: Path, bases: int = _MOST_BASES) -> None:
         base = _base_of_adapters(place)
         if base is not None and base.resolve() != root.resolve():
             if not bases:
-                raise ConfigurationError(f"'{place}' has adapters whose base models lead in a circle")
+                raise CheckpointError(f"'{place}' has adapters whose base models lead in a circle")
             check_checkpoint(base if base.is_dir() else base.parent, bases - 1)
 
 
@@ -56,7 +56,7 @@ def check_loaded(path: Path) -> None:
         path: A context's folder, its `io.json`, or the folder of a checkpoint without one.
 
     Raises:
-        ConfigurationError: As `check_context` and `check_checkpoint`.
+        CheckpointError: As `check_context` and `check_checkpoint`.
     """
     folder = path if path.is_dir() else path.parent
     check_context(folder)
@@ -68,7 +68,7 @@ def read_torch_file(file: Path) -> Any:
     """What `torch.save` has written, as plain values and `Record`s, after `check_torch_file`.
 
     Raises:
-        ConfigurationError: As there; or the file is missing.
+        CheckpointError: As there; or the file is missing.
     """
     return read_object(read_bytes(file, 0, _size(file)), file)
 
@@ -77,9 +77,7 @@ def _check_files(folder: Path) -> None:
     # Through links to folders too, as Megatron reads.
     for count, file in enumerate(every_file(folder), start=1):
         if count > _MOST_FILES:
-            raise ConfigurationError(
-                f"'{folder}' holds more than {_MOST_FILES:,} files, expected a checkpoint"
-            )
+            raise CheckpointError(f"'{folder}' holds more than {_MOST_FILES:,} files, expected a checkpoint")
         if file.name.endswith(METADATA):
             _check_byte_objects(file)
         elif file.suffix in _TORCH_FILES:
@@ -108,13 +106,11 @@ def _check_byte_objects(metadata: Path) -> None:
             for name, info in held
         ]
     except (AttributeError, TypeError, ValueError) as reason:
-        raise ConfigurationError(f"'{metadata}' is damaged: {reason!r}") from None
+        raise CheckpointError(f"'{metadata}' is damaged: {reason!r}") from None
     for name, path, (offset, length) in places:
         file = member(metadata.parent, path, metadata)
         if not are_sizes((offset, length)) or offset + length > file.stat().st_size:
-            raise ConfigurationError(
-                f"'{file}' is truncated: '{metadata}' has {length!r} bytes at {offset!r}"
-            )
+            raise CheckpointError(f"'{file}' is truncated: '{metadata}' has {length!r} bytes at {offset!r}")
         check_torch_file(read_bytes(file, offset, length), file, extra_state=EXTRA_STATE in str(name))
 
 
@@ -125,9 +121,9 @@ def _base_of_adapters(folder: Path) -> Path | None:
     try:
         path = json.loads(read_bytes(file, 0, _size(file)))["model_ckpt_path"]
     except (ValueError, KeyError, TypeError, RecursionError) as reason:
-        raise ConfigurationError(f"'{file}' is damaged: {reason!r}") from None
+        raise CheckpointError(f"'{file}' is damaged: {reason!r}") from None
     if not isinstance(path, str):
-        raise ConfigurationError(f"'{file}' has the model_ckpt_path {path!r}, expected a path")
+        raise CheckpointError(f"'{file}' has the model_ckpt_path {path!r}, expected a path")
     return Path(path)
 
 
@@ -135,7 +131,7 @@ def _size(file: Path) -> int:
     try:
         size = file.stat().st_size
     except OSError as reason:
-        raise ConfigurationError(f"'{file}' cannot be read: {reason.strerror}") from None
+        raise CheckpointError(f"'{file}' cannot be read: {reason.strerror}") from None
     if size > _LARGEST:
-        raise ConfigurationError(f"'{file}' is {size:,} bytes, expected at most {_LARGEST:,}")
+        raise CheckpointError(f"'{file}' is {size:,} bytes, expected at most {_LARGEST:,}")
     return size

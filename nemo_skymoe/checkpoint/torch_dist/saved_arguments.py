@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_skymoe.checkpoint.untrusted import inert_pickle
 from nemo_skymoe.checkpoint.untrusted.inert_pickle import Record
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 LARGEST = 64 * 2**20
 """Bytes; Megatron-LM's arguments take some 20 kB."""
@@ -18,7 +18,7 @@ def read(file: Path) -> dict[str, Any]:
     """The arguments by name; what is neither a plain value nor a container of such is a `Record` or `Global`.
 
     Raises:
-        ConfigurationError: The file is missing or damaged, or holds no arguments.
+        CheckpointError: The file is missing or damaged, or holds no arguments.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -27,13 +27,13 @@ def read(file: Path) -> dict[str, Any]:
                 raise ValueError(f"a pickle of {entry.file_size:,} bytes")
             data = archive.read(entry)
     except OSError as reason:
-        raise ConfigurationError(f"'{file}' cannot be read: {reason.strerror or reason}") from reason
+        raise CheckpointError(f"'{file}' cannot be read: {reason.strerror or reason}") from reason
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as reason:
-        raise ConfigurationError(f"'{file}' is not what torch.save writes: {reason}") from reason
+        raise CheckpointError(f"'{file}' is not what torch.save writes: {reason}") from reason
     content = inert_pickle.load(data, _Any(), file, persistent=lambda _: None)
     arguments = content.get("args") if isinstance(content, dict) else None
     if not isinstance(arguments, Record) or not isinstance(arguments.state, dict):
-        raise ConfigurationError(f"'{file}' holds no arguments of Megatron-LM")
+        raise CheckpointError(f"'{file}' holds no arguments of Megatron-LM")
     return arguments.state
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from nemo_skymoe.checkpoint.regions import DTYPE_SIZES
 from nemo_skymoe.checkpoint.untrusted import inert_pickle
 from nemo_skymoe.checkpoint.untrusted.inert_pickle import Global, Record
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.reading import are_sizes, read_bytes
 
 _STORAGES = {
@@ -56,7 +56,7 @@ def find_tensor(file: Path, offset: int, length: int) -> SavedTensor:
     """Read the directory of the archive at `offset`, and nothing of the tensor itself.
 
     Raises:
-        ConfigurationError: There is no such archive, or its tensor is compressed, strided or longer than its data.
+        CheckpointError: There is no such archive, or its tensor is compressed, strided or longer than its data.
     """
     try:
         with zipfile.ZipFile(_Slice(file, offset, length)) as archive:
@@ -89,8 +89,8 @@ def find_tensor(file: Path, offset: int, length: int) -> SavedTensor:
     return found
 
 
-def _damaged(file: Path, offset: int, reason: Exception) -> ConfigurationError:
-    return ConfigurationError(f"'{file}' holds no readable tensor at byte {offset:,}: {reason!r}")
+def _damaged(file: Path, offset: int, reason: Exception) -> CheckpointError:
+    return CheckpointError(f"'{file}' holds no readable tensor at byte {offset:,}: {reason!r}")
 
 
 def _parse(described: Any) -> tuple[str, tuple[int, ...], str, int]:

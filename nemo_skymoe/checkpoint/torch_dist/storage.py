@@ -24,7 +24,7 @@ from nemo_skymoe.checkpoint.tensors import TensorInfo
 from nemo_skymoe.checkpoint.torch_dist.saved_tensor import SavedTensor, find_tensor
 from nemo_skymoe.checkpoint.untrusted import inert_pickle
 from nemo_skymoe.checkpoint.untrusted.inert_pickle import Global, Record
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 from nemo_skymoe.durable.reading import are_sizes, member, read_bytes, read_into
 from nemo_skymoe.durable.stand_in import refuse_pointers
 
@@ -73,7 +73,7 @@ class TorchDistStorage:
     pieces they were saved in.
 
     Raises:
-        ConfigurationError: Metadata that is damaged or refers to anything but a checkpoint's classes; a file that is
+        CheckpointError: Metadata that is damaged or refers to anything but a checkpoint's classes; a file that is
             missing, too short, or outside the folder; pieces of a tensor that overlap or leave a hole.
     """
 
@@ -93,7 +93,7 @@ class TorchDistStorage:
         for name, pieces in self._pieces.items():
             for piece in pieces:
                 if piece.offset + piece.length > sizes[piece.file]:
-                    raise ConfigurationError(
+                    raise CheckpointError(
                         f"'{piece.file}' is truncated: {sizes[piece.file]:,} bytes, expected"
                         f" {piece.offset + piece.length:,} for '{name}'"
                     )
@@ -151,7 +151,7 @@ class TorchDistStorage:
             shape = tuple(stop - start for start, stop in piece.region)
             dtype = self.tensors[name].dtype
             if (saved.dtype, saved.shape) != (dtype, shape):
-                raise ConfigurationError(
+                raise CheckpointError(
                     f"'{name}' in '{piece.file}' is {saved.dtype} {list(saved.shape)}, expected {dtype} {list(shape)}"
                 )
             self._found[piece] = saved
@@ -167,12 +167,12 @@ def weights_folder(checkpoint: Path) -> Path:
         if (folder / METADATA).is_file() and (folder / CONFIG).is_file():
             return folder
         if (folder / METADATA).is_file():
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{folder}' has {METADATA} but no {CONFIG}: if it is Megatron's, copy that file anew; a sharded checkpoint"
                 " of FSDP must be gathered first (accelerate merge-weights FOLDER OUTPUT), with config.json and the"
                 " tokenizer put beside the result"
             )
-    raise ConfigurationError(
+    raise CheckpointError(
         f"'{checkpoint}' is no torch_dist checkpoint: expected weights/{METADATA} and weights/{CONFIG}"
     )
 
@@ -184,7 +184,7 @@ def check_backend(config: Path) -> None:
     except (ValueError, KeyError, TypeError, RecursionError):
         backend = None
     if backend != "torch_dist":
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{config}' has the sharded_backend {backend!r}, expected 'torch_dist': load it with the Megatron that"
             " wrote it, and save it with --ckpt-format torch_dist"
         )
@@ -194,15 +194,15 @@ def read_metadata(file: Path) -> Record:
     """What the pickle of torch.distributed.checkpoint describes.
 
     Raises:
-        ConfigurationError: It is damaged, or refers to anything but a checkpoint's classes.
+        CheckpointError: It is damaged, or refers to anything but a checkpoint's classes.
     """
     member(file.parent, file.name, file.parent)
     size = file.stat().st_size
     if not 0 < size <= _LONGEST_METADATA:
-        raise ConfigurationError(f"'{file}' is {size:,} bytes, expected 1 to {_LONGEST_METADATA:,}")
+        raise CheckpointError(f"'{file}' is {size:,} bytes, expected 1 to {_LONGEST_METADATA:,}")
     metadata = inert_pickle.load(read_bytes(file, 0, size), _ALLOWED, file)
     if not isinstance(metadata, Record) or not metadata.kind.endswith("Metadata"):
-        raise ConfigurationError(f"'{file}' holds no checkpoint metadata")
+        raise CheckpointError(f"'{file}' holds no checkpoint metadata")
     return metadata
 
 
@@ -229,7 +229,7 @@ def _model_tensors(metadata: Record, file: Path) -> dict[str, tuple[TensorInfo, 
     except (AttributeError, TypeError, KeyError, ValueError, IndexError) as reason:
         if isinstance(reason, ConfigurationError):
             raise
-        raise ConfigurationError(f"'{file}' is damaged: {reason!r}") from None
+        raise CheckpointError(f"'{file}' is damaged: {reason!r}") from None
 
 
 def _tensor(
@@ -238,7 +238,7 @@ def _tensor(
     shape = _sizes(entry.field("size"))
     dtype = entry.field("properties").state[0]
     if special:
-        raise ConfigurationError(f"'{name}' in '{file}' is flattened, expected the model's own shapes")
+        raise CheckpointError(f"'{name}' in '{file}' is flattened, expected the model's own shapes")
     if not isinstance(dtype, Global) or dtype.name.removeprefix("torch.") not in DTYPE_SIZES:
         raise ValueError(f"'{name}' has no known data type")
     pieces = []
@@ -249,7 +249,7 @@ def _tensor(
         if not are_sizes(place) or len(offsets) != len(shape):
             raise ValueError(f"'{name}' has a piece at {place!r}")
         if info.field("transform_descriptors"):
-            raise ConfigurationError(f"'{name}' in '{file}' is compressed, expected plain tensors")
+            raise CheckpointError(f"'{name}' in '{file}' is compressed, expected plain tensors")
         region = tuple((start, start + size) for start, size in zip(offsets, sizes, strict=True))
         pieces.append(_Piece(region, member(file.parent, info.field("relative_path"), file), *place))
     return TensorInfo(shape, dtype.name.removeprefix("torch.")), pieces
@@ -267,7 +267,7 @@ def _check_cover(name: str, boxes: list[Box], shape: tuple[int, ...], axis: int 
     """Refuse pieces that do not tile the tensor: along every axis their ranges are equal, or meet end to end."""
     if axis == len(shape):
         if len(boxes) != 1:
-            raise ConfigurationError(f"'{name}' has {len(boxes)} pieces at the same place")
+            raise CheckpointError(f"'{name}' has {len(boxes)} pieces at the same place")
         return
     groups: dict[tuple[int, int], list[Box]] = defaultdict(list)
     for piece in boxes:
@@ -276,11 +276,11 @@ def _check_cover(name: str, boxes: list[Box], shape: tuple[int, ...], axis: int 
     for start, stop in sorted(groups):
         if start != position:
             kind = "overlap" if start < position else "leave a hole"
-            raise ConfigurationError(f"the pieces of '{name}' {kind} at {start} in dimension {axis}")
+            raise CheckpointError(f"the pieces of '{name}' {kind} at {start} in dimension {axis}")
         _check_cover(name, groups[start, stop], shape, axis + 1)
         position = stop
     if position != shape[axis]:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"the pieces of '{name}' end at {position} in dimension {axis}, expected {shape[axis]}"
         )
 

@@ -14,7 +14,7 @@ from nemo_skymoe.checkpoint.untrusted import allowed_classes, inert_pickle
 from nemo_skymoe.checkpoint.untrusted.context_graph import Graph, Place, dictionaries
 from nemo_skymoe.checkpoint.untrusted.inert_pickle import Record
 from nemo_skymoe.checkpoint.untrusted.torch_file_check import check_call
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 CONTEXT, IO_JSON = "context", "io.json"
 _LARGEST = 1 << 28
@@ -29,7 +29,7 @@ def check_context(folder: Path) -> None:
     Names are looked up only once they are on the list, since a module of NeMo's also has those that it imports.
 
     Raises:
-        ConfigurationError: The file and the class, or how it is damaged.
+        CheckpointError: The file and the class, or how it is damaged.
     """
     file = folder / IO_JSON
     if not file.is_file():
@@ -42,7 +42,7 @@ def check_context(folder: Path) -> None:
             (one["module"], one["name"]) for one in dictionaries(content) if {"module", "name"} <= set(one)
         ]
     except OSError as reason:
-        raise ConfigurationError(f"'{file}' cannot be read: {reason.strerror}") from None
+        raise CheckpointError(f"'{file}' cannot be read: {reason.strerror}") from None
     except (ValueError, TypeError, RecursionError) as reason:
         raise _damaged(file, reason) from None
     # Before anything else is looked at: what a file names says best what is wrong with it.
@@ -61,8 +61,8 @@ def check_context(folder: Path) -> None:
         _check_pickle(folder / path)
 
 
-def _damaged(file: Path, reason: Exception) -> ConfigurationError:
-    return ConfigurationError(f"'{file}' is damaged: {type(reason).__name__} ({reason})")
+def _damaged(file: Path, reason: Exception) -> CheckpointError:
+    return CheckpointError(f"'{file}' is damaged: {type(reason).__name__} ({reason})")
 
 
 def _check_call(module: str, name: str, arguments: list[tuple[Place, Any]], file: Path) -> None:
@@ -71,7 +71,7 @@ def _check_call(module: str, name: str, arguments: list[tuple[Place, Any]], file
     if module.partition(".")[0] not in _WITHOUT_NAMES and not all(
         isinstance(container[key], str) for (container, key), _ in arguments
     ):
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{file}' is damaged: '{module}.{name}' has arguments without names, expected those that NeMo writes"
         )
 
@@ -93,12 +93,12 @@ def _check_remote_code(content: Any, arguments: list[list[tuple[Place, Any]]], f
         if isinstance(container[key], str) and _REMOTE_CODE in container[key]:
             known.add((id(container), key))
             if value is not None and value is not False:
-                raise ConfigurationError(
+                raise CheckpointError(
                     f"'{file}' sets {_REMOTE_CODE}, which runs code of the tokenizer's folder: expected a tokenizer"
                     " without"
                 )
     if any(place not in known for place in _places_of_text(content, _REMOTE_CODE)):
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{file}' has {_REMOTE_CODE}, which runs code of a tokenizer's folder, where it is not the name of an"
             " argument: expected what NeMo writes"
         )
@@ -166,8 +166,8 @@ def _is_allowed(module: str, name: str) -> bool:
     )
 
 
-def _refusal(name: str, file: Path) -> ConfigurationError:
-    return ConfigurationError(
+def _refusal(name: str, file: Path) -> CheckpointError:
+    return CheckpointError(
         f"'{file}' names '{name}', which no model needs: nothing of it was built; {allowed_classes.advice(name)}"
     )
 
@@ -184,7 +184,7 @@ def _check_pickle(file: Path) -> None:
     try:
         inert_pickle.load(file.read_bytes(), _Allowed(), file, called=check)
     except inert_pickle.NotAllowedError as reason:
-        raise ConfigurationError(f"{reason}; {allowed_classes.advice(reason.name)}") from None
+        raise CheckpointError(f"{reason}; {allowed_classes.advice(reason.name)}") from None
 
 
 class _Allowed:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def load(
 
     Raises:
         NotAllowedError: It refers to anything else.
-        ConfigurationError: It is damaged, or `called` raised it.
+        CheckpointError: It is damaged, or `called` raised it.
     """
     return load_next(io.BytesIO(data), allowed, file, persistent, called)
 
@@ -88,12 +88,12 @@ def load_next(
     except (ConfigurationError, MemoryError):  # no memory: better seen than taken for damage
         raise
     except Exception as reason:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{file}' is damaged: {type(reason).__name__} in its pickle ({reason})"
         ) from None
 
 
-class NotAllowedError(ConfigurationError):
+class NotAllowedError(CheckpointError):
     """A file refers to a class or function that no checkpoint needs."""
 
     def __init__(self, name: str, file: Path):

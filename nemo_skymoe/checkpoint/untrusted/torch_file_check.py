@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_skymoe.checkpoint.untrusted import allowed_classes, inert_pickle
 from nemo_skymoe.checkpoint.untrusted.inert_pickle import NotAllowedError, Record
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 EXTRA_STATE = "_extra_state"
 _ZIP = b"PK\x03\x04"
@@ -42,14 +42,14 @@ def check_torch_file(data: bytes, file: Path, *, extra_state: bool = False, dept
         depth: How many others it is in.
 
     Raises:
-        ConfigurationError: The class, or how the data are damaged.
+        CheckpointError: The class, or how the data are damaged.
     """
     if depth > _DEEPEST:
-        raise ConfigurationError(f"'{file}' is damaged: {depth} pickles within each other")
+        raise CheckpointError(f"'{file}' is damaged: {depth} pickles within each other")
     # torch decides by the same four bytes.
     if not data.startswith(_ZIP):
         if any(map(_holds_extra_state, _of_legacy(data, file, depth))) or (extra_state and not depth):
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{file}' is not what torch.save writes: an extra state outside an archive"
             )
         return
@@ -65,7 +65,7 @@ def read_object(data: bytes, file: Path) -> Any:
     """The object in what `torch.save` has written, as plain values and `Record`s, after `check_torch_file`.
 
     Raises:
-        ConfigurationError: As there.
+        CheckpointError: As there.
     """
     check_torch_file(data, file)
     return _load(_of_archive(data, file)[0] if data.startswith(_ZIP) else data, file)
@@ -80,7 +80,7 @@ def check_call(record: Record, file: Path, depth: int = 0) -> None:
         depth: How many pickles it is in.
 
     Raises:
-        ConfigurationError: The class that an inner pickle refers to, or how this one is damaged.
+        CheckpointError: The class that an inner pickle refers to, or how this one is damaged.
     """
     if record.kind in _HOLDS_TORCH_FILE:
         state = record.state[:1] if isinstance(record.state, tuple) else ()
@@ -91,12 +91,12 @@ def check_call(record: Record, file: Path, depth: int = 0) -> None:
     elif record.kind.startswith(_REBUILD) or record.kind == _PARAMETER:
         # A tensor takes another storage from its state.
         if record.state is not None:
-            raise ConfigurationError(f"'{file}' is damaged: a tensor with a state")
+            raise CheckpointError(f"'{file}' is damaged: a tensor with a state")
     elif (record.kind in _TEXT and record.arguments) or (
         record.kind in _SCALAR and not _is_number(record.arguments[:1])
     ):
         # An extra state is found by its name, which therefore has to stand in the file.
-        raise ConfigurationError(f"'{file}' is damaged: text that is the result of a call")
+        raise CheckpointError(f"'{file}' is damaged: text that is the result of a call")
 
 
 def _is_number(arguments: tuple[Any, ...]) -> bool:
@@ -149,7 +149,7 @@ def _of_archive(data: bytes, file: Path) -> tuple[bytes, list[bytes]]:
         LookupError,
         EOFError,
     ) as reason:
-        raise ConfigurationError(f"'{file}' is not what torch.save writes: {reason}") from None
+        raise CheckpointError(f"'{file}' is not what torch.save writes: {reason}") from None
 
 
 def _is_storage(name: str) -> bool:
@@ -159,7 +159,7 @@ def _is_storage(name: str) -> bool:
 def _of_legacy(data: bytes, file: Path, depth: int) -> Iterator[Any]:
     """The pickles of torch's form without an archive, before the numbers."""
     if tarfile.is_tarfile(io.BytesIO(data)):
-        raise ConfigurationError(f"'{file}' is a tar archive, expected what torch.save writes")
+        raise CheckpointError(f"'{file}' is a tar archive, expected what torch.save writes")
     stream = io.BytesIO(data)
     for _ in range(_LEGACY_PICKLES):
         yield _load(stream, file, depth)
@@ -175,7 +175,7 @@ def _load(data: bytes | io.BytesIO, file: Path, depth: int = 0) -> Any:
             stream, _Allowed(), file, persistent=lambda identifier: identifier, called=called
         )
     except NotAllowedError as reason:
-        raise ConfigurationError(f"{reason}; {allowed_classes.advice(reason.name)}") from None
+        raise CheckpointError(f"{reason}; {allowed_classes.advice(reason.name)}") from None
 
 
 class _Allowed:
@@ -193,17 +193,17 @@ def _check_whole_storages(described: Any, file: Path) -> None:
         if not isinstance(record, Record) or not record.kind.startswith(f"{_REBUILD}tensor"):
             continue
         if record.arguments[1] != 0 or record.arguments[3] not in ((), (1,)):
-            raise ConfigurationError(f"'{file}' is damaged: an extra state that is a part of its storage")
+            raise CheckpointError(f"'{file}' is damaged: an extra state that is a part of its storage")
         # Bits that torch keeps beside a tensor's numbers, such as that all of them are negative.
         if record.kind == f"{_REBUILD}tensor_v2" and any(record.arguments[6:]):
-            raise ConfigurationError(f"'{file}' is damaged: an extra state with metadata")
+            raise CheckpointError(f"'{file}' is damaged: an extra state with metadata")
 
 
 def _bytes(value: Any, file: Path) -> bytes:
     if isinstance(value, Record) and value.kind == _ENCODE and value.arguments[1:] == ("latin1",):
         value = value.arguments[0].encode("latin1") if isinstance(value.arguments[0], str) else None
     if not isinstance(value, bytes):
-        raise ConfigurationError(f"'{file}' is damaged: {type(value).__name__} where bytes were expected")
+        raise CheckpointError(f"'{file}' is damaged: {type(value).__name__} where bytes were expected")
     return value
 
 

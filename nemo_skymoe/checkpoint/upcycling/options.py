@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import ConfigurationError
 
 BASE = "base"
 """Name of the source that gives everything but the MLPs."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nemo_skymoe.checkpoint.tensors import Key
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,12 +29,12 @@ class Statistics:
         The rounding hides the order of the sums, which NumPy chooses by the machine.
 
         Raises:
-            ConfigurationError: Not finite.
+            CheckpointError: Not finite.
         """
         if key not in self._known:
             mean, std = mean_and_std(matrix)
             if not (isfinite(mean) and isfinite(std)):
-                raise ConfigurationError(f"{key} has NaN or infinite weights: its noise has no scale")
+                raise CheckpointError(f"{key} has NaN or infinite weights: its noise has no scale")
             self._known[key] = float(np.float32(mean)), float(np.float32(std))
         return self._known[key]
 

@@ -16,7 +16,7 @@ from nemo_skymoe.checkpoint.upcycling.initialization import (
 )
 from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
 from nemo_skymoe.checkpoint.upcycling.random_numbers import Stream, normal
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +122,7 @@ def check_same_base(sources: Mapping[str, Weights]) -> None:
                 continue
             ours, theirs = base.read(key), source.read(key)
             if not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
-                raise ConfigurationError(
+                raise CheckpointError(
                     f"the source '{name}' differs from '{BASE}' in {key}: specialised experts come from models"
                     " that differ in their MLPs alone (appendix C.2)"
                 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.verification.bits import different
 from nemo_skymoe.checkpoint.verification.recomputed import Model
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 
 @dataclass
@@ -57,7 +57,7 @@ def compare(
         progress: Called with the bytes compared so far.
 
     Raises:
-        ConfigurationError: `expected` has not all of its tensors.
+        CheckpointError: `expected` has not all of its tensors.
     """
     result = Comparison()
     for kind, layer, expert in places(architecture):
@@ -74,7 +74,7 @@ def compare(
         try:
             ours = expected.tensor(kind, layer, expert)
         except KeyError as missing:
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"the source has no {missing}, the {name}: expected a complete model"
             ) from None
         if difference := different(ours, theirs):

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_skymoe.checkpoint.companions import companion_names, find_companions
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt
 
 _BLOCK = 1 << 24
@@ -16,11 +16,11 @@ def written_receipt(folder: Path) -> dict[str, Any]:
     """The receipt of a folder that skymoe wrote.
 
     Raises:
-        ConfigurationError: There is none.
+        CheckpointError: There is none.
     """
     receipt = read_receipt(folder)
     if receipt is None:
-        raise ConfigurationError(f"'{folder}' has no {RECEIPT}: expected a folder that skymoe wrote")
+        raise CheckpointError(f"'{folder}' has no {RECEIPT}: expected a folder that skymoe wrote")
     return receipt
 
 

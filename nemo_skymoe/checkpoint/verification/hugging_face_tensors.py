@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.verification.bits import different
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -24,7 +24,7 @@ class HuggingFaceModel:
         architecture: It says whether embedding and head are tied, so that either may be stored, or both.
 
     Raises:
-        ConfigurationError: The index and the files disagree.
+        CheckpointError: The index and the files disagree.
     """
 
     def __init__(self, folder: Path, architecture: Architecture):
@@ -48,7 +48,7 @@ class HuggingFaceModel:
 
         Raises:
             KeyError: The folder has none of that name.
-            ConfigurationError: It is a tied embedding, and stored twice with different values.
+            CheckpointError: It is a tied embedding, and stored twice with different values.
         """
         if layer is None and kind == "embedding" and self._tied:
             return self._tied_embedding()
@@ -62,7 +62,7 @@ class HuggingFaceModel:
             return self._stored(_EMBEDDING, _HEAD)
         embedding, head = self._stored(_EMBEDDING), self._stored(_HEAD)
         if difference := different(embedding, head):
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{_HEAD}.weight' in '{self.folder}' differs from '{_EMBEDDING}.weight', to which it is tied: {difference}"
             )
         return embedding
@@ -119,10 +119,10 @@ def _placed(folder: Path) -> dict[str, str]:
             with safe_open(folder / file, framework="pt") as opened:
                 placed |= dict.fromkeys(opened.keys(), file)
         except (OSError, SafetensorError) as reason:
-            raise ConfigurationError(f"'{folder / file}' cannot be read as safetensors: {reason}") from None
+            raise CheckpointError(f"'{folder / file}' cannot be read as safetensors: {reason}") from None
     if indexed is not None and placed != indexed:
         wrong = sorted(set(placed.items()) ^ set(indexed.items()))
-        raise ConfigurationError(f"'{index}' and the files disagree on '{wrong[0][0]}'")
+        raise CheckpointError(f"'{index}' and the files disagree on '{wrong[0][0]}'")
     return placed
 
 
@@ -131,11 +131,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         indexed = json.loads(index.read_text())["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as reason:
-        raise ConfigurationError(f"'{index}' has no weight_map that can be read: {reason!r}") from None
+        raise CheckpointError(f"'{index}' has no weight_map that can be read: {reason!r}") from None
     if not isinstance(indexed, dict):
-        raise ConfigurationError(f"'{index}' has the weight_map {indexed!r:.100}, expected names of tensors")
+        raise CheckpointError(f"'{index}' has the weight_map {indexed!r:.100}, expected names of tensors")
     for file in indexed.values():
         # By its text alone: whoever made the folder decides where a link leads, but an index stays inside.
         if not isinstance(file, str) or not file or file in (".", "..") or "/" in file or "\0" in file:
-            raise ConfigurationError(f"'{index}' names the file {file!r}, expected a file in the same folder")
+            raise CheckpointError(f"'{index}' names the file {file!r}, expected a file in the same folder")
     return indexed

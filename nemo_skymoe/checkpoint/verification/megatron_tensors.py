@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.verification.bits import different
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _LAYER_NAMES = {
@@ -56,7 +56,7 @@ class MegatronModel:
 
         Raises:
             KeyError: The checkpoint has none of that name.
-            ConfigurationError: It is a tied embedding, and stored twice with different values.
+            CheckpointError: It is a tied embedding, and stored twice with different values.
         """
         if layer is None:
             return self._of_model(kind)
@@ -93,7 +93,7 @@ class MegatronModel:
             return copy
         tensor = self._gathered(embedding, ())
         if difference := different(tensor, copy):
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{head}' in '{self.folder}' differs from '{embedding}', to which it is tied: {difference}"
             )
         return tensor
@@ -140,7 +140,7 @@ class MegatronModel:
             whole[tuple(slice(o, o + s) for o, s in zip(offsets, piece.shape, strict=True))] = piece
             missing -= piece.numel()
         if missing:
-            raise ConfigurationError(f"'{name}'{list(index)} in '{self.folder}' is not all there, or twice")
+            raise CheckpointError(f"'{name}'{list(index)} in '{self.folder}' is not all there, or twice")
         self._read.add((name, index))
         self._last = (name, index), whole
         return whole
@@ -155,7 +155,7 @@ class MegatronModel:
         try:
             tensor = torch.load(stored, map_location="cpu", weights_only=True)
         except UnpicklingError:  # at length, torch would say how to load it unsafely
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{place.relative_path}' has no tensor where the metadata says that '{index.fqn}' is, at byte {place.offset:,}"
             ) from None
         self._payload = index, tensor

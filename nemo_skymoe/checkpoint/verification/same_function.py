@@ -13,7 +13,7 @@ from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.sources import Source, form_of, open_source
 from nemo_skymoe.checkpoint.verification.files import written_receipt
 from nemo_skymoe.checkpoint.verification.hugging_face_tensors import HuggingFaceModel
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 
 TOLERANCE = 1e-5
 MOST_TOKENS = 512
@@ -92,7 +92,7 @@ def logits_of(folder: Path, token_ids: Tensor, config: Path | None = None) -> Te
     """Logits [1, tokens, vocabulary] in float32: by transformers, or by Megatron for its own formats.
 
     Raises:
-        ConfigurationError: The weights have names, or a form of 8 bits, that transformers does not load.
+        CheckpointError: The weights have names, or a form of 8 bits, that transformers does not load.
     """
     if form_of(folder) == "hf":
         return _transformers_logits(folder, token_ids)
@@ -111,7 +111,7 @@ def _transformers_logits(folder: Path, token_ids: Tensor) -> Tensor:
     description = configuration.read(folder)
     stored = HuggingFaceModel(folder, description.architecture)
     if stored.has_eight_bits:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{folder}' holds weights of 8 bits, which transformers does not compute with here: convert it with --to hf,"
             " which widens them, and compare the logits of that result"
         )
@@ -134,7 +134,7 @@ def _transformers_logits(folder: Path, token_ids: Tensor) -> Tensor:
         model.tie_weights()
         missing -= {"model.embed_tokens.weight", "lm_head.weight"}
     if missing:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"transformers does not find '{min(missing)}' in '{folder}': its logits cannot be computed"
         )
     return model.eval()(token_ids).logits.float()

@@ -19,7 +19,7 @@ from nemo_skymoe.checkpoint.verification.files import companion_problems, file_p
 from nemo_skymoe.checkpoint.verification.hugging_face_tensors import HuggingFaceModel
 from nemo_skymoe.checkpoint.verification.megatron_tensors import MegatronModel
 from nemo_skymoe.checkpoint.verification.recomputed import Recomputed
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import ConfigurationError
 from nemo_skymoe.durable.receipt import RECEIPT
 
 _SAME = (

@@ -75,7 +75,7 @@ def test_every_tensor_has_the_announced_shape_and_type(options: dict[str, Any], 
     moe = upcycled(dense(dtype=dtype), **options)
     for key in moe.keys():  # noqa: SIM118
         tensor, info = moe.read(key), moe.info(key)
-        assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.torch_dtype), key
+        assert (tuple(tensor.shape), str(tensor.dtype)) == (info.shape, f"torch.{info.dtype}"), key
         assert tensor.is_contiguous(), key
         assert info.shape == key_shape(moe.architecture, key)
 
