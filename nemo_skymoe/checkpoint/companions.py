@@ -41,7 +41,7 @@ _IMPORT = re.compile(r"^\s*from\s+\.(\w*)\s+import\s+([\w ,]+)", re.MULTILINE)
 
 
 def companion_files(folder: Path) -> dict[str, bytes]:
-    """What travels of a folder, by relative path.
+    """The files of a folder that travel, with their content, by relative path.
 
     Raises:
         CheckpointError: One cannot be read, is no file, or is a link to a file that has another name.
@@ -55,7 +55,7 @@ def companion_names(folder: Path) -> list[str]:
 
 
 def companion_kinds(folder: Path) -> dict[str, str]:
-    """Of every file that travels, by its relative path, the kind; code is of the tokenizer's. Errors as `companion_files`."""
+    """The kind of every file that travels, by its relative path; code is of the tokenizer's. Errors as `companion_files`."""
     files = {
         file.relative_to(folder).as_posix(): file for file in (*folder.glob("*"), *folder.glob("*/*.jinja"))
     }

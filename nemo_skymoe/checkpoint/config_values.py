@@ -22,7 +22,7 @@ class ConfigValues:
 
     Args:
         raw: The parsed file.
-        place: What messages call it.
+        place: The name that messages give it.
     """
 
     def __init__(self, raw: dict[str, Any], place: str):

@@ -1,4 +1,7 @@
-"""From folder to folder: a source of any format, a target of either, upcycled on the way or not. Without torch until it runs."""
+"""Checkpoints are converted from folder to folder, from any format to either, and upcycled on the way or not.
+
+Nothing here needs torch until a plan runs.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ FORMS = ("hf", "nemo")
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """What is to be written."""
+    """The options of the checkpoint that is to be written."""
 
     to: str
     """One of FORMS."""
@@ -64,7 +67,7 @@ class Plan:
     weights: Weights
     target: Target
     job: Mapping[str, Any]
-    """What identifies it: the same job gives the same bytes."""
+    """The values that identify it: the same job gives the same bytes."""
 
     def infos(self) -> dict[str, TensorInfo]:
         """Every tensor to be written, by the name under which it is stored."""

@@ -1,4 +1,4 @@
-"""What a model is apart from its weights."""
+"""A model's description: everything that it is apart from its weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Description:
 
     architecture: Architecture
     family: str = "skywork"
-    """What a dense model is called in Hugging Face's form; an MoE is always a Skywork-MoE."""
+    """The name of a dense model's family in Hugging Face's form; an MoE is always a Skywork-MoE."""
     rope_theta: float = 10000.0
     rope_scaling: Mapping[str, Any] | None = None
     """Hugging Face's, None for none. Skywork's "ntk", which only multiplies theta, is in `rope_theta` already."""
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 4096
     dtype: str = "bfloat16"
-    """Of the weights, by torch's name."""
+    """The data type of the weights, by torch's name."""
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None

@@ -1,4 +1,4 @@
-"""What users hand over instead of a checkpoint that is read here: each recognised by its names, and told what to do."""
+"""Users hand over other things than checkpoints that are read here: each is recognised by its names, and told what to do."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def refuse_folder_of_models(folder: Path, telling: Iterable[str]) -> None:
 
 
 def _advice_by_content(path: Path) -> str | None:
-    """For a file whose name says nothing, as a blob of a cache has it."""
+    """Advice on a file whose name says nothing, such as a blob of a cache."""
     with path.open("rb") as opened:
         start = opened.read(512)
     beginnings = {b"PK\x03\x04": "m.zip", b"\x1f\x8b": "m.tgz"}

@@ -1,4 +1,4 @@
-"""What `skymoe inspect` shows of a checkpoint, from its headers and its configuration alone. Without torch."""
+"""`skymoe inspect` shows a checkpoint, from its headers and its configuration alone. Without torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Inspection:
     parameters: int | None = None
     activated_parameters: int | None = None
     options: dict[str, Any] | None = None
-    """Of the description: rotary embedding, norm, lengths, token ids, and for an MoE its gate."""
+    """The rest of the description: rotary embedding, norm, lengths, token ids, and for an MoE its gate."""
     tensors: int | None = None
     bytes: int | None = None
     dtypes: dict[str, int] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Inspection:
     """Rows of the embedding as stored: the vocabulary and its padding."""
     tokenizer: list[str] = field(default_factory=list)
     other_files: dict[str, list[str]] = field(default_factory=dict)
-    """What else travels with the model, by kind: chat templates, defaults of generation, processors, terms."""
+    """The other files that travel with the model, by kind: chat templates, defaults of generation, processors, terms."""
     receipt: dict[str, Any] | None = None
     """The job that wrote it, if it was written here."""
     not_checked: str = "the values of the weights: headers, names, shapes and sizes alone were read"
@@ -84,7 +84,7 @@ def _describe_storage(found: Inspection, storage: Storage) -> None:
 
 
 def _bytes(info: TensorInfo) -> int:
-    """Of any data type, also one that no weights have."""
+    """The size of a tensor of any data type, also one that no weights have."""
     count = DTYPE_SIZES[info.dtype]
     for size in info.shape:
         count *= size

@@ -32,13 +32,13 @@ class Chunk:
 
     tensor: str
     shape: tuple[int, ...]
-    """Of the whole stored tensor."""
+    """The shape of the whole stored tensor."""
     parts: tuple[Part, ...]
     index: tuple[int, ...] = ()
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
-        """What `index` leaves of `shape`."""
+        """The dimensions of `shape` that `index` leaves."""
         return self.shape[len(self.index) :]
 
     @property

@@ -24,7 +24,7 @@ def one_embedding(storage: FileStorage, *, embedding: str, head: str, tied: bool
     """The storage with the tensors that a model of tied, or of separate, embedding and head has.
 
     Args:
-        storage: Of any format.
+        storage: The tensors of a checkpoint of any format.
         embedding: The name of the embedding.
         head: The name of the output layer. Where both are one, either may be stored, or both if they are equal.
         tied: Whether they are one, by the configuration.
@@ -53,7 +53,7 @@ def without_copies(storage: FileStorage, copies: Mapping[str, str]) -> FileStora
     """The storage without tensors that repeat another, which are read and compared bit by bit.
 
     Args:
-        storage: Of any format.
+        storage: The tensors of a checkpoint of any format.
         copies: The name of the original by that of its copy; copies that are not there do not matter.
 
     Raises:

@@ -26,7 +26,7 @@ class Line:
     """The words that have to hold: "dense" or "moe" of the layer, and the variant of the format; empty for everywhere."""
 
     def parts(self, architecture: Architecture, layer: int | None, expert: int | None) -> tuple[Part, ...]:
-        """What the tensor of this layer and this expert is made of."""
+        """The parts that the tensor of this layer and this expert is made of."""
         arrangement = below(self.meaning) if isinstance(self.meaning, str) else self.meaning
         return tuple(arrangement(architecture, layer, expert))
 

@@ -1,4 +1,4 @@
-"""What a format to be written is: files of chunks, further files, and those that make the whole valid."""
+"""A format to be written is a target: files of chunks, further files, and those that make the whole valid."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Target(Protocol):
 
     @property
     def bytes(self) -> int:
-        """What the output will take on the disk, within the last per mille."""
+        """The size of the output on the disk, within the last per mille."""
         ...
 
     def files(self) -> tuple[TargetFile, ...]:
@@ -60,7 +60,7 @@ class Target(Protocol):
         ...
 
     def last_files(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
-        """What makes a folder of these files, of these sizes, a checkpoint: to be written last, in this order."""
+        """The files that make a checkpoint of a folder with these files, of these sizes: written last, in this order."""
         ...
 
 

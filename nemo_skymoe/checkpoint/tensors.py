@@ -1,4 +1,4 @@
-"""What every checkpoint format here has in common: a model's tensors by what they mean, and a folder's by name."""
+"""Every checkpoint format here shares these types: a model's tensors by what they mean, and a folder's by name."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def _rope(values: ConfigValues) -> tuple[float, dict[str, Any] | None]:
 
 
 def _theta_and_scaling(values: ConfigValues) -> tuple[float, Any]:
-    """From transformers 5's `rope_parameters`, which may leave theta outside, or from the fields of 4. Both must agree."""
+    """Both are read from transformers 5's `rope_parameters`, which may leave theta outside, or from the fields of 4. These must agree."""
     parameters, scaling = values.value("rope_parameters", None), values.value("rope_scaling", None)
     if parameters is None:
         return values.number("rope_theta", 10000.0), scaling

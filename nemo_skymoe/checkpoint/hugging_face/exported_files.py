@@ -110,11 +110,11 @@ def extras(description: Description, folder: Path | None) -> dict[str, bytes]:
     """Every file beside the weights, by relative path: the same bytes for the same arguments.
 
     Args:
-        description: Of the model that is written.
-        folder: Where the files are that travel with it, if anywhere.
+        description: The description of the model that is written.
+        folder: The folder of the files that travel with it, if there is one.
 
     Raises:
-        CheckpointError: As `companion_files`.
+        CheckpointError: The same as from `companion_files`.
     """
     files = {"config.json": config_file(description)}
     if folder is not None:

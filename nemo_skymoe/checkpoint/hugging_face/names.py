@@ -43,7 +43,7 @@ def chunks(architecture: Architecture, naming: Naming = "skywork") -> list[Chunk
 
     Args:
         architecture: A dense model has Llama's names whatever `naming` is.
-        naming: Of the experts.
+        naming: The naming of the experts.
     """
     found = []
     for line, layer, expert in entries(TABLE, architecture, naming):

@@ -1,4 +1,4 @@
-"""What `torch.save` writes for one tensor, with the zip format's checksums taken in a fifth of the time."""
+"""The bytes that `torch.save` writes for one tensor, with the zip format's checksums taken in a fifth of the time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def archive(tensor: Tensor) -> tuple[bytearray, memoryview, bytearray]:
 
 
 class _Parts:
-    """What `torch.save` writes to: it tells the tensor's memory from the archive around it."""
+    """The file that `torch.save` writes to: it tells the tensor's memory from the archive around it."""
 
     def __init__(self, memory: memoryview):
         self.before, self.memory, self.after = bytearray(), memory, bytearray()
@@ -65,7 +65,7 @@ class _Parts:
 
 
 def _fill_in_checksums(parts: _Parts) -> None:
-    """Of every file in the archive: behind its content, and in the directory at the end."""
+    """Every file in the archive has its checksum twice: behind its content, and in the directory at the end."""
     count, _, directory = struct.unpack_from("<HLL", parts.after, parts.after.rindex(_DIRECTORY) + 10)
     _, entry = parts.at(directory)
     for _ in range(count):

@@ -35,8 +35,8 @@ def context_files(
     """The files by path relative to the checkpoint.
 
     Args:
-        description: Of the model.
-        tokenizer_folder: Where its tokenizer is, if anywhere.
+        description: The model's description.
+        tokenizer_folder: The folder of its tokenizer, if it has one.
         config: The config.json that describes it too.
         padded_vocab_size: Rows of embedding and head, with which NeMo is to build the model.
 
@@ -114,7 +114,7 @@ def _tokenizer(files: Mapping[str, bytes]) -> _Call | None:
 
 
 def _model_yaml(model: _Call) -> bytes:
-    """What readers without Fiddle look at; unlike NeMo's own it leaves out what no option of ours changes."""
+    """The file that readers without Fiddle look at; unlike NeMo's own it leaves out what no option of ours changes."""
     import yaml
 
     values = _plain(model)

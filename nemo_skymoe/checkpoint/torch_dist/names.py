@@ -18,7 +18,7 @@ from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 
 LAYER_SPECS = ("local", "te")
 PREFIX = "module."
-"""Before every name in a NeMo checkpoint; Megatron-LM's have none."""
+"""Every name in a NeMo checkpoint begins with it; Megatron-LM's have no prefix."""
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _PADDED = ("embedding", "output")
 
@@ -60,7 +60,7 @@ EXTRA_STATES = (
     Line("decoder.layers.{layer}.self_attention.linear_qkv._extra_state"),
     Line("decoder.final_layernorm._extra_state", where="te"),
 )
-"""What Megatron expects beside the tensors, one empty object for each: the FP8 scales of its linear layers."""
+"""Megatron expects these beside the tensors, an empty object for each: the FP8 scales of its linear layers."""
 
 
 def padded_vocab_size(vocab_size: int, multiple: int = 128) -> int:
@@ -76,7 +76,7 @@ def chunks(
     stacked: bool = True,
     prefix: str = PREFIX,
 ) -> list[Chunk]:
-    """What a checkpoint of this architecture holds: a chunk for each layer, or each layer and expert, in their order.
+    """The chunks of a checkpoint of this architecture: one for each layer, or each layer and expert, in their order.
 
     Experts are stored alike whether they run grouped or one after another.
 
@@ -85,7 +85,7 @@ def chunks(
         layer_spec: "local" or "te", whose layers the model is made of.
         stacked: One tensor [layers, ...] for all layers, or one a layer (`hetereogenous_dist_checkpoint`), as always
             where layers differ.
-        prefix: Before every name.
+        prefix: The beginning of every name.
 
     Raises:
         ConfigurationError: The vocabulary does not fit into `padded_vocab_size`, or an unknown `layer_spec`.
@@ -114,13 +114,13 @@ def extra_states(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where Megatron keeps what belongs to a layer and an expert: a name, and a slice of what has that name."""
+    """The place of what belongs to a layer and an expert: a name, and a slice of what has that name."""
 
     name: str
     stacked: tuple[int, ...]
-    """How many layers and experts share the name, in the leading dimensions."""
+    """The numbers of layers and experts that share the name; they are the leading dimensions."""
     index: tuple[int, ...]
-    """Which of them this one is."""
+    """The layer and the expert among them."""
     layer: int | None
     expert: int | None
 
@@ -152,7 +152,7 @@ def _places(
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model was saved: the arguments of `chunks`."""
+    """The way a model was saved, as the arguments of `chunks`."""
 
     padded_vocab_size: int
     layer_spec: str = "local"
@@ -161,7 +161,7 @@ class Layout:
 
 
 def layout(storage: Storage) -> Layout:
-    """How the model in `storage` was saved, by its names.
+    """The way the model in `storage` was saved, as its names tell it.
 
     Raises:
         CheckpointError: It has no embedding of Megatron's.

@@ -1,4 +1,4 @@
-"""What a Megatron checkpoint says about its model: NeMo's `context/`, or the arguments that Megatron-LM saves."""
+"""The options that a Megatron checkpoint keeps of its model, in NeMo's `context/` or in the arguments of Megatron-LM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_skymoe.durable.stand_in import refuse_pointers
 
 CONTEXT = "context"
 HF_CONFIG = "config.json"
-"""In the context of a converted checkpoint: the config.json of its source, so that nothing of it is lost."""
+"""The context of a converted checkpoint holds the config.json of its source, so that nothing of it is lost."""
 logger = logging.getLogger(__name__)
 
 SUPPORTED: dict[str, tuple[Any, ...]] = {

@@ -1,4 +1,4 @@
-"""What torch, Megatron and NeMo unpickle of a checkpoint, walked first without building or calling anything.
+"""Everything that torch, Megatron and NeMo unpickle of a checkpoint is walked first, without building or calling anything.
 
 `.metadata` (by `pickle`), `*.pt` (by `torch.load`), and the byte objects in `*.distcp` (by `torch.load`, whatever they
 name), with the pickles inside of these, and the context that NeMo builds.
@@ -28,7 +28,7 @@ def check_checkpoint(folder: Path, bases: int = _MOST_BASES) -> None:
     """Refuse a checkpoint's folder, with its `context/` and the adapters' base model, that names anything else.
 
     Args:
-        folder: Of NeMo, of Megatron-LM, or the `weights/` of NeMo's; one that is not there passes.
+        folder: A checkpoint of NeMo or of Megatron-LM, or the `weights/` of NeMo's; one that is not there passes.
         bases: How many base models may follow each other.
 
     Raises:
@@ -65,7 +65,7 @@ def check_loaded(path: Path) -> None:
 
 
 def read_torch_file(file: Path) -> Any:
-    """What `torch.save` has written, as plain values and `Record`s, after `check_torch_file`.
+    """The content of a file that `torch.save` has written, as plain values and `Record`s, after `check_torch_file`.
 
     Raises:
         CheckpointError: As there; or the file is missing.

@@ -1,4 +1,4 @@
-"""Where the elements are in a tensor that `torch.save` wrote into the middle of a file."""
+"""The place of the elements of a tensor that `torch.save` wrote into the middle of a file."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def check_backend(config: Path) -> None:
 
 
 def read_metadata(file: Path) -> Record:
-    """What the pickle of torch.distributed.checkpoint describes.
+    """The metadata that the pickle of torch.distributed.checkpoint describes.
 
     Raises:
         CheckpointError: It is damaged, or refers to anything but a checkpoint's classes.

@@ -24,7 +24,7 @@ _CONFIG = {
     "common_backend_version": 1,
 }
 _ARCHIVE_BYTES = 1536
-"""What `torch.save` adds to a tensor, about."""
+"""About the bytes that `torch.save` adds to a tensor."""
 
 
 class TorchDistTarget:

@@ -61,7 +61,7 @@ _PICKLED = {
 # Protocol 2 has Python 2's name of that module.
 _PICKLED["__builtin__"] = _PICKLED["builtins"]
 PICKLED = frozenset(f"{module}.{name}" for module, names in _PICKLED.items() for name in names)
-"""In `common.pt` and in the byte objects of `*.distcp`: states of optimizer, random numbers, callbacks, FP8."""
+"""`common.pt` and the byte objects of `*.distcp` name these: states of optimizer, random numbers, callbacks, FP8."""
 
 _CONFIGURED = {
     "builtins": ("bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set", "slice", "str", "tuple"),
@@ -100,7 +100,7 @@ _CONFIGURED = {
     "transformers.models.auto.tokenization_auto": ("AutoTokenizer",),
 }  # fmt: skip
 CONFIGURED = frozenset(f"{module}.{name}" for module, names in _CONFIGURED.items() for name in names)
-"""In `context/io.json`, by their names; beside them the classes of `_PACKAGES`."""
+"""`context/io.json` names these, and beside them the classes of `_PACKAGES`."""
 
 _PACKAGES = re.compile(
     r"""(?!megatron\.core\.models\.huggingface\. | megatron\.core\.distributed\.fsdp\. | .*\.ModuleSpec$
@@ -115,10 +115,10 @@ _PACKAGES = re.compile(
 )
 """Classes (names that begin with a capital letter) of models, data, strategies, optimizers and callbacks.
 
-Left out are those that download a model or data when they are built, or import what an argument of theirs names.
+Those that download a model or data when they are built, or import what an argument names, are left out.
 """
 _MEMBERS = re.compile(r"megatron\.core(\.\w+)*\.enums\.[A-Z]\w*\.[A-Za-z]\w*")
-"""Of Megatron's enumerations."""
+"""The members of Megatron's enumerations."""
 _NEVER_BUILT = re.compile(
     r"megatron\.core\.datasets\..*(?<!Config) | nemo\.collections\.llm\.\w+\.data\..*Dataset", re.VERBOSE
 )
@@ -151,7 +151,7 @@ def is_vouched_for(name: str) -> bool:
 
 
 def advice(name: str) -> str:
-    """What to do about a name that may not."""
+    """Advice on a name that is not allowed."""
     return (
         f"expected only what Megatron and NeMo write; if you know where the checkpoint is from and need it, set"
         f" {VARIABLE}={name}"

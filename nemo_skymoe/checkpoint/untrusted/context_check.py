@@ -105,7 +105,7 @@ def _check_remote_code(content: Any, arguments: list[list[tuple[Place, Any]]], f
 
 
 def _places_of_text(content: Any, text: str) -> Iterator[tuple[int, Any]]:
-    """Where a text stands, other than in what fiddle does not read: the texts of paths."""
+    """The places where a text stands, but for those that fiddle does not read: the texts of paths."""
     waiting, paths = [content], set[int]()
     while waiting:
         one = waiting.pop()
@@ -134,7 +134,7 @@ def _check_reference(module: str, name: str, file: Path) -> None:
 
 
 def _home(module: str, name: str) -> tuple[str, str]:
-    """Where a class or function of an allowed name is defined: modules also have those that they import."""
+    """The place where a class or function of an allowed name is defined: modules also have those that they import."""
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)

@@ -91,7 +91,7 @@ class Graph:
                 raise ValueError("a path object in the place of a pickle's path")
 
     def place(self, container: Any, key: Any) -> Place:
-        """Where the value is that a place refers to, behind references and leaves."""
+        """The place of the value that a place refers to, behind references and leaves."""
         for _ in range(len(self._objects) + 2):
             value = container[key]
             if not isinstance(value, dict) or value.get("type") not in ("ref", "leaf"):

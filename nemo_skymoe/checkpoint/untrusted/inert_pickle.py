@@ -56,13 +56,13 @@ def load(
     persistent: Any = None,
     called: Callable[[Record], None] | None = None,
 ) -> Any:
-    """What a pickle describes.
+    """The values that a pickle describes.
 
     Args:
         data: The pickle.
         allowed: Full names of the classes and functions it may refer to.
-        file: Where it is from, for messages.
-        persistent: What a persistent identifier becomes: a function of it. Without one there may be none.
+        file: The file it is from, for messages.
+        persistent: A function that gives what a persistent identifier becomes. Without one there may be none.
         called: Sees every object when it is made, and again whenever it gets a state. A real unpickler makes each of
             them, also those that the result does not hold.
 
@@ -80,7 +80,7 @@ def load_next(
     persistent: Any = None,
     called: Callable[[Record], None] | None = None,
 ) -> Any:
-    """As `load`, of the pickle that comes next in a stream of several."""
+    """The values of the pickle that comes next in a stream of several; otherwise as `load`."""
     try:
         return _Unpickler(stream, allowed, persistent, called).load()
     except _RefusedError as reason:
@@ -117,7 +117,7 @@ _OPCODES = (
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
     *("EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "FROZENSET"),
 )
-"""Those that make numbers, strings and containers; calls are ours, below; everything else is refused."""
+"""These make numbers, strings and containers; calls are ours, below; everything else is refused."""
 
 
 class _Unpickler(pickle._Unpickler):

@@ -1,4 +1,4 @@
-"""What `torch.save` has written, walked before torch loads it: its pickle, and the pickles inside of that one.
+"""A file that `torch.save` has written is walked before torch loads it: its pickle, and the pickles inside of that one.
 
 Inside are Transformer Engine's extra states, storages in their old form, and files in the memory of a `BytesIO`. A
 call is looked at when the pickle makes it, since torch runs it there, whatever becomes of its result.
@@ -37,7 +37,7 @@ def check_torch_file(data: bytes, file: Path, *, extra_state: bool = False, dept
 
     Args:
         data: The file, or the part of one.
-        file: Where it is from, for messages.
+        file: The file it is from, for messages.
         extra_state: Its tensors are extra states, whose bytes Transformer Engine unpickles.
         depth: How many others it is in.
 
@@ -76,7 +76,7 @@ def check_call(record: Record, file: Path, depth: int = 0) -> None:
 
     Args:
         record: The object that is made, or that has just got a state.
-        file: Where it is from, for messages.
+        file: The file it is from, for messages.
         depth: How many pickles it is in.
 
     Raises:

@@ -1,1 +1,1 @@
-"""How a dense model becomes a mixture of experts."""
+"""Upcycling makes a mixture of experts of dense models."""

@@ -1,4 +1,4 @@
-"""How an expert comes from dense MLPs: the initialisations of upcycling, each computed one matrix at a time."""
+"""The initialisations of upcycling: each computes the experts from dense MLPs, one matrix at a time."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ OWN_OPTION = {
 
 @dataclass(frozen=True)
 class Upcycling:
-    """How a dense model becomes an MoE.
+    """These options say how a dense model becomes an MoE.
 
     Raises:
         ConfigurationError: Naming the option that cannot be.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 20
 """Elements that come from one counter: 4 MB of float32, what a core's cache holds."""
 KINDS = ("router", "gate", "up", "down", "dropped")
-"""What is drawn; "dropped" are the intermediate indices of Drop-Upcycling."""
+"""A number for everything that is drawn; "dropped" are the intermediate indices of Drop-Upcycling."""
 
 
 @dataclass(frozen=True)

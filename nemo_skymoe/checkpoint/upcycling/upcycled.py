@@ -29,7 +29,7 @@ class Upcycled:
 
     Args:
         sources: Dense models by name; all but the one called "base" serve the specialised initialisation alone.
-        options: What to make of them.
+        options: The upcycling's.
 
     Raises:
         ConfigurationError: A source is an MoE already or lacks, or the options do not fit its sizes.
@@ -69,7 +69,7 @@ class Upcycled:
 
 
 def initialization(sources: Mapping[str, Weights], options: Upcycling) -> Initialization:
-    """What computes the experts."""
+    """The initialisation of `options`, which computes the experts."""
     dense = sources[BASE]
     if options.init == "noise":
         assert options.noise is not None

@@ -11,12 +11,12 @@ from nemo_skymoe.durable.errors import CheckpointError
 
 @dataclass
 class Comparison:
-    """What was compared, and what was found wrong."""
+    """A comparison counts what was compared, and lists what was found wrong."""
 
     tensors: int = 0
     bytes: int = 0
     files: int = 0
-    """Those that travel beside the tensors: the tokenizer's and the like."""
+    """The number of files that travel beside the tensors: the tokenizer's and the like."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -44,7 +44,7 @@ def _is_moe(frequency: int | tuple[int, ...], layer: int) -> bool:
 
 
 def said(reason: Exception) -> str:
-    """What an error says, on one line."""
+    """The message of an error on one line."""
     return " ".join(str(reason).split()) or type(reason).__name__
 
 

@@ -39,7 +39,7 @@ def gpt_model(
     """This rank's part of the model as NeMo would build it, in float32 with undefined weights. No token is dropped.
 
     Args:
-        description: Of the model.
+        description: The model's description.
         padded_vocab_size: Rows of embedding and head.
         layer_spec: "local", or "te" where Transformer Engine is installed.
         stacked: Whether its checkpoints have one tensor for all layers.

@@ -104,7 +104,7 @@ class HuggingFaceModel:
             return file.get_tensor(name)
 
     def problems(self) -> list[str]:
-        """What was never asked for."""
+        """The tensors that nobody asked for."""
         return [f"'{name}' has no place in the model" for name in sorted(self._files.keys() - self._read)]
 
 

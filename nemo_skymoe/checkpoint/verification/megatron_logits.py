@@ -1,4 +1,4 @@
-"""What the model in a `torch_dist` checkpoint computes, by Megatron itself: its own loading and its own model."""
+"""Megatron itself computes the logits of a `torch_dist` checkpoint: its own code loads it into its own model."""
 
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ def megatron_logits(folder: Path, token_ids: Tensor, config: Path | None = None)
     Args:
         folder: Checkpoint of NeMo 2 or Megatron-LM.
         token_ids: [batch, tokens].
-        config: As for `open_torch_dist`.
+        config: The same as for `open_torch_dist`.
 
     Returns:
         [batch, tokens, vocab_size], without the padding of the vocabulary.
 
     Raises:
-        ConfigurationError: As `open_torch_dist`, or the checkpoint names a class that no checkpoint needs.
+        ConfigurationError: The same as from `open_torch_dist`, or the checkpoint names a class that no checkpoint needs.
     """
     _, description = open_torch_dist(folder, config)
     check_checkpoint(folder)

@@ -1,4 +1,4 @@
-"""What every tensor of the target must be, from the sources and the options that the receipt names."""
+"""Every tensor of the target is computed a second time, from the sources and the options that the receipt names."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol

@@ -30,7 +30,7 @@ class LogitDifference:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong, if anything is."""
+        """The complaint, or None where nothing is wrong."""
         if self.relative <= TOLERANCE or not self.preserved:
             return None
         return f"the logits differ by {self.relative:.1e} of the largest, expected at most {TOLERANCE:.0e}"
@@ -43,7 +43,7 @@ def compare_logits(source: Path, target: Path, text: Path, config: Path | None =
         source: The base.
         target: Written by skymoe, or the folder of a run whose last checkpoint was.
         text: UTF-8; read by the source's tokenizer, or byte by byte where it has none.
-        config: As for `verify`.
+        config: The same as for `verify`.
 
     Raises:
         ConfigurationError: The text is empty, or its tokens are not of this vocabulary.

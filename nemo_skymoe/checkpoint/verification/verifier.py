@@ -31,7 +31,7 @@ _SAME = (
     "eos_token_id",
     "pad_token_id",
 )
-"""What conversion must not change of a description."""
+"""The fields of a description that a conversion must not change."""
 _TELLING = ("config.json", "weights", ".metadata")
 """Names by which a checkpoint of each form is known."""
 
@@ -120,7 +120,7 @@ def _expected(base: Description, upcycling: Mapping[str, Any] | None) -> Descrip
 
 
 def _described(expected: Description, found: Description) -> list[str]:
-    """Where two descriptions differ in what a model computes."""
+    """The differences between two descriptions in what a model computes, one sentence each."""
     values = [(name, getattr(expected, name), getattr(found, name)) for name in _SAME]
     values += [
         (name, getattr(expected.architecture, name), getattr(found.architecture, name))
