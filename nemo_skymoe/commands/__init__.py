@@ -1,1 +1,1 @@
-"""The commands of `skymoe`, one file a subject. Every heavy import waits inside the command that needs it."""
+"""The commands of `skymoe`, with one file per subject. Every heavy import waits inside the command that needs it."""

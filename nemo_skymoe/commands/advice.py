@@ -1,4 +1,4 @@
-"""`skymoe advise`: upcycle or train from scratch."""
+"""`skymoe advise` answers whether to upcycle or to train from scratch."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,10 +12,11 @@ from nemo_skymoe.commands.values import MODEL, TOKENS
 
 @dataclass(frozen=True, kw_only=True)
 class AdviseOptions:
-    """Upcycle or train from scratch?
+    """Decide between upcycling and training from scratch.
 
-    By section 3.3 of the report, from what the dense checkpoint cost and what the MoE may cost, with a learning
-    rate and the evidence. The report's model, had it been upcycled for 500B tokens from 3.2T:
+    The answer follows section 3.3 of the report: it compares what the dense checkpoint cost with what the MoE may
+    cost. A learning-rate schedule and the evidence come with it. For the report's model, had it been upcycled for
+    500B tokens from a checkpoint of 3.2T:
 
     skymoe advise --model skywork-moe-146b --dense-tokens 3.2T --moe-tokens 500B --hardware A800-80G
     --num-gpus 1536 --seq-length 8192 --global-batch-size 2048
@@ -25,34 +26,41 @@ class AdviseOptions:
         Architecture,
         MODEL,
         typer.Option(
-            help="The MoE: skywork-moe-146b, or dimensions as of `skymoe plan`, with num_moe_experts.",
+            help="The MoE: skywork-moe-146b, or dimensions as for `skymoe plan`, with num_moe_experts.",
         ),
     ]
-    moe_tokens: Annotated[int, TOKENS, typer.Option(help="Budget of the MoE: 300B, 1.2T.")]
+    moe_tokens: Annotated[int, TOKENS, typer.Option(help="Tokens of the MoE's training: 300B, 1.2T.")]
     hardware: Annotated[str, typer.Option(help="A800-80G, A100-80G, H100 or H200.")]
     num_gpus: Annotated[int, typer.Option(help="GPUs of one training.")]
     dense_tokens: Annotated[
         int | None,
         TOKENS,
-        typer.Option(help="What the dense checkpoint has seen; default: there is none."),
+        typer.Option(help="Tokens that the dense checkpoint has seen; default: there is no checkpoint."),
     ] = None
     dense_schedule_tokens: Annotated[
         int | None,
         TOKENS,
-        typer.Option(help="Of its whole learning-rate schedule; default: it is at the end."),
+        typer.Option(help="Tokens of its whole learning-rate schedule; default: it is at the end."),
     ] = None
     dense_max_lr: Annotated[
-        float | None, typer.Option(help="Its peak learning rate; without it rates are given as proportions.")
+        float | None,
+        typer.Option(
+            help="The dense model's peak learning rate; without it, rates are given as proportions."
+        ),
     ] = None
-    dense_min_lr: Annotated[float | None, typer.Option(help="Its last learning rate.")] = None
+    dense_min_lr: Annotated[float | None, typer.Option(help="The dense model's last learning rate.")] = None
     cost: Annotated[
         str,
-        typer.Option(help="sunk: the dense checkpoint exists anyway; cumulative: it is trained for this."),
+        typer.Option(
+            help="sunk: the dense checkpoint exists anyway; cumulative: it would be trained for this."
+        ),
     ] = "sunk"
     seq_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096
     global_batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = 1024
-    capacity_factor: Annotated[float | None, typer.Option(help="Of experts; default: dropless.")] = None
-    json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False
+    capacity_factor: Annotated[
+        float | None, typer.Option(help="Capacity factor of the experts; default: dropless.")
+    ] = None
+    json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False
 
 
 def advise(options: AdviseOptions) -> None:

@@ -1,4 +1,4 @@
-"""`skymoe`: commands on checkpoints."""
+"""The commands of `skymoe` on checkpoints."""
 
 import json
 import time
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def inspect(options: InspectOptions) -> None:
-    """Print what a checkpoint holds; the exit code is 1 where something is wrong with it."""
+    """Print what a checkpoint holds. The exit code is 1 if something is wrong with it."""
     from dataclasses import asdict
 
     from nemo_skymoe.checkpoint import inspection
@@ -65,7 +65,7 @@ def upcycle(options: UpcycleOptions) -> None:
 
 
 def verify(options: VerifyOptions) -> None:
-    """Recompute every tensor and compare; the exit code is 1 where a bit differs."""
+    """Recompute every tensor and compare. The exit code is 1 if a bit differs."""
     from nemo_skymoe.checkpoint.verification import verifier
     from nemo_skymoe.commands import checkpoint_output
 
@@ -105,7 +105,7 @@ def _run(plan: "Plan", output: Path, options: WritingOptions) -> None:
     done = output.is_dir()
     unfinished = output.absolute().parent / f"{output.name}.unfinished"
     if unfinished.is_dir():
-        typer.echo(f"{plan.job['command']}: going on with {unfinished}", err=True)
+        typer.echo(f"{plan.job['command']}: continuing with {unfinished}", err=True)
     repaired: dict[str, str] = {}
 
     def on_damage(damages: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The options of the commands on checkpoints, each once, and their values read from text."""
+"""The options of the commands on checkpoints, and functions that read their values from text."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 class InspectOptions:
     """Show what a checkpoint holds.
 
-    From its headers alone: format, sizes, data types, vocabulary, gate, tokenizer, receipt. The exit code is 1 where
-    something is wrong with it.
+    The command reads headers alone. It shows format, sizes, data types, vocabulary, gate, tokenizer and receipt. The
+    exit code is 1 if something is wrong with the checkpoint.
     """
 
     source: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")]
@@ -33,20 +33,22 @@ class WritingOptions:
 
     to: Annotated[str, typer.Option(help="Format to write: hf or nemo.")]
     config: Config = None
-    shard_size: Annotated[str, typer.Option(help="Of the safetensors files, as in 5GB.")] = "5GB"
+    shard_size: Annotated[str, typer.Option(help="Largest size of a safetensors file, as in 5GB.")] = "5GB"
     vocab_size: Annotated[
         int | None,
         typer.Option(
-            help="Rows of embedding and head in a NeMo checkpoint; by default the next multiple of 128."
+            help="Rows of embedding and head in a NeMo checkpoint; default: the next multiple of 128."
         ),
     ] = None
     layer_spec: Annotated[
         str | None,
         typer.Option(
-            help="Layers that load a NeMo checkpoint: te or local; by default te where it is installed."
+            help="Layers that will load a NeMo checkpoint: te or local; default: te if it is installed."
         ),
     ] = None
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the bytes are the same.")] = 1
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of processes; it does not change the result.")
+    ] = 1
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Keep NaN and Inf, and count them.")
     ] = False
@@ -61,10 +63,10 @@ class WritingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(WritingOptions):
-    """Convert a checkpoint, bit for bit.
+    """Convert a checkpoint between Hugging Face's form and NeMo's, bit for bit.
 
-    Between Hugging Face's form and NeMo's, in bounded memory. The same command goes on where an interrupted one ended;
-    with --repair it writes those files of a finished output again that are missing, damaged or edited.
+    Memory stays bounded at any size. If the command is interrupted, give it again: it continues where it was. With
+    --repair it writes the files of a finished output again that are missing, damaged or edited.
     """
 
     source: Annotated[Path, typer.Argument(help="Folder of a checkpoint, in any format.")]
@@ -75,29 +77,37 @@ class ConvertOptions(WritingOptions):
 class UpcycleOptions(WritingOptions):
     """Make an MoE of a dense checkpoint.
 
-    In bounded memory; the same command goes on where an interrupted one ended, and repairs as `convert` does. A
-    specialised MoE takes its experts from several checkpoints, and all else from the one called base: `skymoe upcycle
-    base=A zh=B OUTPUT --init specialized --expert-source zh:12,base:4`.
+    The command continues and repairs as `convert` does, and memory stays bounded too. A specialised MoE takes its
+    experts from several checkpoints, and everything else from the one called base: `skymoe upcycle base=A zh=B OUTPUT
+    --init specialized --expert-source zh:12,base:4`.
     """
 
     sources: Annotated[list[str], typer.Argument(help="Dense checkpoint, or several as NAME=PATH.")]
     output: Annotated[Path, typer.Argument(help="New folder to write, or this command's own.")]
     num_experts: Annotated[
-        int, typer.Option(help="Experts of a layer; with granularity, copies of each MLP.")
+        int, typer.Option(help="Number of experts of a layer; with granularity, of copies of each MLP.")
     ] = 16
-    moe_router_topk: Annotated[int, typer.Option("--moe-router-topk", help="Experts that a token meets.")] = 2
+    moe_router_topk: Annotated[
+        int, typer.Option("--moe-router-topk", help="Number of experts that see a token.")
+    ] = 2
     init: Annotated[str, typer.Option(help="copy, noise, drop, granular or specialized.")] = "copy"
-    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0
-    router_std: Annotated[float, typer.Option(help="Standard deviation of the routers.")] = 0.02
-    noise: Annotated[float | None, typer.Option(help="noise: relative to each matrix's own deviation.")] = (
-        None
-    )
-    drop_ratio: Annotated[float | None, typer.Option(help="drop: share of each MLP that starts anew.")] = None
-    granularity: Annotated[int | None, typer.Option(help="granular: experts that each MLP is cut into.")] = (
-        None
-    )
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0
+    router_std: Annotated[float, typer.Option(help="Standard deviation of the routers' weights.")] = 0.02
+    noise: Annotated[
+        float | None,
+        typer.Option(help="With noise: standard deviation of the noise, relative to each matrix's own."),
+    ] = None
+    drop_ratio: Annotated[
+        float | None, typer.Option(help="With drop: share of each MLP that is drawn anew.")
+    ] = None
+    granularity: Annotated[
+        int | None, typer.Option(help="With granular: number of experts that each MLP is cut into.")
+    ] = None
     expert_source: Annotated[
-        str | None, typer.Option(help="specialized: experts of each source, as in zh:3,en:3,code:1,base:1.")
+        str | None,
+        typer.Option(
+            help="With specialized: number of experts of each source, as in zh:3,en:3,code:1,base:1."
+        ),
     ] = None
 
 
@@ -105,14 +115,17 @@ class UpcycleOptions(WritingOptions):
 class VerifyOptions:
     """Check a written checkpoint against its sources.
 
-    Recomputes every tensor by code that shares nothing with the writer's. The exit code is 1 where a bit differs.
+    The command recomputes every tensor with code that shares nothing with the writer's. The exit code is 1 if a bit
+    differs.
     """
 
-    sources: Annotated[list[str], typer.Argument(help="The checkpoint, or NAME=PATH each, it was made from.")]
+    sources: Annotated[
+        list[str], typer.Argument(help="The checkpoint that it was made from, or several as NAME=PATH.")
+    ]
     target: Annotated[Path, typer.Argument(help="The checkpoint that was written.")]
     logits: Annotated[
         Path | None,
-        typer.Option(help="File of text on which both models' logits are compared, in float32."),
+        typer.Option(help="File of text on which the logits of both models are compared, in float32."),
     ] = None
     config: Config = None
     as_json: Json = False
@@ -125,7 +138,7 @@ def parse_bytes(text: str) -> int:
     """Read `5GB`, `512MiB` or `1000000`.
 
     Raises:
-        ConfigurationError: Not a size.
+        ConfigurationError: The text is not a size.
     """
     digits = text.rstrip("BKMGIbkmgi ")
     unit = text[len(digits) :].strip().upper()
@@ -136,10 +149,10 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_sources(texts: list[str]) -> dict[str, Path]:
-    """Read `PATH` or `NAME=PATH` each; a path without a name is the base.
+    """Read texts of the form `PATH` or `NAME=PATH`. A path without a name is the base.
 
     Raises:
-        ConfigurationError: A name twice.
+        ConfigurationError: Two of them have the same name.
     """
     sources: dict[str, Path] = {}
     for text in texts:

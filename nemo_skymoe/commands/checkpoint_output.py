@@ -1,4 +1,4 @@
-"""What commands on checkpoints print: plans, progress, results."""
+"""Print the plans, the progress and the results of commands on checkpoints."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ _PROBLEMS_SHOWN = 20
 
 
 def size(count: float) -> str:
-    """Bytes for people: 292.7 GB."""
+    """Format bytes for people, such as 292.7 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -33,7 +33,7 @@ def size(count: float) -> str:
 
 
 def show_plan(plan: "Plan", output: Path, as_json: bool) -> bool:
-    """The tensors that would be written, and the room that they need; whether there is that much."""
+    """Print the tensors that would be written and the room that they need, and say whether there is that much."""
     infos = plan.infos()
     needed, free = plan.target.bytes - _bytes_there(plan, output), free_bytes(output)
     if as_json:
@@ -53,14 +53,14 @@ def show_plan(plan: "Plan", output: Path, as_json: bool) -> bool:
 
 
 def _bytes_there(plan: "Plan", output: Path) -> int:
-    """What an earlier attempt has written already."""
+    """Return the number of bytes that an earlier attempt has written already."""
     folders = (output, output.absolute().parent / f"{output.name}.unfinished")
     files = (folder / file.name for folder in folders for file in plan.target.files())
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def free_bytes(output: Path) -> int:
-    """Of the file system that the output is going to."""
+    """Return the free bytes of the file system of `output`."""
     place = output.absolute()
     while not place.exists():
         place = place.parent
@@ -69,7 +69,7 @@ def free_bytes(output: Path) -> int:
 
 @contextmanager
 def progress(title: str, quiet: bool = False) -> Iterator[Progress]:
-    """A bar with bytes, rate and remaining time on a terminal; elsewhere a line now and then. On stderr."""
+    """Show progress on stderr: a bar with bytes, rate and remaining time on a terminal, and lines elsewhere."""
     if quiet:
         yield lambda done, total, what: None
     elif sys.stderr.isatty():
@@ -98,7 +98,7 @@ def _bar(title: str) -> Iterator[Progress]:
 
 
 class _Lines:
-    """One line every ten seconds, and one at the end."""
+    """Prints one line every ten seconds, and one at the end."""
 
     def __init__(self, title: str):
         self.title, self.start, self.shown, self.done = title, time.monotonic(), 0.0, -1
@@ -113,7 +113,7 @@ class _Lines:
 
 
 def show_inspection(found: "Inspection") -> None:
-    """Everything that is known, one property a line."""
+    """Print everything that is known of a checkpoint, one property per line."""
     values: dict[str, Any] = asdict(found)
     problems = values.pop("problems")
     for name, value in values.items():
@@ -128,7 +128,7 @@ def show_inspection(found: "Inspection") -> None:
 def show_receipt(
     receipt: Mapping[str, Any], output: Path, seconds: float | None, repaired: Sequence[str], as_json: bool
 ) -> None:
-    """What was written, and how fast; without `seconds` it was there, except for the `repaired` files."""
+    """Print what was written, and how fast. If `seconds` is None it was there already, except for `repaired` files."""
     files: Mapping[str, Any] = receipt["files"]
     total = sum(file["bytes"] for file in files.values())
     if as_json:
@@ -147,7 +147,7 @@ def show_receipt(
 
 
 def show_verification(result: "Comparison", logits: "LogitDifference | None", as_json: bool) -> None:
-    """What was compared, and the first differences."""
+    """Print what was compared, and the first differences."""
     if as_json:
         typer.echo(json.dumps(asdict(result) | {"logits": None if logits is None else asdict(logits)}))
         return

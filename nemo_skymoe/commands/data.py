@@ -1,4 +1,4 @@
-"""`skymoe`: commands on training data."""
+"""The commands of `skymoe` on training data."""
 
 import time
 from dataclasses import dataclass
@@ -14,28 +14,30 @@ from nemo_skymoe.commands.front_ends import Command
 class PreprocessOptions:
     """Tokenise text into Megatron's datasets.
 
-    One dataset a domain, from JSONL (SkyPile's {"text": ...}), parquet or plain text, compressed (.gz, .zst, .bz2) or
-    not. The same command goes on where an interrupted or refused one ended, with the inputs corrected. What is empty or
-    undecodable is left out, counted, and listed in OUTPUT/rejected.txt.
+    The command writes one dataset for each domain, from JSONL (SkyPile's {"text": ...}), parquet or plain text, also
+    compressed (.gz, .zst, .bz2). If it is interrupted or refuses an input, give it again, with the inputs corrected: it
+    continues where it was. Empty and undecodable documents are left out, counted, and listed in OUTPUT/rejected.txt.
     """
 
     inputs: Annotated[
         list[str],
         typer.Argument(help="File, folder or pattern, or DOMAIN=PATH: en=web.jsonl.zst code=repos/."),
     ]
-    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")]
+    output: Annotated[Path, typer.Argument(help="Folder to write, which must not exist.")]
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, tokenizer.model, or their folder.")]
     text_key: Annotated[str, typer.Option(help="Key, or column, of a document's text.")] = "text"
     format: Annotated[
         list[str] | None,
         typer.Option(
-            help="jsonl, parquet, text (a document a file) or lines, of all files or as DOMAIN=FORMAT."
+            help="jsonl, parquet, text (one document per file) or lines (one per line), for all files or as DOMAIN=FORMAT."
         ),
     ] = None
     end_of_document: Annotated[
-        str | None, typer.Option(help="Token after every document; by default the tokenizer's own.")
+        str | None, typer.Option(help="Token after every document; default: the tokenizer's own.")
     ] = None
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the bytes are the same.")] = 1
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of processes; it does not change the result.")
+    ] = 1
 
 
 def preprocess(options: PreprocessOptions) -> None:
@@ -70,7 +72,7 @@ def preprocess(options: PreprocessOptions) -> None:
 class CorpusOptions:
     """Make the demonstration corpus.
 
-    Its text are the sources of Python's standard library.
+    Its text is the source code of Python's standard library.
     """
 
     directory: Annotated[Path, typer.Argument(help="Folder to write.")]

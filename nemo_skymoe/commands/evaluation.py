@@ -14,9 +14,9 @@ from nemo_skymoe.commands.front_ends import Command
 class EvaluateOptions:
     """Benchmark an exported model.
 
-    This needs lm-evaluation-harness (pip install -e '.[nemo,eval]'). table1 are the report's six benchmarks, with its
-    figures beside yours: C-Eval, CMMLU, MMLU and GSM8K with 5 shots, MATH with 4, HumanEval with none. The shots are
-    ours, since the report names none.
+    This needs lm-evaluation-harness (pip install -e '.[nemo,eval]'). table1 stands for the report's six benchmarks,
+    with its figures beside yours: C-Eval, CMMLU, MMLU and GSM8K with 5 shots, MATH with 4, HumanEval with none. The
+    shots are ours, since the report names none.
 
     Modeling files are run only if they are the package's own, byte for byte. Other code that a model names is
     refused, unless its class is named in the environment variable SKYMOE_ALLOWED_CLASSES.
@@ -29,10 +29,14 @@ class EvaluateOptions:
     tasks: Annotated[
         str, typer.Option(help="table1, or names of the harness' tasks and YAML files, separated by commas.")
     ] = "table1"
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Shots, for tasks by their names.")] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task, for a trial.")] = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; by default the checkpoint's.")] = "auto"
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Number of shots, for tasks given by their names.")
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of documents of each task, for a trial.")
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of requests at a time.")] = 1
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's.")] = "auto"
     allow_code: Annotated[
         bool,
         typer.Option(

@@ -1,7 +1,7 @@
-"""One definition of a command, a frozen dataclass of its options, and the functions that front ends make of it.
+"""A command is defined once, by a frozen dataclass of its options. Front ends make their functions of it.
 
-A field is `Annotated` as typer reads it. typer gets a function of keyword-only options; NeMo-Run, and with it hydra, one
-of plain values under the names that it has there.
+A field is `Annotated` as typer reads it. typer gets a function with keyword-only options. NeMo-Run, and with it hydra,
+gets a function with plain values, under the names that they have there.
 """
 
 import inspect
@@ -18,12 +18,12 @@ class Read:
     """Stands in the annotation of a field whose value front ends give as text."""
 
     make: Callable[[str, str], Any]
-    """The value, from the option's name and the text. It raises ConfigurationError."""
+    """Makes the value from the option's name and the text, or raises ConfigurationError."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its name, its options, and what it does with them."""
+    """A command: its name, its options, and the function that runs it."""
 
     name: str
     options: type[Any]
@@ -32,7 +32,7 @@ class Command:
 
 
 def as_typer(command: Command) -> Callable[..., None]:
-    """The function that `typer.Typer.command` takes."""
+    """Return the function that `typer.Typer.command` takes."""
     hints = get_type_hints(command.options, include_extras=True)
 
     def call(**options: Any) -> None:
@@ -54,12 +54,12 @@ def as_typer(command: Command) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class Given:
-    """How an option is given where values are plain: by options of their own, from which it is made."""
+    """Other options from which an option is made, for front ends whose values are plain."""
 
     by: Mapping[str, tuple[Any, Any]]
-    """Annotation and default of each; `REQUIRED` is no default."""
+    """Annotation and default of each of these options. `REQUIRED` means that there is no default."""
     make: Callable[..., Any]
-    """The option's value from theirs, by keyword."""
+    """Makes the option's value from their values, given by keyword."""
 
 
 def as_plain(
@@ -69,13 +69,13 @@ def as_plain(
     given: Mapping[str, Given] | None = None,
     fixed: Mapping[str, Any] | None = None,
 ) -> Callable[..., None]:
-    """A function whose options are texts, numbers and truth values, with real annotations, as NeMo-Run reads them.
+    """Return a function whose options are texts, numbers and truth values, annotated as NeMo-Run reads them.
 
     Args:
         command: The command.
-        module: Where it will be found by the command's name: NeMo-Run writes tasks down by that.
-        given: Options that are given in another way there; all others by their name.
-        fixed: Options that cannot be given there, and their values.
+        module: The module that has the function under the command's name. NeMo-Run serialises tasks by that.
+        given: Options that are given in another way. All others are given under their own names.
+        fixed: Options that cannot be given, and their values.
     """
     hints = get_type_hints(command.options, include_extras=True)
     known = {field.name: field for field in fields(command.options)}
@@ -128,7 +128,7 @@ def _read(name: str, hint: Any, value: Any) -> Any:
 
 
 def _of_text(hint: Any) -> Any:
-    """The annotation of the text that a value is read from; any other annotation as it is."""
+    """Return the annotation of the text that a value is read from, and any other annotation as it is."""
     if _reader(hint) is None:
         return hint
     kept = tuple(one for one in hint.__metadata__ if not isinstance(one, Read))

@@ -1,4 +1,4 @@
-"""`skymoe doctor` and `skymoe demo`: is this installation whole, and what does it do."""
+"""`skymoe doctor` checks the installation, and `skymoe demo` shows what it does."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,11 @@ from nemo_skymoe.commands.front_ends import Command
 class DoctorOptions:
     """Check this installation.
 
-    Shows what is installed, whether it works together (the exit code is 1 if not), and which patches apply.
+    The command shows what is installed, whether it works together (the exit code is 1 if not), and which patches apply.
     """
 
-    json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False
-    patches: Annotated[bool, typer.Option("--patches", help="Also why each patch is needed.")] = False
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False
+    patches: Annotated[bool, typer.Option("--patches", help="Also say why each patch is needed.")] = False
 
 
 def doctor(options: DoctorOptions) -> None:
@@ -37,7 +37,7 @@ class DemoOptions:
     """Train, upcycle and compare small models here."""
 
     output: Annotated[Path, typer.Option(help="Folder for corpus, runs and report.")] = Path("runs/demo")
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps.")] = False
+    quick: Annotated[bool, typer.Option("--quick", help="Take 20 steps in every training.")] = False
 
 
 def demo(options: DemoOptions) -> None:

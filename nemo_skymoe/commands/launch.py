@@ -1,4 +1,4 @@
-"""`skymoe launch`: hydra groups, translated into a NeMo-Run experiment."""
+"""`skymoe launch` translates hydra groups into a NeMo-Run experiment."""
 
 import sys
 from contextlib import redirect_stdout
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class LaunchOptions:
     """Launch the jobs of an experiment on a cluster.
 
-    Groups cluster, training, upcycle, conversion, data and model, in the manner of the NeMo launcher; they name
-    recipes and executors in Python, and any argument of those may be given. The report's run:
+    The groups cluster, training, data, model, conversion, upcycle, plan and export work as in the NeMo launcher. They
+    name recipes, executors and commands in Python, and you may give any of their arguments. For the report's run:
 
     skymoe launch training=skywork_moe_146b cluster=a800_slurm jobs=[upcycle,training]
     upcycle.source=/data/skywork-13b upcycle.output_path=/data/upcycled training.dir=/data/runs --dry-run
@@ -68,7 +68,7 @@ def launch(options: LaunchOptions) -> None:
 
 
 def jobs(composed: Any) -> "list[Job]":
-    """The jobs of a composed configuration, with the commands of `skymoe` as the tasks of those that are no training."""
+    """Return the jobs of a composed configuration. Those that are not trainings run commands of `skymoe`."""
     from nemo_skymoe.commands import tasks
     from nemo_skymoe.launch.jobs import jobs
 

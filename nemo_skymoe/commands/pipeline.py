@@ -1,4 +1,4 @@
-"""`skymoe`: commands on pipeline layouts."""
+"""The command of `skymoe` on pipeline layouts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class PlanOptions:
     """Plan a pipeline.
 
-    Chooses which layers are on which pipeline stage, and which of them are recomputed, for the shortest step that
-    fits in memory; prints Megatron's layout and what to expect of it. The report's run:
+    The command chooses which layers are on which pipeline stage, and which of them are recomputed, for the shortest
+    step that fits in memory. It prints Megatron's layout and the predicted times and sizes. For the report's run:
 
     skymoe plan --model skywork-moe-146b --hardware A800-80G --num-gpus 1536 --tp 4 --ep 4 --pp 12
     --seq-length 8192 --global-batch-size 2048 --capacity-factor 1.25
@@ -39,38 +39,49 @@ class PlanOptions:
     hardware: Annotated[str, typer.Option(help="A800-80G, A100-80G, H100 or H200.")]
     seq_length: Annotated[int, typer.Option(help="Tokens of a sequence.")]
     global_batch_size: Annotated[int, typer.Option(help="Sequences of a step.")]
-    num_gpus: Annotated[int | None, typer.Option(help="All GPUs; or --data-parallel.")] = None
-    data_parallel: Annotated[int | None, typer.Option("--data-parallel", "--dp")] = None
-    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", "--tp")] = Training.tensor_parallel
-    pipeline_parallel: Annotated[int, typer.Option("--pipeline-parallel", "--pp")] = (
-        Training.pipeline_parallel
-    )
-    virtual_pipeline: Annotated[int, typer.Option("--virtual-pipeline", "--vpp")] = Training.virtual_pipeline
-    expert_parallel: Annotated[int, typer.Option("--expert-parallel", "--ep", help="EDP: same as --tp.")] = (
-        Training.expert_parallel
-    )
+    num_gpus: Annotated[int | None, typer.Option(help="Number of all GPUs, or give --data-parallel.")] = None
+    data_parallel: Annotated[
+        int | None, typer.Option("--data-parallel", "--dp", help="Data-parallel size, instead of --num-gpus.")
+    ] = None
+    tensor_parallel: Annotated[
+        int, typer.Option("--tensor-parallel", "--tp", help="Tensor-parallel size.")
+    ] = Training.tensor_parallel
+    pipeline_parallel: Annotated[
+        int, typer.Option("--pipeline-parallel", "--pp", help="Number of pipeline stages.")
+    ] = Training.pipeline_parallel
+    virtual_pipeline: Annotated[
+        int, typer.Option("--virtual-pipeline", "--vpp", help="Virtual stages of each pipeline stage.")
+    ] = Training.virtual_pipeline
+    expert_parallel: Annotated[
+        int,
+        typer.Option("--expert-parallel", "--ep", help="Expert-parallel size; with EDP the same as --tp."),
+    ] = Training.expert_parallel
     micro_batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = (
         Training.micro_batch_size
     )
-    sequence_parallel: Annotated[bool | None, typer.Option(help="Default: on with --tp.")] = None
-    capacity_factor: Annotated[float | None, typer.Option(help="Of experts; default: dropless.")] = (
-        Training.capacity_factor
-    )
+    sequence_parallel: Annotated[bool | None, typer.Option(help="Default: on if --tp is above 1.")] = None
+    capacity_factor: Annotated[
+        float | None, typer.Option(help="Capacity factor of the experts; default: dropless.")
+    ] = Training.capacity_factor
     pad_to_capacity: Annotated[bool, typer.Option(help="Experts compute their whole capacity.")] = (
         Training.pad_to_capacity
     )
     overlap_grad_reduce: Annotated[bool, typer.Option(help="Hide gradient reduction behind compute.")] = (
         Training.overlap_grad_reduce
     )
-    gradient_bytes: Annotated[int, typer.Option(help="Of one gradient: 4 in fp32, 2 in bf16.")] = (
+    gradient_bytes: Annotated[int, typer.Option(help="Bytes of one gradient: 4 in fp32, 2 in bf16.")] = (
         Training.gradient_bytes
     )
     distributed_optimizer: Annotated[
         bool, typer.Option(help="Each data-parallel rank keeps its share of the optimizer's state.")
     ] = Training.distributed_optimizer
-    recompute: Annotated[bool, typer.Option(help="Recompute layers where memory binds.")] = True
-    memory_limit: Annotated[float | None, typer.Option(help="GB of a GPU to use; default: all.")] = None
-    layers: Annotated[str | None, typer.Option(help="Predict this layout instead: 5,5,5,5,4.")] = None
+    recompute: Annotated[bool, typer.Option(help="Recompute layers if memory is short.")] = True
+    memory_limit: Annotated[
+        float | None, typer.Option(help="GB of a GPU that may be used; default: all.")
+    ] = None
+    layers: Annotated[
+        str | None, typer.Option(help="Predict this layout instead of choosing one: 5,5,5,5,4.")
+    ] = None
     profile: Annotated[Path | None, typer.Option(help="JSON of measured seconds and bytes of blocks.")] = None
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False
     svg: Annotated[Path | None, typer.Option(help="Draw the schedule into this file.")] = None
@@ -78,11 +89,11 @@ class PlanOptions:
 
 
 _PRINTED = ("json", "svg", "output")
-"""Options on what is done with a plan; all others are of the plan itself."""
+"""These options say what is done with a plan. All others belong to the plan itself."""
 
 
 def plan(options: PlanOptions) -> None:
-    """Make a plan, print it, and write or draw it where that is asked for."""
+    """Make a plan and print it, and write or draw it if that is asked for."""
     if options.svg is not None and not options.svg.parent.is_dir():
         raise ConfigurationError(f"svg is {options.svg}, expected a file in an existing folder")
     made = planned(**{name: value for name, value in vars(options).items() if name not in _PRINTED})

@@ -13,10 +13,11 @@ from nemo_skymoe.commands.front_ends import Command
 class ReportOptions:
     """Draw the report of a run.
 
-    One HTML page, from nothing but the TensorBoard logs below RUN_DIR; by default RUN_DIR/report/report.html.
+    The report is one HTML page, by default RUN_DIR/report/report.html. It needs nothing but the TensorBoard logs below
+    RUN_DIR.
     """
 
-    run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.")]
+    run_dir: Annotated[Path, typer.Argument(help="Folder with the logs of a run.")]
     output: Annotated[Path | None, typer.Option(help="Folder for the report.")] = None
 
 

@@ -1,6 +1,6 @@
-"""`nemo skymoe inspect | convert | upcycle | verify | plan`: the commands of `skymoe` in NeMo-Run's form, KEY=VALUE.
+"""`nemo skymoe inspect | convert | upcycle | verify | plan` are commands of `skymoe` in NeMo-Run's form, KEY=VALUE.
 
-They run here and now: they work on files and need no executor.
+They run at once on this machine, because they work on files and need no executor.
 """
 # No `from __future__ import annotations`: NeMo-Run reads these signatures.
 

@@ -1,4 +1,4 @@
-"""Options that are more than text and numbers: read once, where the command line is."""
+"""Read the options that are more than text and numbers, once, where the command line is."""
 
 from nemo_skymoe.architecture import as_architecture
 from nemo_skymoe.commands.front_ends import Read
