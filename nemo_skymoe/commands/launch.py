@@ -31,12 +31,14 @@ class LaunchOptions:
         typer.Argument(help="GROUP=NAME, GROUP.KEY=VALUE or jobs=[...], as hydra reads them."),
     ] = None
     config_dir: Annotated[
-        Path | None, typer.Option(help="A site's own folder of groups, beside the installed ones.")
+        Path | None, typer.Option(help="A site's own folder of groups, which is added to the installed ones.")
     ] = None
-    cfg: Annotated[str | None, typer.Option(help="job: print the composed configuration and do nothing.")] = (
-        None
-    )
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and commands.")] = False
+    cfg: Annotated[
+        str | None, typer.Option(help="With job, print the composed configuration and do nothing.")
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the scripts and commands, and run nothing.")
+    ] = False
 
 
 def launch(options: LaunchOptions) -> None:
