@@ -133,8 +133,7 @@ def plan(sources: Mapping[str, Source], options: TargetOptions, upcycling: Upcyc
     if upcycling is not None:
         weights = Upcycled({name: source.weights for name, source in sources.items()}, upcycling)
     description = replace(base.description, architecture=weights.architecture)
-    writer = hugging_face_target if options.to == "hf" else nemo_target
-    target, written = writer(weights, description, base.tokenizer, options)
+    target, written = _TARGETS[options.to](weights, description, base.tokenizer, options)
     check_complete(target.chunks, weights)
     identity = {
         "command": "convert" if upcycling is None else "upcycle",
@@ -170,3 +169,6 @@ def nemo_target(
     )
     target = TorchDistTarget(chunks, stored_dtypes(chunks, weights), states, extras=extras)
     return target, {"vocab_size": rows, "layer_spec": spec}
+
+
+_TARGETS = {"hf": hugging_face_target, "nemo": nemo_target}

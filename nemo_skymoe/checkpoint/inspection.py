@@ -9,21 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.checkpoint.companions import companion_kinds
-from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
+from nemo_skymoe.checkpoint.formats import FORMATS, form_of
 from nemo_skymoe.checkpoint.regions import DTYPE_SIZES
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
-from nemo_skymoe.checkpoint.sources import Source, form_of, open_source
+from nemo_skymoe.checkpoint.sources import Source, open_source
 from nemo_skymoe.checkpoint.tensors import Key, Storage, TensorInfo
-from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.durable.errors import ConfigurationError
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt
 from nemo_skymoe.durable.stand_in import refuse_pointer
-
-FORMATS = {
-    "hf": "Hugging Face safetensors",
-    "nemo": "NeMo 2 torch_dist",
-    "megatron": "Megatron-LM torch_dist",
-}
 
 
 @dataclass
@@ -65,10 +58,9 @@ def inspect(folder: Path, config: Path | None = None) -> Inspection:
     """
     folder = checkpoint_of(folder)
     form = form_of(folder)
-    found = Inspection(str(folder), FORMATS[form])
+    found = Inspection(str(folder), FORMATS[form].title)
     try:
-        storage = SafetensorsStorage(folder) if form == "hf" else TorchDistStorage(folder)
-        _describe_storage(found, storage)
+        _describe_storage(found, FORMATS[form].storage(folder))
         _describe_model(found, open_source(folder, config))
     except ConfigurationError as problem:
         found.problems.append(str(problem))

@@ -16,10 +16,11 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.formats import open_torch_dist
 from nemo_skymoe.checkpoint.hugging_face import exported_files
 from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config
-from nemo_skymoe.checkpoint.sources import open_source, open_torch_dist
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.tensors import model_keys
 from nemo_skymoe.checkpoint.torch_dist import context as nemo_context
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint

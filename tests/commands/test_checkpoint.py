@@ -15,10 +15,10 @@ from typer.testing import CliRunner, Result
 
 from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B, Architecture
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.formats import form_of
 from nemo_skymoe.checkpoint.hugging_face import exported_files
 from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
-from nemo_skymoe.checkpoint.sources import form_of
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
 

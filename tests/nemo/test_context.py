@@ -16,7 +16,8 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.sources import open_source, open_torch_dist
+from nemo_skymoe.checkpoint.formats import open_torch_dist
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
 from nemo_skymoe.checkpoint.untrusted.context_check import check_context
 from nemo_skymoe.checkpoint.upcycling.options import BASE

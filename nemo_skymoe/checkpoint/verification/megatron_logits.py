@@ -8,7 +8,7 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.sources import open_torch_dist
+from nemo_skymoe.checkpoint.formats import open_torch_dist
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage, weights_folder

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_skymoe.checkpoint.formats import form_of
 from nemo_skymoe.checkpoint.hugging_face import configuration
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
-from nemo_skymoe.checkpoint.sources import Source, form_of, open_source
+from nemo_skymoe.checkpoint.sources import Source, open_source
 from nemo_skymoe.checkpoint.verification.files import written_receipt
 from nemo_skymoe.checkpoint.verification.hugging_face_tensors import HuggingFaceModel
 from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError

@@ -9,10 +9,10 @@ from typing import Any
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import foreign
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.formats import describe_torch_dist
 from nemo_skymoe.checkpoint.hugging_face import configuration
 from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
-from nemo_skymoe.checkpoint.sources import describe_torch_dist
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare, said
 from nemo_skymoe.checkpoint.verification.files import companion_problems, file_problems, written_receipt

@@ -12,9 +12,9 @@ import torch
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.formats import open_torch_dist
 from nemo_skymoe.checkpoint.hugging_face import configuration
 from nemo_skymoe.checkpoint.hugging_face.exported_files import config_file
-from nemo_skymoe.checkpoint.sources import open_torch_dist
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
 from nemo_skymoe.checkpoint.torch_dist.context import context_files
 from nemo_skymoe.config import ConfigurationError
