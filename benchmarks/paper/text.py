@@ -25,6 +25,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data import byte_level, preprocess
+from nemo_skymoe.data.manifest import read_manifest
 from nemo_skymoe.data.standard_library import read_sources
 
 MIXTURE = "en:7 zh:2 code:1"
@@ -80,7 +81,7 @@ def build(output: Path = CORPUS, root: Path | None = None) -> Path:
         with FileLock(output.with_name(output.name + ".lock")):
             if not output.is_dir():  # another process may have written it meanwhile
                 _write(documents, output)
-    preprocess.read_manifest(output)
+    read_manifest(output)
     return output
 
 
@@ -189,7 +190,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     print("Debian packages:", " ".join(PACKAGES))
-    for name, domain in preprocess.read_manifest(build(given.output, given.text)).items():
+    for name, domain in read_manifest(build(given.output, given.text)).items():
         print(
             f"{name}: {domain.documents} documents, {domain.text_bytes / 1e6:.2f} MB, {domain.tokens} tokens"
         )

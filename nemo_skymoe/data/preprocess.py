@@ -6,22 +6,20 @@ inputs corrected goes on with all shards of the others.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from nemo_skymoe import __version__
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data import indexed, shard
 from nemo_skymoe.data import tokenizer as tokenizers
-from nemo_skymoe.data.documents import EMPTY, UNDECODABLE, Piece, first_document, split
+from nemo_skymoe.data.documents import first_document, split
 from nemo_skymoe.data.inputs import UNKNOWN, Input, find_inputs
+from nemo_skymoe.data.manifest import MANIFEST, Domain, manifest_bytes, read_manifest, summary
+from nemo_skymoe.data.work import Work
 from nemo_skymoe.durable.errors import JobError
 from nemo_skymoe.durable.files import write_small, write_whole
 from nemo_skymoe.durable.journal import JOURNAL
@@ -29,24 +27,12 @@ from nemo_skymoe.durable.pool import share
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt, receipt_bytes
 from nemo_skymoe.durable.unfinished import absolute, publish, unfinished
 
-MANIFEST, REJECTED, TOKENIZER = "dataset.json", "rejected.txt", "tokenizer"
+REJECTED, TOKENIZER = "rejected.txt", "tokenizer"
 _SHARDS = "shards"
 SHARD_BYTES = 16 << 20
 _NAMED = 3
 """Left-out files named in a line; all of them are in `rejected.txt`."""
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Domain:
-    """What the dataset of a domain holds; `empty` and `undecodable` documents are not in it."""
-
-    files: int
-    documents: int
-    tokens: int
-    text_bytes: int
-    empty: int
-    undecodable: int
 
 
 def preprocess(
@@ -86,12 +72,13 @@ def preprocess(
     loaded = tokenizers.load(tokenizer, end_of_document)
     _check_domains(found, text_key)
     _tell(left_out, say or (lambda _: None))
-    job = _Job(found, split(found, shard_bytes), loaded, text_key, left_out)
-    identity = {"job": job.identity(tokenizer, shard_bytes)}
+    shards, file = split(found, shard_bytes), tokenizers.tokenizer_file(tokenizer)
+    work = Work(found, shards, loaded, file, text_key, left_out)
+    identity = {"job": work.identity(shard_bytes)}
     with unfinished(output, identity, keep=_something_is_finished) as journal:
-        if not _is_written(journal.folder, job):
-            _write(job, journal.folder, tokenizer, workers, progress or (lambda *_: None))
-            receipt = receipt_bytes(identity | {"inputs": job.inputs_checksum()}, [], {})
+        if not _is_written(journal.folder, work):
+            _write(work, journal.folder, workers, progress or (lambda *_: None))
+            receipt = receipt_bytes(identity | {"inputs": work.inputs_checksum()}, [], {})
             write_small(journal.folder / RECEIPT, receipt)
         shutil.rmtree(journal.folder / _SHARDS, ignore_errors=True)
         publish(journal, output)
@@ -131,14 +118,14 @@ def _tell(left_out: Sequence[tuple[Path, str]], say: Callable[[str], None]) -> N
         say(f"not read, {reason}{f' ({counted})' if reason == UNKNOWN else ''}: {names}{more}")
 
 
-def _is_written(folder: Path, job: _Job) -> bool:
+def _is_written(folder: Path, work: Work) -> bool:
     """Whether the last attempt ended between its last steps.
 
     Raises:
         JobError: It did, with other inputs.
     """
     receipt = read_receipt(folder)
-    if receipt is not None and receipt.get("inputs") != job.inputs_checksum():
+    if receipt is not None and receipt.get("inputs") != work.inputs_checksum():
         raise JobError(
             f"'{folder}' holds the finished work of this command with other inputs: run it with those to get its"
             " output, or delete the folder to start over"
@@ -151,98 +138,31 @@ def _something_is_finished(folder: Path) -> bool:
     return (folder / RECEIPT).exists() or any((folder / _SHARDS).glob("*.json"))
 
 
-def read_manifest(folder: Path) -> dict[str, Domain]:
-    """The domains of a prepared folder.
-
-    Raises:
-        ConfigurationError: It is none.
-    """
-    try:
-        values = json.loads((folder / MANIFEST).read_bytes())
-        return {name: Domain(**domain) for name, domain in values["domains"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigurationError(f"'{folder}' has no {MANIFEST}: make it with skymoe preprocess") from None
-
-
-@dataclass(frozen=True)
-class _Job:
-    inputs: list[Input]
-    shards: list[list[Piece]]
-    tokenizer: tokenizers.TextTokenizer
-    text_key: str
-    left_out: list[tuple[Path, str]]
-
-    @property
-    def bytes(self) -> int:
-        return sum(piece.bytes for pieces in self.shards for piece in pieces)
-
-    def domains(self) -> dict[str, list[int]]:
-        """Numbers of each domain's shards."""
-        domains: dict[str, list[int]] = {found.domain: [] for found in self.inputs}
-        for number, pieces in enumerate(self.shards):
-            domains[self.inputs[pieces[0].input].domain].append(number)
-        return domains
-
-    def shard_names(self) -> list[str]:
-        """A name for each shard: equal for the same pieces of the same files."""
-        return [
-            _checksum([[*_signature(self.inputs[piece.input]), piece.start, piece.stop] for piece in pieces])[
-                :16
-            ]
-            for pieces in self.shards
-        ]
-
-    def inputs_checksum(self) -> str:
-        """Equal for the same files in the same domains."""
-        return _checksum([[found.domain, *_signature(found)] for found in self.inputs])
-
-    def identity(self, tokenizer: Path, shard_bytes: int) -> dict[str, Any]:
-        """What has to be equal for a shard to be of use; its inputs are in its name."""
-        return {
-            "command": "preprocess",
-            "version": __version__,
-            "tokenizer": _sha256(tokenizers.tokenizer_file(tokenizer)),
-            "end_of_document": self.tokenizer.end_of_document,
-            "text_key": self.text_key,
-            "shard_bytes": shard_bytes,
-        }
-
-
-def _signature(found: Input) -> list[Any]:
-    return [str(found.path), found.format, found.size, found.modified]
-
-
-def _checksum(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _write(job: _Job, folder: Path, tokenizer: Path, workers: int, progress: Progress) -> None:
+def _write(work: Work, folder: Path, workers: int, progress: Progress) -> None:
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        progress(min(done, job.bytes), job.bytes, "tokens")
+        progress(min(done, work.bytes), work.bytes, "tokens")
 
     def write_shards(numbers: Iterator[int], advance: Callable[[int], None]) -> None:
         for number in numbers:
-            shard.write(
-                prefixes[number], job.shards[number], job.inputs, job.tokenizer, job.text_key, advance
-            )
+            shard.write(prefixes[number], work.shards[number], work, advance)
 
-    prefixes = [folder / _SHARDS / name for name in job.shard_names()]
+    prefixes = [folder / _SHARDS / name for name in work.shard_names()]
     remaining = _keep_finished(folder, prefixes)
-    advance(sum(piece.bytes for n in set(range(len(prefixes))) - set(remaining) for piece in job.shards[n]))
+    advance(work.bytes - sum(map(work.shard_bytes, remaining)))
     share(remaining, write_shards, workers, advance)
     records = [record for prefix in prefixes if (record := shard.finished(prefix)) is not None]
     assert len(records) == len(prefixes)
-    domains = {name: _summary(job, name, [records[n] for n in ns]) for name, ns in job.domains().items()}
+    domains = {name: summary(work, name, [records[n] for n in ns]) for name, ns in work.domains().items()}
     _refuse_empty(domains)
-    for name, numbers in job.domains().items():
+    for name, numbers in work.domains().items():
         indexed.join([prefixes[n] for n in numbers if records[n].documents], folder / name)
-    write_whole(folder / REJECTED, lambda file: file.writelines(_rejected(job, records)))
-    _copy_tokenizer(tokenizer, job.tokenizer, folder / TOKENIZER)
-    write_small(folder / MANIFEST, _manifest(job, tokenizer, domains))
+    write_whole(folder / REJECTED, lambda file: file.writelines(_rejected(work, records)))
+    _copy_tokenizer(work, folder / TOKENIZER)
+    write_small(folder / MANIFEST, manifest_bytes(work, domains))
 
 
 def _keep_finished(folder: Path, prefixes: Sequence[Path]) -> list[int]:
@@ -271,37 +191,25 @@ def _refuse_empty(domains: dict[str, Domain]) -> None:
             )
 
 
-def _summary(job: _Job, name: str, records: Sequence[shard.Record]) -> Domain:
-    reasons = [reason for record in records for *_, reason in record.rejected]
-    return Domain(
-        files=sum(found.domain == name for found in job.inputs),
-        documents=sum(record.documents for record in records),
-        tokens=sum(record.tokens for record in records),
-        text_bytes=sum(record.text_bytes for record in records),
-        empty=sum(reason.startswith(EMPTY) for reason in reasons),
-        undecodable=sum(reason.startswith(UNDECODABLE) for reason in reasons),
-    )
-
-
-def _rejected(job: _Job, records: Sequence[shard.Record]) -> Iterator[bytes]:
+def _rejected(work: Work, records: Sequence[shard.Record]) -> Iterator[bytes]:
     """`file: not read, reason`; then `file:line: reason`, where a line is counted in its file."""
-    for path, reason in job.left_out:
+    for path, reason in work.left_out:
         yield f"{path}: not read, {reason}\n".encode(errors="replace")
-    before = [0] * len(job.inputs)
-    for pieces, record in zip(job.shards, records, strict=True):
+    before = [0] * len(work.inputs)
+    for pieces, record in zip(work.shards, records, strict=True):
         starts = []
         for piece, count in zip(pieces, record.read, strict=True):
             starts.append(before[piece.input])
             before[piece.input] += count
         for position, number, reason in record.rejected:
-            found = job.inputs[pieces[position].input]
+            found = work.inputs[pieces[position].input]
             line = "" if found.format == "text" else f":{starts[position] + number}"
             yield f"{found.path}{line}: {reason}\n".encode(errors="replace")
 
 
-def _copy_tokenizer(tokenizer: Path, loaded: tokenizers.TextTokenizer, folder: Path) -> None:
+def _copy_tokenizer(work: Work, folder: Path) -> None:
     """What loads it: its own file, under the usual name, and the settings beside it."""
-    file = tokenizers.tokenizer_file(tokenizer)
+    file = work.tokenizer_file
     folder.mkdir(exist_ok=True)
     usual = tokenizers.TOKENIZER_JSON if file.suffix == ".json" else tokenizers.SENTENCEPIECE
     write_small(folder / usual, file.read_bytes())
@@ -309,21 +217,5 @@ def _copy_tokenizer(tokenizer: Path, loaded: tokenizers.TextTokenizer, folder: P
         if (beside := file.with_name(name)).is_file():
             write_small(folder / name, beside.read_bytes())
     if file.suffix == ".json" and not (folder / tokenizers.CONFIG).is_file():
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": loaded.end_token}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": work.tokenizer.end_token}
         write_small(folder / tokenizers.CONFIG, json.dumps(config).encode())
-
-
-def _manifest(job: _Job, tokenizer: Path, domains: dict[str, Domain]) -> bytes:
-    values = {
-        "version": __version__,
-        "tokenizer": _sha256(tokenizers.tokenizer_file(tokenizer)),
-        "vocab_size": job.tokenizer.size,
-        "end_of_document": job.tokenizer.end_of_document,
-        "text_key": job.text_key,
-        "domains": {name: asdict(domain) for name, domain in domains.items()},
-    }
-    return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -11,8 +11,7 @@ from typing import Any
 
 from nemo_skymoe.data import documents, indexed
 from nemo_skymoe.data.documents import Piece
-from nemo_skymoe.data.inputs import Input
-from nemo_skymoe.data.tokenizer import TextTokenizer
+from nemo_skymoe.data.work import Work
 from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.files import TEMPORARY, sync, write_small
 
@@ -34,20 +33,13 @@ class Record:
     """Bytes of data and index."""
 
 
-def write(
-    prefix: Path,
-    pieces: Sequence[Piece],
-    inputs: Sequence[Input],
-    tokenizer: TextTokenizer,
-    text_key: str,
-    advance: Callable[[int], None],
-) -> None:
+def write(prefix: Path, pieces: Sequence[Piece], work: Work, advance: Callable[[int], None]) -> None:
     """Tokenise `pieces` into the dataset at `prefix`; `advance` is told of bytes now and then."""
     record = Record()
     temporary = prefix.with_name(prefix.name + TEMPORARY)
-    texts = _texts(pieces, inputs, text_key, record, advance)
-    record.documents, record.tokens = indexed.write_documents(tokenizer, texts, temporary)
-    for found in {piece.input: inputs[piece.input] for piece in pieces}.values():
+    texts = _texts(pieces, work, record, advance)
+    record.documents, record.tokens = indexed.write_documents(work.tokenizer, texts, temporary)
+    for found in {piece.input: work.inputs[piece.input] for piece in pieces}.values():
         if not found.unchanged:
             raise CheckpointError(
                 f"'{found.path}' has changed while it was read: run the same command again to read it as it is now"
@@ -81,15 +73,11 @@ def _record_file(prefix: Path) -> Path:
 
 
 def _texts(
-    pieces: Sequence[Piece],
-    inputs: Sequence[Input],
-    text_key: str,
-    record: Record,
-    advance: Callable[[int], None],
+    pieces: Sequence[Piece], work: Work, record: Record, advance: Callable[[int], None]
 ) -> Iterator[str]:
     for position, piece in enumerate(pieces):
         number = told = seen = 0
-        for document in documents.read(inputs[piece.input], piece, text_key):
+        for document in documents.read(work.inputs[piece.input], piece, work.text_key):
             number = document.number
             if document.rejected:
                 record.rejected.append((position, number, document.rejected))

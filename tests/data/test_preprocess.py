@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data import indexed, preprocess
+from nemo_skymoe.data.manifest import Domain, read_manifest
 from nemo_skymoe.data.tokenizer import load
 from tests.checkpoint import crash
 from tests.data.texts import COMPRESS, TEXTS, jsonl, read, run, zstd
@@ -28,7 +29,7 @@ def test_jsonl_in_skypiles_form(tmp_path: Path, tokenizer: Path, suffix: str, sh
     found = run(tmp_path, tokenizer, str(tmp_path / f"part.jsonl{suffix}"), shard_bytes=shard_bytes)
     assert read(tmp_path / "out") == TEXTS
     size = sum(len(text.encode()) for text in TEXTS)
-    assert found == {"text": preprocess.Domain(1, len(TEXTS), size + len(TEXTS), size, 0, 0)}
+    assert found == {"text": Domain(1, len(TEXTS), size + len(TEXTS), size, 0, 0)}
 
 
 @pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
@@ -96,7 +97,7 @@ def test_domains_are_counted_apart_and_may_repeat(tmp_path: Path, tokenizer: Pat
         *(f"{domain}.{suffix}" for domain in ("en", "zh") for suffix in ("bin", "idx")),
         *("dataset.json", "rejected.txt", "skymoe_receipt.json", "tokenizer"),
     }
-    assert preprocess.read_manifest(tmp_path / "out")["zh"].tokens == 13
+    assert read_manifest(tmp_path / "out")["zh"].tokens == 13
 
 
 def test_an_index_joined_of_many_is_the_one_that_megatron_writes(tmp_path: Path, tokenizer: Path) -> None:

@@ -13,6 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 from nemo_skymoe.data import preprocess
+from nemo_skymoe.data.manifest import Domain
 
 TEXTS = ["Ein Satz.", "天工是大模型。", "def f():\n\treturn '</s>'", "x" * 300, "line\r\nbreak\u2028"]
 
@@ -32,7 +33,7 @@ def read(output: Path, domain: str = "text") -> list[str]:
     return [made.decode(document[:-1]) for document in documents]
 
 
-def run(tmp_path: Path, tokenizer: Path, *inputs: str, **options: Any) -> dict[str, preprocess.Domain]:
+def run(tmp_path: Path, tokenizer: Path, *inputs: str, **options: Any) -> dict[str, Domain]:
     return preprocess.preprocess(inputs, tmp_path / "out", tokenizer, **options)
 
 

@@ -1,0 +1,67 @@
+"""`dataset.json`: what the dataset of each domain in a prepared folder holds, and by which tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nemo_skymoe import __version__
+from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.data.documents import EMPTY, UNDECODABLE
+from nemo_skymoe.data.shard import Record
+from nemo_skymoe.data.work import Work
+
+MANIFEST = "dataset.json"
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What the dataset of a domain holds; `empty` and `undecodable` documents are not in it."""
+
+    files: int
+    documents: int
+    tokens: int
+    text_bytes: int
+    empty: int
+    undecodable: int
+
+
+def read_manifest(folder: Path) -> dict[str, Domain]:
+    """The domains of a prepared folder.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    try:
+        values = json.loads((folder / MANIFEST).read_bytes())
+        return {name: Domain(**domain) for name, domain in values["domains"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigurationError(f"'{folder}' has no {MANIFEST}: make it with skymoe preprocess") from None
+
+
+def manifest_bytes(work: Work, domains: Mapping[str, Domain]) -> bytes:
+    """The file's content."""
+    values = {
+        "version": __version__,
+        "tokenizer": work.tokenizer_checksum,
+        "vocab_size": work.tokenizer.size,
+        "end_of_document": work.tokenizer.end_of_document,
+        "text_key": work.text_key,
+        "domains": {name: asdict(domain) for name, domain in domains.items()},
+    }
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def summary(work: Work, name: str, records: Sequence[Record]) -> Domain:
+    """The domain `name`, whose shards have these records."""
+    reasons = [reason for record in records for *_, reason in record.rejected]
+    return Domain(
+        files=sum(found.domain == name for found in work.inputs),
+        documents=sum(record.documents for record in records),
+        tokens=sum(record.tokens for record in records),
+        text_bytes=sum(record.text_bytes for record in records),
+        empty=sum(reason.startswith(EMPTY) for reason in reasons),
+        undecodable=sum(reason.startswith(UNDECODABLE) for reason in reasons),
+    )
