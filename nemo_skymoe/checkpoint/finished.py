@@ -12,6 +12,7 @@ from nemo_skymoe.checkpoint.mapping import listed
 from nemo_skymoe.checkpoint.regions import FileStorage
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable.checksums import FileChecksum, check_file, checksum_like
+from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.pool import in_threads
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt, same_receipt
 
@@ -54,8 +55,8 @@ def own_receipt(output: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """The receipt in `output`, which this job wrote, from whichever sources. Errors as `finished`."""
     try:
         receipt = read_receipt(output)
-    except ConfigurationError as reason:
-        raise ConfigurationError(f"{reason}; {_WITH_REPAIR} puts it back") from None
+    except CheckpointError as reason:
+        raise CheckpointError(f"{reason}; {_WITH_REPAIR} puts it back") from None
     expected = json.loads(json.dumps(identity))
     if receipt is None:
         hint = f" (where that alone is lost, {_WITH_REPAIR} puts it back)" if output.is_dir() else ""
@@ -116,11 +117,11 @@ def damaged_files(
     return damages
 
 
-def refuse_damaged(output: Path, damages: Mapping[str, Damage]) -> ConfigurationError:
+def refuse_damaged(output: Path, damages: Mapping[str, Damage]) -> CheckpointError:
     """The error that names these files and says how to have them written again."""
     problems = [f"'{output / name}' {damage.reason}" for name, damage in damages.items()]
     what = "that file" if len(problems) == 1 else "those files"
-    return ConfigurationError(
+    return CheckpointError(
         f"{listed(problems)}: {_WITH_REPAIR} writes {what} again and leaves all others as they are"
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from nemo_skymoe.checkpoint.finished import Damage, damaged_files, refused
 from nemo_skymoe.checkpoint.mapping import listed
 from nemo_skymoe.checkpoint.target import Target
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.files import move, sync, write_small
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt
 
@@ -22,7 +22,7 @@ def is_lost(output: Path, target: Target) -> bool:
     try:
         if read_receipt(output) is not None:
             return False
-    except ConfigurationError:
+    except CheckpointError:
         return True
     if not any((output / file.name).is_file() for file in target.files()):
         raise refused(output, f"it has no {RECEIPT}, and no file of weights that this command writes")
@@ -38,7 +38,7 @@ def adopt(output: Path, again: Path, advance: Callable[[int, str], None]) -> dic
         What was missing or damaged, the receipt among it.
 
     Raises:
-        ConfigurationError: A file of the output is not what the job writes.
+        CheckpointError: A file of the output is not what the job writes.
     """
     receipt = read_receipt(again)
     assert receipt is not None
@@ -47,7 +47,7 @@ def adopt(output: Path, again: Path, advance: Callable[[int, str], None]) -> dic
         f"'{output / name}' {damage.reason}" for name, damage in damages.items() if (output / name).exists()
     ]
     if strange:
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{output}' has no {RECEIPT} that can be read, and differs from what this command writes:"
             f" {listed(strange)}; move what differs away, then run the same command again"
         )

@@ -14,8 +14,8 @@ from nemo_skymoe.checkpoint.known_checksums import Known, known_checksums
 from nemo_skymoe.checkpoint.mapping import listed
 from nemo_skymoe.checkpoint.regions import Extent, FileStorage
 from nemo_skymoe.checkpoint.scanning import SourceFile, joined, scan, sections
-from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable.checksums import FileChecksum
+from nemo_skymoe.durable.errors import CheckpointError, JobError
 from nemo_skymoe.durable.journal import Journal
 from nemo_skymoe.durable.pool import available_processors
 
@@ -52,7 +52,7 @@ def check_sources(
         For the receipt: folder and checksums of every source.
 
     Raises:
-        ConfigurationError: A file is not what its source's checksums say, changed since the job began, or has NaN or
+        CheckpointError: A file is not what its source's checksums say, changed since the job began, or has NaN or
             Inf that are not allowed.
     """
     places = {file: storage for storage in sources for file in storage.files}
@@ -80,7 +80,7 @@ def check_same_sources(sources: Sequence[FileStorage], journal: Journal) -> None
     """Refuse to go on from what was begun from other files: the finished part would be theirs, the rest these'."""
     others = journal.sources.keys() - {_place(file) for storage in sources for file in storage.files}
     if others:
-        raise ConfigurationError(
+        raise JobError(
             f"'{journal.folder}' was begun from other sources, '{min(others)}' among them: run that command again to"
             " finish it, or delete the folder to start over"
         )
@@ -90,7 +90,7 @@ def check_unchanged(sources: Sequence[FileStorage], journal: Journal) -> None:
     """Refuse to finish if a source's file is not the one that was read."""
     for file in {file for storage in sources for file in storage.files}:
         if journal.sources[_place(file)][0] != file_signature(file):
-            raise ConfigurationError(
+            raise CheckpointError(
                 f"'{file}' changed while it was converted: delete '{journal.folder}' to start over"
             )
 
@@ -121,13 +121,15 @@ def _record(read: _Unread, found: SourceFile, journal: Journal) -> None:
     """Write into the journal what was read, unless it is not what it should be."""
     file = read.file
     if read.known and found.checksum != read.known[0]:
-        raise ConfigurationError(f"'{file}' is damaged: {_difference(found.checksum, *read.known)}")
+        raise CheckpointError(
+            f"'{file}' is damaged: {_difference(found.checksum, *read.known)}; download or copy it anew"
+        )
     if _place(file) in journal.sources and journal.sources[_place(file)][1] != found.to_json():
-        raise ConfigurationError(
+        raise CheckpointError(
             f"'{file}' has changed since '{journal.folder}' was begun: delete that folder to start over"
         )
     if file_signature(file) != read.signature:
-        raise ConfigurationError(f"'{file}' changed while it was read")
+        raise CheckpointError(f"'{file}' changed while it was read: run the same command again")
     journal.add_source(_place(file), read.signature, found.to_json())
 
 
@@ -138,7 +140,9 @@ def _check_finite(found: Mapping[Path, SourceFile], allow_nonfinite: bool) -> No
         for name, count in source.nonfinite.items()
     ]
     if problems and not allow_nonfinite:
-        raise ConfigurationError(f"NaN or Inf in the weights, expected finite numbers: {listed(problems)}")
+        raise CheckpointError(
+            f"NaN or Inf in the weights, expected finite numbers: {listed(problems)}; --allow-nonfinite keeps them"
+        )
 
 
 def _difference(found: FileChecksum, known: FileChecksum, place: Path) -> str:

@@ -25,6 +25,7 @@ from nemo_skymoe.data import byte_level
 from nemo_skymoe.data.indexed import write_documents
 from nemo_skymoe.data.standard_library import read_sources
 from nemo_skymoe.data.tokenizer import HuggingFaceTokenizer
+from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.files import write_small
 
 MANIFEST = "corpus.json"
@@ -122,12 +123,10 @@ def build_corpus(
 
 
 def load_corpus(directory: Path) -> Corpus:
-    """Return the finished corpus in `directory`; a ConfigurationError says how to make a missing one."""
+    """Return the finished corpus in `directory`; a CheckpointError says how to make a missing one."""
     corpus = _read_manifest(Path(directory))
     if corpus is None:
-        raise ConfigurationError(
-            f"no finished corpus in {directory}, make it with: skymoe corpus {directory}"
-        )
+        raise CheckpointError(f"no finished corpus in {directory}, make it with: skymoe corpus {directory}")
     return corpus
 
 

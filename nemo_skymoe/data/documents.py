@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data.inputs import Input, open_bytes, parse_record, read_errors
+from nemo_skymoe.durable.errors import CheckpointError
 
 EMPTY, UNDECODABLE = "empty", "undecodable"
 
@@ -39,7 +39,7 @@ def read(found: Input, piece: Piece, text_key: str) -> Iterator[Document]:
     """Every document of a piece.
 
     Raises:
-        ConfigurationError: The file cannot be read to its end.
+        CheckpointError: The file cannot be read to its end.
     """
     try:
         if found.format == "parquet":
@@ -51,7 +51,9 @@ def read(found: Input, piece: Piece, text_key: str) -> Iterator[Document]:
         for number, content in enumerate(records, start=1):
             yield _document(number, content)
     except read_errors() as reason:
-        raise ConfigurationError(f"'{found.path}' cannot be read to its end: {reason}") from None
+        raise CheckpointError(
+            f"'{found.path}' cannot be read to its end: {reason}; copy it anew, then run the same command again"
+        ) from None
 
 
 def _document(number: int, content: Any) -> Document:
@@ -129,7 +131,7 @@ def first_document(inputs: Sequence[Input], text_key: str) -> Document | None:
     """The first document of `inputs`; where there is none, the first that was rejected, or None.
 
     Raises:
-        ConfigurationError: A file cannot be read, as far as it was.
+        CheckpointError: A file cannot be read, as far as it was.
     """
     rejected: Document | None = None
     for number, found in enumerate(inputs):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.folders import LeaveOut, again, file_identity, files_below
 
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text"}
@@ -64,8 +65,9 @@ def find_inputs(
             unknown suffix in a folder, or reached a second time by a link.
 
     Raises:
-        ConfigurationError: A path without files, a file twice, an unreadable one, an unknown format, a key or column
-            that is not there, or a domain whose files are all empty.
+        ConfigurationError: A path without files, a file twice, an unknown format, a key or column that is not there, or a
+            domain whose files are all empty.
+        CheckpointError: A file that cannot be read.
     """
     by_domain = _formats(formats)
     named = [_domain(text) for text in texts]
@@ -180,7 +182,7 @@ def _of_pattern(pattern: str, format: str | None, leave_out: LeaveOut) -> list[P
     for path in _matches(pattern, leave_out):
         for file in _of_folder(path, format, leave_out) if path.is_dir() else [path]:
             if not file.is_file():
-                raise ConfigurationError(f"'{file}' is no file that can be read")
+                raise CheckpointError(f"'{file}' is no file that can be read")
             first = found.setdefault(file_identity(file), file)
             if first != file:
                 leave_out(file, again(first))
@@ -231,7 +233,9 @@ def _holds_something(found: Input, text_key: str, leave_out: LeaveOut) -> bool:
             with open_bytes(found.path) as file:
                 first = file.readline() if found.format == "jsonl" else file.read(1)
     except read_errors() as reason:
-        raise ConfigurationError(f"'{found.path}' cannot be read: {reason}") from None
+        raise CheckpointError(
+            f"'{found.path}' cannot be read: {reason}; copy it anew, or leave it out"
+        ) from None
     if not first:
         leave_out(found.path, NOTHING)
     elif found.format == "jsonl":
@@ -260,7 +264,9 @@ def _check_column(path: Path, text_key: str) -> int:
         schema = parquet.read_schema(path)
         rows = parquet.read_metadata(path).num_rows
     except pyarrow.ArrowInvalid as reason:
-        raise ConfigurationError(f"'{path}' is no parquet file: {reason}") from None
+        raise CheckpointError(
+            f"'{path}' is no parquet file: {reason}; copy it anew, or leave it out"
+        ) from None
     if text_key not in schema.names:
         raise ConfigurationError(
             f"'{path}' has no column '{text_key}', expected --text-key with one of: {', '.join(schema.names)}"

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemo_skymoe import __version__
-from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data.documents import EMPTY, UNDECODABLE
 from nemo_skymoe.data.shard import Record
 from nemo_skymoe.data.work import Work
+from nemo_skymoe.durable.errors import CheckpointError
 
 MANIFEST = "dataset.json"
 
@@ -32,13 +32,13 @@ def read_manifest(folder: Path) -> dict[str, Domain]:
     """The domains of a prepared folder.
 
     Raises:
-        ConfigurationError: It is none.
+        CheckpointError: It is none.
     """
     try:
         values = json.loads((folder / MANIFEST).read_bytes())
         return {name: Domain(**domain) for name, domain in values["domains"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigurationError(f"'{folder}' has no {MANIFEST}: make it with skymoe preprocess") from None
+        raise CheckpointError(f"'{folder}' has no {MANIFEST}: make it with skymoe preprocess") from None
 
 
 def manifest_bytes(work: Work, domains: Mapping[str, Domain]) -> bytes:

@@ -62,8 +62,9 @@ def preprocess(
         shard_bytes: Of text that is tokenised in one go; what an interruption costs.
 
     Raises:
-        ConfigurationError: Bad inputs, an output that exists or is another job's, a disk that is full, a domain
-            without documents.
+        ConfigurationError: Bad options, an output that exists, or a domain without documents.
+        CheckpointError: A file of the inputs or the tokenizer cannot be read.
+        JobError: The folder is another job's or process's, the disk is full, or a worker died. What is finished stays.
     """
     output = absolute(output)
     _check(output, workers)

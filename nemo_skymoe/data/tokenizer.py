@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from nemo_skymoe.checkpoint.tokenizer import SENTENCEPIECE, TOKENIZER_JSON
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.errors import CheckpointError
 
 CONFIG = "tokenizer_config.json"
 _ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>")
@@ -82,7 +83,8 @@ def load(path: Path, end_of_document: str | None = None) -> TextTokenizer:
         end_of_document: The token that ends documents; None takes the tokenizer's own end of sequence.
 
     Raises:
-        ConfigurationError: No such file, a damaged one, or one without that token.
+        ConfigurationError: No such file, or one without that token.
+        CheckpointError: A damaged file.
     """
     file = tokenizer_file(path)
     try:
@@ -90,7 +92,7 @@ def load(path: Path, end_of_document: str | None = None) -> TextTokenizer:
     except ConfigurationError:
         raise
     except Exception as reason:  # both libraries raise what they like
-        raise ConfigurationError(f"the tokenizer '{file}' cannot be loaded: {reason}") from None
+        raise CheckpointError(f"the tokenizer '{file}' cannot be loaded: {reason}; copy it anew") from None
 
 
 def _hugging_face(file: Path, end_of_document: str | None) -> TextTokenizer:

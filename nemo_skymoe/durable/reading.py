@@ -42,7 +42,9 @@ def read_into(path: Path, start: int, target: memoryview) -> None:
         while len(target):
             count = os.preadv(descriptor, [target], start)
             if count == 0:
-                raise CheckpointError(f"'{path}' is truncated: it ends at byte {start}")
+                raise CheckpointError(
+                    f"'{path}' is truncated: it ends at byte {start}; download or copy it anew"
+                )
             start, target = start + count, target[count:]
     except OSError as reason:
         raise CheckpointError(f"'{path}' cannot be read: {reason}") from reason

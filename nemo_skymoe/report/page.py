@@ -1,6 +1,5 @@
 """Write one self-contained HTML page with the tables and figures of one or more runs."""
 
-import os
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from string import Template
 
 import nemo_skymoe
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.durable.files import write_small
 from nemo_skymoe.report.curves import Curve, LossCurve
 from nemo_skymoe.report.figures import FIGURE_TITLES, Picture, draw_figures
 
@@ -85,10 +85,10 @@ def write_report(
             f"output: {output} is or lies below a file; expected a directory."
         ) from error
     for picture in pictures:
-        _write(folder / f"{picture.name}.png", picture.png)
+        write_small(folder / f"{picture.name}.png", picture.png)
     for name in FIGURE_TITLES.keys() - {picture.name for picture in pictures}:
         (folder / f"{name}.png").unlink(missing_ok=True)
-    _write(output / "report.html", page.encode())
+    write_small(output / "report.html", page.encode())
     return output / "report.html"
 
 
@@ -155,13 +155,3 @@ def _left_out(pictures: Sequence[Picture]) -> str:
     return (
         f'<p class="note">Left out, because the logs hold no values to draw: {escape("; ".join(absent))}.</p>'
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write through a temporary file in the same folder, so that a reader never sees half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

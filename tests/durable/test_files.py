@@ -59,6 +59,7 @@ def test_what_cannot_be_written_leaves_the_old_file(
     with pytest.raises(OSError, match="full"):
         write(tmp_path / "file", AFTER)
     assert (tmp_path / "file").read_bytes() == BEFORE
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

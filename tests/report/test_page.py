@@ -1,4 +1,5 @@
 import base64
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -128,10 +129,10 @@ def test_an_interrupted_write_leaves_the_old_page(tmp_path, monkeypatch):
     write(tmp_path, lead="old")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-    def full(self, target):
+    def full(source, target):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path, lead="new")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
