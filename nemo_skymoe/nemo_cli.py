@@ -5,6 +5,7 @@ It registers recipe factories and `nemo skymoe`.
 
 import functools
 import importlib
+import re
 import sys
 from difflib import get_close_matches
 from typing import Any
@@ -26,6 +27,7 @@ from nemo_skymoe.nemo import failure  # noqa: E402
 from nemo_skymoe.nemo.options import check_overrides, refuse_secrets  # noqa: E402
 from nemo_skymoe.nemo.recipe_check import check_made, plan_of  # noqa: E402
 from nemo_skymoe.recipes import executors, skywork_13b, skywork_moe_146b  # noqa: E402
+from nemo_skymoe.recipes._arguments import check_renamed  # noqa: E402
 
 for module in {recipe.module for recipe in RECIPES}:
     importlib.import_module(f"nemo_skymoe.recipes.{module}")
@@ -64,6 +66,7 @@ def _known(upstream: Any) -> Any:
                 if "No matching factory" in str(reason) and get_close_matches(name, known, cutoff=0.8):
                     raise unknown("--factory", name, known) from None
                 raise
+        check_renamed(re.findall(r"[(,]\s*(\w+)\s*=", str(self.factory)))
         check_overrides(upstream(self, fn, [], **defaults), args)
         made = upstream(self, fn, args, **defaults)
         check_made(made, plan_of(made))

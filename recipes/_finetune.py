@@ -1,6 +1,5 @@
-"""What the finetuning recipes share: data, optimizer, and the adapters of LoRA or none."""
+"""A finetuning recipe: data, optimizer, and the adapters of LoRA or none."""
 
-from dataclasses import dataclass
 from typing import Any, Optional
 
 import nemo_run as run
@@ -8,77 +7,85 @@ from nemo.collections.llm import FineTuningDataModule, SquadDataModule
 from nemo.collections.llm.peft import LoRA
 
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.experiments import choices
+from nemo_skymoe.experiments.runs import Finetuning
 from nemo_skymoe.nemo.api import finetune
 from nemo_skymoe.nemo.pipeline import PipelinePlan
-from nemo_skymoe.recipes import _common, _ours
+from nemo_skymoe.recipes import _parts
+from nemo_skymoe.recipes._arguments import GivenFinetuning
 from nemo_skymoe.recipes._scale import at_scale
+from nemo_skymoe.recipes._trainer import trainer_of
 
 ATTENTION, MLP = ["linear_qkv", "linear_proj"], ["linear_fc1", "linear_fc2"]
 
 
-@dataclass
-class Choices:
-    """The arguments of a finetuning recipe that mean the same in all of them."""
-
-    dir: Optional[str]
-    name: str
-    dataset: Optional[str]
-    resume_path: Optional[str]
-    scale: Optional[str]
-    peft_scheme: Optional[str]
-    max_steps: int
-    seq_length: int
-    global_batch_size: int
-    micro_batch_size: int
-    max_lr: Optional[float]
-    on_corpus: bool = False
-    """`dataset` is a folder that `skymoe corpus` wrote, which brings its own tokenizer."""
-
-
-def recipe(model: Any, trainer: Any, choices: Choices, pipeline_layout: Optional[str] = None) -> run.Partial:
+def finetuning(
+    training: Finetuning,
+    given: GivenFinetuning,
+    model: Any,
+    *,
+    dataset: Optional[str] = None,
+    corpus: Optional[str] = None,
+) -> run.Partial:
     """The recipe; `peft_scheme` "lora" puts adapters on attention and MLPs, "none" trains everything.
+
+    Args:
+        training: Its sizes, and the name of the run unless another is given.
+        given: What a user gives to any recipe.
+        model: NeMo-Run's configuration of the model.
+        dataset: A folder with NeMo's `training.jsonl` and `validation.jsonl`; None is SQuAD.
+        corpus: A folder that `skymoe corpus` wrote, which brings its own tokenizer, in place of `dataset`.
 
     Raises:
         ConfigurationError: Another `peft_scheme`.
     """
-    scheme = (choices.peft_scheme or "none").lower()
+    scheme = scheme_of(given)
     if scheme not in ("lora", "none"):
-        raise ConfigurationError(f"peft_scheme is {choices.peft_scheme!r}, expected lora or none")
-    max_lr = choices.max_lr or (_ours.FINETUNE_LR if scheme == "none" else _ours.LORA_LR)
+        raise ConfigurationError(f"peft_scheme is {given.peft_scheme!r}, expected lora or none")
     made = run.Partial(
         finetune,
         model=model,
-        data=_data(choices),
-        trainer=trainer,
-        log=_common.logger(choices.dir, choices.name, save_every_n_steps=choices.max_steps),
-        optim=_common.adam(max_lr, 0.0, min(50, choices.max_steps // 10), choices.max_steps),
-        resume=_common.resume_from(choices.resume_path),
-        tokenizer="data" if choices.on_corpus or choices.scale else "model",
+        data=_data(training, dataset, corpus),
+        trainer=trainer_of(training),
+        log=_parts.logger(given.dir, given.name or training.name, save_every_n_steps=training.max_steps),
+        optim=_parts.adam(
+            max_lr=given.max_lr or (choices.FINETUNE_LR if scheme == "none" else choices.LORA_LR),
+            min_lr=0.0,
+            warmup_steps=training.warmup_steps,
+            max_steps=training.max_steps,
+        ),
+        resume=_parts.resume_from(given.resume_path),
+        tokenizer="data" if corpus or given.scale else "model",
     )
-    if pipeline_layout is not None:
-        made.pipeline = run.Config(PipelinePlan, layout=pipeline_layout)
+    if training.pipeline_layout is not None:
+        made.pipeline = run.Config(PipelinePlan, layout=training.pipeline_layout)
     if scheme == "lora":
         _add_adapters(made)
-    return at_scale(made, choices.scale, choices.dataset)
+    return at_scale(made, given.scale, corpus or dataset)
 
 
-def _data(choices: Choices) -> Any:
-    if choices.on_corpus:
-        return _common.data(
-            choices.dataset, choices.seq_length, choices.global_batch_size, choices.micro_batch_size
-        )
+def scheme_of(given: GivenFinetuning) -> str:
+    """`peft_scheme` in small letters; None is "none"."""
+    return (given.peft_scheme or "none").lower()
+
+
+def _data(training: Finetuning, dataset: Optional[str], corpus: Optional[str]) -> Any:
     sizes: dict[str, Any] = {
-        "seq_length": choices.seq_length,
-        "global_batch_size": choices.global_batch_size,
-        "micro_batch_size": choices.micro_batch_size,
+        "seq_length": training.seq_length,
+        "global_batch_size": training.global_batch_size,
+        "micro_batch_size": training.micro_batch_size,
     }
-    if choices.dataset is None:
+    if corpus is not None:
+        return _parts.data(corpus, **sizes)
+    if dataset is None:
         return run.Config(SquadDataModule, **sizes)
-    return run.Config(FineTuningDataModule, dataset_root=choices.dataset, **sizes)
+    return run.Config(FineTuningDataModule, dataset_root=dataset, **sizes)
 
 
 def _add_adapters(made: Any) -> None:
-    made.peft = run.Config(LoRA, target_modules=ATTENTION + MLP, dim=_ours.LORA_DIM, alpha=_ours.LORA_ALPHA)
+    made.peft = run.Config(
+        LoRA, target_modules=ATTENTION + MLP, dim=choices.LORA_DIM, alpha=choices.LORA_ALPHA
+    )
     # NeMo: not together with LoRA.
     made.model.config.cross_entropy_loss_fusion = False
     if made.model.config.__fn_or_cls__.num_moe_experts is not None:

@@ -1,6 +1,5 @@
 """`scale=`: any recipe at a size that trains on CPU ranks, "toy" to see that it works, "miniature" to learn something."""
 
-from dataclasses import dataclass
 from typing import Any, Optional
 
 import nemo_run as run
@@ -8,41 +7,11 @@ import torch
 from nemo import lightning as nl
 
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.recipes import _common
+from nemo_skymoe.experiments.runs import steps as steps_of
+from nemo_skymoe.experiments.scales import SCALES, Scale
+from nemo_skymoe.recipes import _parts
 
 CORPUS = "runs/corpus"
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Sizes of model and data; `token_share` of the recipe's tokens, or else so many `steps`."""
-
-    layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    heads: int
-    seq_length: int
-    batch: int
-    ranks: int
-    steps: int = 0
-    token_share: float = 0.0
-    least_warmup: int = 1
-    log_interval: int = 1
-    validations: int = 1
-    validation_batches: int = 1
-    float32: bool = False
-    """bf16 otherwise, as the recipe says; a CPU has float32 faster, and small differences survive in it."""
-
-
-SCALES = {
-    "toy": Scale(2, 64, 96, 4, seq_length=64, batch=4, ranks=2, steps=4),
-    # 1B tokens become 10,000. A warm-up does not shrink below what Adam's second moment remembers (beta 0.95), but in
-    # a run that is too short for both.
-    "miniature": Scale(
-        4, 64, 176, 4, seq_length=128, batch=16, ranks=1, token_share=1e-5, least_warmup=20,
-        log_interval=10, validations=5, validation_batches=32, float32=True,
-    ),
-}  # fmt: skip
 
 
 def at_scale(recipe: Any, scale: Optional[str], corpus: Optional[str] = None) -> Any:
@@ -67,7 +36,12 @@ def at_scale(recipe: Any, scale: Optional[str], corpus: Optional[str] = None) ->
     config.ffn_hidden_size, config.num_attention_heads = sizes.ffn_hidden_size, sizes.heads
     config.seq_length = sizes.seq_length
     _shrink_steps(recipe, sizes)
-    recipe.data = _common.data(corpus or CORPUS, sizes.seq_length, sizes.batch, sizes.batch // sizes.ranks)
+    recipe.data = _parts.data(
+        corpus or CORPUS,
+        seq_length=sizes.seq_length,
+        global_batch_size=sizes.batch,
+        micro_batch_size=sizes.batch // sizes.ranks,
+    )
     _shrink_devices(recipe, sizes.ranks)
     if sizes.float32:
         recipe.trainer.plugins = run.Config(nl.MegatronMixedPrecision, precision="32", autocast_enabled=False)
@@ -80,7 +54,7 @@ def _shrink_steps(recipe: Any, sizes: Scale) -> None:
     steps = sizes.steps
     if sizes.token_share:
         tokens = before * recipe.data.seq_length * recipe.data.global_batch_size
-        steps = _common.steps(tokens * sizes.token_share, sizes.seq_length, sizes.batch)
+        steps = steps_of(tokens * sizes.token_share, sizes.seq_length, sizes.batch)
 
     def shrunk(count: int, least: int) -> int:
         return min(count, max(least, round(count * steps / before)))

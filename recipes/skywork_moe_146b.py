@@ -3,68 +3,47 @@
 Nothing here was run at this size.
 """
 
+from dataclasses import replace
 from typing import Optional
 
 import lightning.pytorch as pl
 import nemo_run as run
 from nemo.collections.llm import finetune, pretrain
 
-from nemo_skymoe.nemo.api import pretrain as skywork_pretrain
-from nemo_skymoe.nemo.model import SkyworkMoE146BConfig, SkyworkMoEModel
-from nemo_skymoe.nemo.pipeline import PipelinePlan
-from nemo_skymoe.recipes import _common, _finetune, _ours, _report
-from nemo_skymoe.recipes._data import with_data
-from nemo_skymoe.recipes._scale import at_scale
+from nemo_skymoe.experiments.moe_146b import FINETUNING, LORA, PRETRAINING
+from nemo_skymoe.experiments.runs import Finetuning, Pretraining
+from nemo_skymoe.nemo.model import SkyworkMoE146BConfig
+from nemo_skymoe.recipes import _parts
+from nemo_skymoe.recipes._arguments import BATCH, EXPERTS, RATES, Given, GivenFinetuning, with_arguments
+from nemo_skymoe.recipes._finetune import finetuning, scheme_of
+from nemo_skymoe.recipes._pretrain import pretraining
 
-NAME = "skywork_moe_146b"
+NAME = PRETRAINING.name
 CHECKPOINT = "nemo://Skywork/Skywork-MoE-Base"
-LAYOUT, RECOMPUTE = "Et*5|(t*5|)*3(t*4|)*7t*4L", [[0]] * 12
-"""What the planner (`nemo_skymoe.pipeline.plan`) makes of this model on A800-80G; a test asks it again."""
-LORA_LAYOUT = "Et*6|(t*7|)*4(t*6|)*2t*6L"
-"""52 layers on one node, fewer beside the embedding and the head."""
+RECOMPUTE = [list(stage) for stage in PRETRAINING.pipeline_recompute or ()]
 
 
 @run.cli.factory(name=f"{NAME}_model")
 def model(
-    seq_length: int = _report.MOE_SEQUENCE,
-    rotary_base: int = _ours.MOE_146B_ROTARY_BASE,
-    expert_capacity_factor: Optional[float] = _ours.CAPACITY_FACTOR,
+    seq_length: int = PRETRAINING.seq_length,
+    rotary_base: int = PRETRAINING.rotary_base,
+    expert_capacity_factor: Optional[float] = PRETRAINING.expert_capacity_factor,
 ) -> run.Config[pl.LightningModule]:
     """146B parameters, 22B of them active for a token."""
-    config = run.Config(
-        SkyworkMoE146BConfig,
-        seq_length=seq_length,
-        rotary_base=rotary_base,
-        moe_expert_capacity_factor=expert_capacity_factor,
+    return _parts.moe_model(
+        SkyworkMoE146BConfig, expert_capacity_factor, seq_length=seq_length, rotary_base=rotary_base
     )
-    return run.Config(SkyworkMoEModel, config=config)
 
 
 @run.cli.factory(target=pretrain, name=NAME)
+@with_arguments(
+    PRETRAINING, *EXPERTS, "pipeline_parallelism", "pipeline_layout", "num_nodes", "num_gpus_per_node", "tokens",
+    *BATCH, *RATES, "rotary_base",
+)  # fmt: skip
 def pretrain_recipe(
-    dir: Optional[str] = "runs",
-    name: str = NAME,
-    corpus: Optional[str] = None,
-    resume_path: Optional[str] = None,
-    scale: Optional[str] = None,
-    mixture: Optional[str] = None,
-    phases: Optional[str] = None,
-    edp: int = _report.MOE_146B_EDP,
-    pipeline_parallelism: int = _report.MOE_146B_PIPELINE,
-    pipeline_layout: Optional[str] = LAYOUT,
+    training: Pretraining,
+    given: Given,
     pipeline_recompute: Optional[list[list[int]]] = RECOMPUTE,
-    num_nodes: int = _report.MOE_146B_NODES,
-    num_gpus_per_node: int = 8,
-    tokens: float = _ours.MOE_146B_TOKENS,
-    seq_length: int = _report.MOE_SEQUENCE,
-    global_batch_size: int = _ours.MOE_146B_BATCH,
-    micro_batch_size: int = 1,
-    max_lr: float = _ours.MOE_146B_MAX_LR,
-    min_lr: float = _ours.MOE_146B_MIN_LR,
-    warmup_steps: int = _ours.UPCYCLED_WARMUP_STEPS,
-    rotary_base: int = _ours.MOE_146B_ROTARY_BASE,
-    expert_capacity_factor: Optional[float] = _ours.CAPACITY_FACTOR,
-    similarity_interval: int = _ours.SIMILARITY_INTERVAL,
     transformer_engine: Optional[bool] = None,
     grouped_gemm: Optional[bool] = None,
     permute_fusion: Optional[bool] = None,
@@ -79,70 +58,48 @@ def pretrain_recipe(
     Layout and recomputed layers are the planner's (`skymoe plan`). A fusion that is None is on where the machine
     has Transformer Engine or Apex.
     """
-    max_steps = _common.steps(tokens, seq_length, global_batch_size)
-    recipe = run.Partial(
-        skywork_pretrain,
-        model=model(seq_length, rotary_base, expert_capacity_factor),
-        data=_common.data(corpus, seq_length, global_batch_size, micro_batch_size),
-        trainer=_common.trainer(
-            max_steps,
-            num_nodes,
-            num_gpus_per_node,
-            edp,
-            pipeline_parallelism,
-            callbacks=_common.moe_callbacks(similarity_interval),
-            communication_overlap=communication_overlap,
-            tensor_parallel_overlap=tensor_parallel_overlap,
-            grad_reduce_in_fp32=grad_reduce_in_fp32,
-        ),
-        log=_common.logger(dir, name, save_every_n_steps=1000),
-        optim=_common.adam(max_lr, min_lr, warmup_steps, max_steps),
-        resume=_common.resume_from(resume_path),
-    )
-    if pipeline_layout is not None:
-        recipe.pipeline = run.Config(PipelinePlan, layout=pipeline_layout, recompute=pipeline_recompute)
-    _common.set_fusions(
-        recipe.model.config,
+    made = _parts.with_fusions(
+        model(training.seq_length, training.rotary_base, training.expert_capacity_factor),
         transformer_engine,
         moe_grouped_gemm=grouped_gemm,
         moe_permute_fusion=permute_fusion,
         apply_rope_fusion=rope_fusion,
         gradient_accumulation_fusion=gradient_accumulation_fusion,
     )
-    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, phases)
+    counts = None if pipeline_recompute is None else tuple(map(tuple, pipeline_recompute))
+    return pretraining(
+        replace(training, pipeline_recompute=counts),
+        given,
+        made,
+        communication_overlap=communication_overlap,
+        tensor_parallel_overlap=tensor_parallel_overlap,
+        grad_reduce_in_fp32=grad_reduce_in_fp32,
+    )
 
 
 @run.cli.factory(target=finetune, name=NAME)
+@with_arguments(LORA, "num_gpus_per_node", "max_steps", *BATCH, of=GivenFinetuning)
 def finetune_recipe(
-    dir: Optional[str] = "runs",
-    name: str = f"{NAME}_finetune",
+    training: Finetuning,
+    given: GivenFinetuning,
     dataset: Optional[str] = None,
-    resume_path: Optional[str] = None,
-    scale: Optional[str] = None,
-    peft_scheme: Optional[str] = "lora",
     edp: Optional[int] = None,
     pipeline_parallelism: Optional[int] = None,
     pipeline_layout: Optional[str] = None,
     num_nodes: Optional[int] = None,
-    num_gpus_per_node: int = 8,
-    max_steps: int = 1000,
-    seq_length: int = _ours.FINETUNE_SEQUENCE,
-    global_batch_size: int = _ours.FINETUNE_BATCH,
-    micro_batch_size: int = 1,
-    max_lr: Optional[float] = None,
 ) -> run.Partial:
     """Finetune by LoRA on one node (PP 8), or with `peft_scheme=none` every parameter on 12 (PP 12 x EDP 4 x DP 2).
 
     `dataset` is a folder with NeMo's `training.jsonl` and `validation.jsonl`, None SQuAD; `resume_path` defaults to
     what `nemo llm import` makes of Skywork/Skywork-MoE-Base (at the toy scale, to new weights).
     """
-    everything = (peft_scheme or "none").lower() == "none"
-    nodes, stages, ranks, layout = (12, 12, 4, LAYOUT) if everything else (1, 8, 1, LORA_LAYOUT)
-    parallel = _common.trainer(
-        max_steps, num_nodes or nodes, num_gpus_per_node, edp or ranks, pipeline_parallelism or stages
+    usual = FINETUNING if scheme_of(given) == "none" else LORA
+    training = replace(
+        training,
+        edp=edp or usual.edp,
+        pipeline_parallelism=pipeline_parallelism or usual.pipeline_parallelism,
+        pipeline_layout=pipeline_layout or usual.pipeline_layout,
+        num_nodes=num_nodes or usual.num_nodes,
     )
-    choices = _finetune.Choices(
-        dir, name, dataset, resume_path or (None if scale else CHECKPOINT), scale, peft_scheme, max_steps,
-        seq_length, global_batch_size, micro_batch_size, max_lr,
-    )  # fmt: skip
-    return _finetune.recipe(model(seq_length), parallel, choices, pipeline_layout or layout)
+    given = replace(given, resume_path=given.resume_path or (None if given.scale else CHECKPOINT))
+    return finetuning(training, given, model(training.seq_length), dataset=dataset)

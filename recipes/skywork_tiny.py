@@ -1,89 +1,41 @@
 """`skywork_tiny`: Skywork-13B's architecture at about 2M parameters, pretrained on the demonstration corpus."""
 
-from typing import Optional
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import nemo_run as run
 from nemo.collections.llm import finetune, pretrain
 
-from nemo_skymoe.nemo.api import pretrain as skywork_pretrain
-from nemo_skymoe.nemo.corpus import corpus_data
-from nemo_skymoe.nemo.model import SkyworkModel, SkyworkTinyConfig
-from nemo_skymoe.recipes import _finetune
-from nemo_skymoe.recipes._common import adam, logger, resume_from, small_trainer
-from nemo_skymoe.recipes._data import with_data
-from nemo_skymoe.recipes._scale import at_scale
+from nemo_skymoe.experiments.demonstration import DENSE, finetuning_of
+from nemo_skymoe.experiments.runs import Demonstration, Finetuning
+from nemo_skymoe.nemo.model import SkyworkTinyConfig
+from nemo_skymoe.recipes import _parts
+from nemo_skymoe.recipes._arguments import BATCH, DEMONSTRATION, Given, GivenFinetuning, with_arguments
+from nemo_skymoe.recipes._finetune import finetuning
+from nemo_skymoe.recipes._pretrain import pretraining
+from nemo_skymoe.recipes._scale import CORPUS
 
-NAME = "skywork_tiny"
+NAME = DENSE.name
 
 
 @run.cli.factory(name=f"{NAME}_model")
-def model(seq_length: int = 256) -> run.Config[pl.LightningModule]:
+def model(seq_length: int = DENSE.seq_length) -> run.Config[pl.LightningModule]:
     """The dense model."""
-    return run.Config(SkyworkModel, config=run.Config(SkyworkTinyConfig, seq_length=seq_length))
+    return _parts.dense_model(SkyworkTinyConfig, seq_length=seq_length)
 
 
 @run.cli.factory(target=pretrain, name=NAME)
-def pretrain_recipe(
-    dir: Optional[str] = "runs",
-    name: str = NAME,
-    corpus: str = "runs/corpus",
-    resume_path: Optional[str] = None,
-    scale: Optional[str] = None,
-    mixture: Optional[str] = None,
-    phases: Optional[str] = None,
-    devices: int = 1,
-    max_steps: int = 300,
-    seq_length: int = 256,
-    global_batch_size: int = 8,
-    micro_batch_size: int = 4,
-    max_lr: float = 3e-3,
-    min_lr: float = 3e-4,
-    warmup_steps: int = 20,
-    val_check_interval: int = 100,
-    limit_val_batches: int = 8,
-    data_seed: int = 1,
-) -> run.Partial:
+@with_arguments(DENSE, *DEMONSTRATION, corpus=CORPUS)
+def pretrain_recipe(training: Demonstration, given: Given, devices: int = 1) -> run.Partial:
     """Pretrain on `corpus` (`skymoe corpus DIRECTORY` makes one), on one CPU rank unless `devices` says more."""
-    recipe = run.Partial(
-        skywork_pretrain,
-        model=model(seq_length),
-        data=run.Config(
-            corpus_data,
-            corpus=corpus,
-            seq_length=seq_length,
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            seed=data_seed,
-        ),
-        trainer=small_trainer(
-            max_steps, devices, val_check_interval=val_check_interval, limit_val_batches=limit_val_batches
-        ),
-        log=logger(dir, name, save_every_n_steps=max_steps),
-        optim=adam(max_lr, min_lr, warmup_steps, max_steps),
-        resume=resume_from(resume_path),
-    )
-    return with_data(at_scale(recipe, scale, corpus), corpus, mixture, phases)
+    return pretraining(replace(training, num_gpus_per_node=devices), given, model(training.seq_length))
 
 
 @run.cli.factory(target=finetune, name=NAME)
+@with_arguments(finetuning_of(DENSE), "max_steps", *BATCH, of=GivenFinetuning)
 def finetune_recipe(
-    dir: Optional[str] = "runs",
-    name: str = f"{NAME}_finetune",
-    corpus: str = "runs/corpus",
-    resume_path: Optional[str] = None,
-    scale: Optional[str] = None,
-    peft_scheme: Optional[str] = "lora",
-    devices: int = 1,
-    max_steps: int = 100,
-    seq_length: int = 256,
-    global_batch_size: int = 8,
-    micro_batch_size: int = 4,
-    max_lr: Optional[float] = None,
+    training: Finetuning, given: GivenFinetuning, corpus: str = CORPUS, devices: int = 1
 ) -> run.Partial:
     """Finetune on `corpus` by LoRA, or with `peft_scheme=none` every parameter; `resume_path` names the checkpoint."""
-    choices = _finetune.Choices(
-        dir, name, corpus, resume_path, scale, peft_scheme, max_steps, seq_length, global_batch_size,
-        micro_batch_size, max_lr, on_corpus=True,
-    )  # fmt: skip
-    return _finetune.recipe(model(seq_length), small_trainer(max_steps, devices), choices)
+    training = replace(training, num_gpus_per_node=devices)
+    return finetuning(training, given, model(training.seq_length), corpus=corpus)

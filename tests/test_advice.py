@@ -14,8 +14,8 @@ from nemo_skymoe.advice.reasons import reasons
 from nemo_skymoe.advice.rule import Answer
 from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B, Architecture
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.experiments import figure_1
 from nemo_skymoe.pipeline.planning import plan
-from nemo_skymoe.recipes import _report
 
 B = 10**9
 FIGURE_1 = Architecture(24, 896, 2304, 14, vocab_size=65536, num_moe_experts=8)
@@ -51,11 +51,11 @@ def test_the_reports_examples_and_what_is_beside_the_bounds(
 
 
 def test_figure_1_is_the_recipes() -> None:
-    dense = (_report.DENSE_300M_MAX_LR, _report.DENSE_300M_MIN_LR, _report.DENSE_300M_TOKENS)
-    assert dense == (figure1.DENSE_MAX_LR, figure1.DENSE_MIN_LR, figure1.DENSE_TOKENS)
-    settings = [(start.max_lr, start.shape) for start in _report.MOE_300M_STARTS.values()]
-    assert [(start.max_lr, start.shape) for start in figure1.STARTS] == settings
-    assert set(figure1.SCRATCH.losses) == {name.upper() for name in _report.MOE_300M_BUDGETS}
+    dense = (figure1.DENSE_MAX_LR, figure1.DENSE_MIN_LR, figure_1.DENSE.tokens)
+    assert dense == (3e-3, 3e-4, 300e9)
+    settings = [(start.max_lr, start.shape) for start in figure1.STARTS]
+    assert settings == [(3e-3, "cosine"), (1.8e-3, "cosine"), (3e-4, "constant"), (1.2e-3, "cosine")]
+    assert set(figure1.SCRATCH.losses) == {name.upper() for name in figure_1.BUDGETS}
 
 
 def test_at_figure_1s_rates_the_schedules_are_figure_1s() -> None:

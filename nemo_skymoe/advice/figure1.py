@@ -6,10 +6,10 @@ pixel. The tokens of an MoE are counted from its own start.
 
 from dataclasses import dataclass
 
-from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.experiments import figure_1
 
-DENSE_MAX_LR, DENSE_MIN_LR, DENSE_TOKENS = 3e-3, 3e-4, 300e9
-DENSE = Architecture(24, 896, 2304, 14, vocab_size=65536)
+DENSE_MAX_LR, DENSE_MIN_LR = figure_1.DENSE.max_lr, figure_1.DENSE.min_lr
+DENSE = figure_1.DENSE.architecture
 """The dense model whose learning rates the figure has."""
 
 
@@ -27,12 +27,15 @@ class Start:
     """Similarity of the experts at the end: 1 for copies, 0 from scratch."""
 
 
-SCRATCH = Start("from scratch", 3e-3, "cosine", {"100B": 2.265, "300B": 2.200}, 0.0)
-EARLY = Start("upcycled after 100B tokens", 1.8e-3, "cosine", {"100B": 2.258, "300B": 2.235}, 0.075)
-FINISHED_CONSTANT = Start(
-    "upcycled after 300B tokens", 3e-4, "constant", {"100B": 2.285, "300B": 2.248}, 0.23
-)
-FINISHED = Start("upcycled after 300B tokens, higher rate", 1.2e-3, "cosine", {"300B": 2.228}, 0.15)
+def _start(name: str, start: str, losses: dict[str, float], similarity: float) -> Start:
+    chosen = figure_1.STARTS[start]
+    return Start(name, chosen.max_lr, chosen.lr_shape, losses, similarity)
+
+
+SCRATCH = _start("from scratch", "scratch", {"100B": 2.265, "300B": 2.200}, 0.0)
+EARLY = _start("upcycled after 100B tokens", "100b", {"100B": 2.258, "300B": 2.235}, 0.075)
+FINISHED_CONSTANT = _start("upcycled after 300B tokens", "300b", {"100B": 2.285, "300B": 2.248}, 0.23)
+FINISHED = _start("upcycled after 300B tokens, higher rate", "300b_high_lr", {"300B": 2.228}, 0.15)
 STARTS = (SCRATCH, EARLY, FINISHED_CONSTANT, FINISHED)
 
 

@@ -3,12 +3,14 @@
 from typing import Any
 
 import nemo_run as run
+from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
+from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
 from nemo_skymoe.architecture import Architecture, layer_pattern
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.experiments import choices
 from nemo_skymoe.nemo.recipe_check import built
 from nemo_skymoe.nemo.run_numbers import check_numbers
-from nemo_skymoe.recipes import _common, _ours
 
 _SIZES = (
     "num_layers",
@@ -54,8 +56,7 @@ def planner_options(recipe: Any) -> dict[str, Any]:
         "global_batch_size": data.global_batch_size,
         "micro_batch_size": data.micro_batch_size,
         "overlap_grad_reduce": any(
-            callback.__fn_or_cls__ is _common.MegatronCommOverlapCallback
-            for callback in recipe.trainer.callbacks
+            callback.__fn_or_cls__ is MegatronCommOverlapCallback for callback in recipe.trainer.callbacks
         ),
         "gradient_bytes": 4 if getattr(recipe.trainer.plugins, "grad_reduce_in_fp32", True) else 2,
         "distributed_optimizer": strategy.ddp.use_distributed_optimizer,
@@ -78,9 +79,9 @@ def _ffn_sizes(config: Any) -> dict[str, Any]:
 def _vocabulary(data: Any) -> int:
     """Rows of the embedding: those of the recipe's own tokenizer; another's are not known before it is read."""
     tokenizer = getattr(data, "tokenizer", None)
-    if isinstance(tokenizer, run.Config) and tokenizer.__fn_or_cls__ is _common.NullTokenizer:
+    if isinstance(tokenizer, run.Config) and tokenizer.__fn_or_cls__ is NullTokenizer:
         return tokenizer.vocab_size + 1  # it adds an end of document
-    return _ours.VOCABULARY
+    return choices.VOCABULARY
 
 
 def _check_planned(config: Any, strategy: Any) -> None:

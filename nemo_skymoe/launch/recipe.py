@@ -11,6 +11,7 @@ from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_v
 from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo.pipeline import PipelinePlan
 from nemo_skymoe.nemo.recipe_check import check_made
+from nemo_skymoe.recipes._arguments import check_renamed
 from nemo_skymoe.recipes.registry import RECIPES
 
 _RECIPES = {recipe.name: recipe for recipe in RECIPES}
@@ -31,10 +32,7 @@ def make_recipe(values: dict[str, Any], checkpoint: str | None) -> Any:
         raise ConfigurationError(
             f"{twice[0]} is given as training.{twice[0]} and as data.{twice[0]}, expected one of them"
         )
-    if "stages" in section:
-        raise ConfigurationError(
-            "training.stages is now called phases, expected training.phases in its place"
-        )
+    check_renamed(section, "training.")
     check_missing("data", shared)
     if checkpoint is not None:
         section.setdefault("resume_path", checkpoint)

@@ -14,7 +14,13 @@ from nemo.collections.llm.utils import Config
 from nemo.lightning import OptimizerModule
 from torch import nn
 
+from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B
 from nemo_skymoe.config import SkyworkOptions
+from nemo_skymoe.experiments import demonstration, dense_13b, figure_1, figure_7, figure_8, moe_146b
+from nemo_skymoe.experiments.demonstration import SKYWORK_TINY
+from nemo_skymoe.experiments.figure_1 import SKYWORK_300M, SKYWORK_MOE_300M_X8
+from nemo_skymoe.experiments.figure_7 import SKYWORK_MOE_1P8B
+from nemo_skymoe.experiments.figure_8 import SKYWORK_1P3B, SKYWORK_MOE_1P3B_X8
 from nemo_skymoe.moe.controller import find_routers
 from nemo_skymoe.moe.layer import get_skywork_block_spec, have_transformer_engine
 from nemo_skymoe.moe.padding import padding_told
@@ -69,8 +75,8 @@ class SkyworkMoEDefaults(SkyworkOptions):
     configuration and leaves its sizes alone.
     """
 
-    num_moe_experts: Optional[int] = 16
-    moe_router_topk: int = 2
+    num_moe_experts: Optional[int] = SKYWORK_MOE_146B.num_moe_experts
+    moe_router_topk: int = SKYWORK_MOE_146B.moe_router_topk
     moe_router_load_balancing_type: str = "aux_loss"
     moe_router_dtype: Optional[str] = "fp32"
     moe_aux_loss_coeff: float = 1e-2
@@ -93,37 +99,37 @@ class SkyworkMoEConfig(SkyworkMoEDefaults, SkyworkConfig):
 class Skywork13BConfig(SkyworkConfig):
     """Skywork-13B (arXiv 2310.19341), dense, at its vocabulary of 65,519 padded to 65,536."""
 
-    num_layers: int = 52
-    hidden_size: int = 4608
-    ffn_hidden_size: int = 12288
-    num_attention_heads: int = 36
-    seq_length: int = 4096
-    rotary_base: int = 10000
+    num_layers: int = SKYWORK_13B.num_layers
+    hidden_size: int = SKYWORK_13B.hidden_size
+    ffn_hidden_size: int = SKYWORK_13B.ffn_hidden_size
+    num_attention_heads: int = SKYWORK_13B.num_attention_heads
+    seq_length: int = dense_13b.PRETRAINING.seq_length
+    rotary_base: int = dense_13b.PRETRAINING.rotary_base
 
 
 @dataclass
 class SkyworkMoE146BConfig(SkyworkMoEDefaults, Skywork13BConfig):
     """Skywork-MoE (Table 2): Skywork-13B with 16 experts in every layer, native sequence length 8192."""
 
-    seq_length: int = 8192
+    seq_length: int = moe_146b.PRETRAINING.seq_length
 
 
 @dataclass
 class Skywork300MConfig(SkyworkConfig):
     """Figure 1's dense model of 0.3B parameters; 343M with both embeddings of 65,536 rows."""
 
-    num_layers: int = 24
-    hidden_size: int = 896
-    ffn_hidden_size: int = 2304
-    num_attention_heads: int = 14
-    seq_length: int = 4096
+    num_layers: int = SKYWORK_300M.num_layers
+    hidden_size: int = SKYWORK_300M.hidden_size
+    ffn_hidden_size: int = SKYWORK_300M.ffn_hidden_size
+    num_attention_heads: int = SKYWORK_300M.num_attention_heads
+    seq_length: int = figure_1.DENSE.seq_length
 
 
 @dataclass
 class SkyworkMoE300MX8Config(SkyworkMoEDefaults, Skywork300MConfig):
     """Figure 1's MoE: the 0.3B dense model with 8 experts in every layer."""
 
-    num_moe_experts: Optional[int] = 8
+    num_moe_experts: Optional[int] = SKYWORK_MOE_300M_X8.num_moe_experts
 
 
 @dataclass
@@ -135,48 +141,48 @@ class SkyworkMoE2p5BConfig(SkyworkMoEDefaults, Skywork300MConfig):
 class SkyworkMoE1p8BConfig(SkyworkMoEDefaults, SkyworkConfig):
     """Figure 7's MoE of 1.8B parameters, 32 experts, 150M active; 1.84B and 142M without embeddings."""
 
-    num_layers: int = 12
-    hidden_size: int = 768
-    ffn_hidden_size: int = 2048
-    num_attention_heads: int = 12
-    seq_length: int = 4096
-    num_moe_experts: Optional[int] = 32
+    num_layers: int = SKYWORK_MOE_1P8B.num_layers
+    hidden_size: int = SKYWORK_MOE_1P8B.hidden_size
+    ffn_hidden_size: int = SKYWORK_MOE_1P8B.ffn_hidden_size
+    num_attention_heads: int = SKYWORK_MOE_1P8B.num_attention_heads
+    seq_length: int = figure_7.MOE.seq_length
+    num_moe_experts: Optional[int] = SKYWORK_MOE_1P8B.num_moe_experts
 
 
 @dataclass
 class Skywork1p3BConfig(SkyworkConfig):
     """Figure 8's dense model of 1.3B parameters; 1.35B with one embedding of 65,536 rows."""
 
-    num_layers: int = 24
-    hidden_size: int = 2048
-    ffn_hidden_size: int = 5504
-    num_attention_heads: int = 16
-    seq_length: int = 4096
+    num_layers: int = SKYWORK_1P3B.num_layers
+    hidden_size: int = SKYWORK_1P3B.hidden_size
+    ffn_hidden_size: int = SKYWORK_1P3B.ffn_hidden_size
+    num_attention_heads: int = SKYWORK_1P3B.num_attention_heads
+    seq_length: int = figure_8.DENSE.seq_length
 
 
 @dataclass
 class SkyworkMoE1p3BX8Config(SkyworkMoEDefaults, Skywork1p3BConfig):
     """Figure 8's MoE: the 1.3B dense model with 8 experts in every layer."""
 
-    num_moe_experts: Optional[int] = 8
+    num_moe_experts: Optional[int] = SKYWORK_MOE_1P3B_X8.num_moe_experts
 
 
 @dataclass
 class SkyworkTinyConfig(SkyworkConfig):
     """Skywork-13B's architecture at about 2M parameters, for a laptop."""
 
-    num_layers: int = 4
-    hidden_size: int = 160
-    ffn_hidden_size: int = 432
-    num_attention_heads: int = 4
-    seq_length: int = 256
+    num_layers: int = SKYWORK_TINY.num_layers
+    hidden_size: int = SKYWORK_TINY.hidden_size
+    ffn_hidden_size: int = SKYWORK_TINY.ffn_hidden_size
+    num_attention_heads: int = SKYWORK_TINY.num_attention_heads
+    seq_length: int = demonstration.DENSE.seq_length
 
 
 @dataclass
 class SkyworkMoETinyConfig(SkyworkMoEDefaults, SkyworkTinyConfig):
     """`SkyworkTinyConfig` upcycled: 16 experts, top-2, an MoE in every layer."""
 
-    moe_expert_capacity_factor: Optional[float] = 1.25
+    moe_expert_capacity_factor: Optional[float] = demonstration.MOE.expert_capacity_factor
 
 
 class SkyworkModel(GPTModel):

@@ -21,10 +21,10 @@ from nemo_skymoe.checkpoint.verification.verifier import verify
 from nemo_skymoe.commands.launch import jobs
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data.corpus import build_corpus
+from nemo_skymoe.experiments.scales import SCALES
 from nemo_skymoe.launch.composition import JOBS, compose_groups
 from nemo_skymoe.launch.experiment import submit
 from nemo_skymoe.ranks import RankFailed
-from nemo_skymoe.recipes._scale import SCALES
 from tests.waiting import HANG
 
 pytestmark = pytest.mark.long

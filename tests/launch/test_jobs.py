@@ -204,7 +204,7 @@ def test_the_toy_scale_runs_here() -> None:
     [
         (["training.max_lrr=1"], "option training.max_lrr is unknown: did you mean training.max_lr"),
         (["training.max_step=3"], "option training.max_step is unknown: did you mean training.trainer.max_steps"),
-        (["training.stages=a.yaml"], "training.stages is now called phases, expected training.phases in its place"),
+        (["training.stages=a.yaml"], "training.stages is now called phases, expected training.phases=VALUE"),
         (["training.lr=1"], "option training.lr is unknown: did you mean training.optim.config.lr"),
         (["training.trainer.max_lr=1"], "option training.trainer.max_lr is unknown: did you mean training.max_lr"),
         (["training.strategy.ckpt_async_save=1"], "option training.strategy is unknown: did you mean training.trainer.strategy"),

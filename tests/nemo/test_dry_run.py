@@ -22,6 +22,7 @@ CASES = (
         "expected a multiple of tensor_model_parallel_size=3",
     ),
     ("skywork_moe_tinny", [], "--factory skywork_moe_tinny is unknown: did you mean skywork_moe_tiny?"),
+    ("skywork_13b(stages=a.yaml)", [], "stages is now called phases, expected phases=VALUE"),
     (MOE, ["trainer.num_nodes=0"], "num_nodes is 0"),
     (DENSE, ["data.global_batch_size=0"], "global_batch_size is 0"),
 )

@@ -13,12 +13,14 @@ from nemo.lightning.run.plugins import ConfigValidationPlugin
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.experiments import demonstration, dense_13b, figure_1, figure_3, figure_7, figure_8, moe_146b
+from nemo_skymoe.experiments.runs import steps
 from nemo_skymoe.nemo.model import SkyworkMoEModel
 from nemo_skymoe.pipeline import plan
-from nemo_skymoe.recipes import _common
-from tests.recipes.factories import FACTORIES, VARIANTS, label, leaves
+from tests.cases import every
+from tests.recipes.factories import FACTORIES, VARIANTS, leaves
 
-variants = pytest.mark.parametrize("variant", VARIANTS, ids=label)
+every_variant = every(variant=VARIANTS)
 # What `scale=` may change, beside what only says so again.
 SIZES = {
     "width and depth": {
@@ -75,15 +77,13 @@ def made(variant: tuple[str, dict[str, Any]], **more: Any) -> Any:
     return FACTORIES[command](**arguments, **more)
 
 
-@variants
-@pytest.mark.parametrize("scale", [None, "toy", "miniature"])
+@every(variant=VARIANTS, scale=[None, "toy", "miniature"])
 def test_recipes_survive_serialisation(variant: Any, scale: str | None) -> None:
     recipe, serializer = made(variant, scale=scale), ZlibJSONSerializer()
     assert serializer.deserialize(serializer.serialize(recipe)) == recipe
 
 
-@variants
-@pytest.mark.parametrize("scale", ["toy", "miniature"])
+@every(variant=VARIANTS, scale=["toy", "miniature"])
 def test_a_scale_differs_in_nothing_but_size(variant: Any, scale: str) -> None:
     full, small = dict(leaves(made(variant))), dict(leaves(made(variant, scale=scale)))
     differences = {path for path in full.keys() | small.keys() if full.get(path) != small.get(path)}
@@ -106,7 +106,7 @@ def test_a_miniature_keeps_the_shares_of_tokens_and_schedule() -> None:
     assert small.optim.config.lr == full.optim.config.lr
 
 
-@variants
+@every_variant
 def test_nemos_validation_passes(variant: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     recipe = made(variant)
@@ -115,13 +115,13 @@ def test_nemos_validation_passes(variant: Any, workplace: Path, monkeypatch: pyt
     ConfigValidationPlugin().setup(recipe, run.LocalExecutor())
 
 
-@variants
+@every_variant
 def test_sequences_are_as_long_in_the_data_as_in_the_model(variant: Any) -> None:
     recipe = made(variant, seq_length=512)
     assert recipe.data.seq_length == recipe.model.config.seq_length == 512
 
 
-@variants
+@every_variant
 def test_edp_is_expert_parallelism_in_the_tensor_parallel_group(variant: Any) -> None:
     strategy = made(variant).trainer.strategy
     assert strategy.expert_model_parallel_size == strategy.tensor_model_parallel_size
@@ -159,17 +159,17 @@ def test_the_146b_has_the_planners_layout() -> None:
     assert (recipe.pipeline.layout, recipe.pipeline.recompute) == (found.layout, found.recompute)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "end"),
-    [
+@every(
+    start=[
         ({"start": "scratch"}, 3e-3),
         ({"start": "100b", "resume_path": "upcycled"}, 1.8e-3),
         ({"start": "300b", "resume_path": "upcycled"}, 3e-4),
         ({"start": "300b_high_lr", "resume_path": "upcycled"}, 1.2e-3),
     ],
+    length=[("100b", 100e9), ("300b", 300e9)],
 )
-@pytest.mark.parametrize(("budget", "tokens"), [("100b", 100e9), ("300b", 300e9)])
-def test_figure_1(arguments: dict[str, str], end: float, budget: str, tokens: float) -> None:
+def test_figure_1(start: tuple[dict[str, str], float], length: tuple[str, float]) -> None:
+    (arguments, end), (budget, tokens) = start, length
     recipe = FACTORIES["pretrain skywork_moe_300m_x8"](budget=budget, **arguments)
     rate = rates(recipe)
     assert (
@@ -180,19 +180,21 @@ def test_figure_1(arguments: dict[str, str], end: float, budget: str, tokens: fl
     assert 0 <= seen - tokens < recipe.data.seq_length * recipe.data.global_batch_size
 
 
-@pytest.mark.parametrize(("setting", "peak", "multiplier"), [("baseline", 6e-3, 1), ("expert", 6e-3, 0.25), ("all", 1.5e-3, 1)])  # fmt: skip
-def test_figure_7(setting: str, peak: float, multiplier: float) -> None:
+@every(expected=[("baseline", 6e-3, 1), ("expert", 6e-3, 0.25), ("all", 1.5e-3, 1)])
+def test_figure_7(expected: tuple[str, float, float]) -> None:
+    setting, peak, multiplier = expected
     recipe = FACTORIES["pretrain skywork_moe_1p8b"](learning_rates=setting)
     rate, batch = rates(recipe), recipe.data.seq_length * recipe.data.global_batch_size
-    after_300b, after_310b = _common.steps(300e9, batch, 1), recipe.trainer.max_steps
-    assert after_310b - after_300b == _common.steps(10e9, batch, 1)
+    after_300b, after_310b = steps(300e9, batch, 1), recipe.trainer.max_steps
+    assert after_310b - after_300b == steps(10e9, batch, 1)
     assert rate(after_300b) == pytest.approx(peak / 10)
     assert rate(after_310b) == 0 and recipe.optim.config.lr == peak
     assert fdl.ordered_arguments(recipe.optim).get("lr_mult", 1) == multiplier
 
 
-@pytest.mark.parametrize(("normalisation", "scale"), [("off", None), ("0.5", 0.5), ("1", 1.0), ("2", 2.0)])
-def test_figure_3(normalisation: str, scale: float | None) -> None:
+@every(expected=[("off", None), ("0.5", 0.5), ("1", 1.0), ("2", 2.0)])
+def test_figure_3(expected: tuple[str, float | None]) -> None:
+    normalisation, scale = expected
     recipe = FACTORIES["pretrain skywork_moe_2p5b"](normalisation=normalisation)
     config = fdl.build(recipe.model.config)
     assert config.moe_router_logit_norm_scale == scale and config.num_moe_experts == 16
@@ -227,7 +229,7 @@ def type_of(config: Any) -> str:
     return config.__fn_or_cls__.__name__
 
 
-@pytest.mark.parametrize("name", ["skywork_13b", "skywork_moe_146b", "skywork_tiny", "skywork_moe_tiny"])
+@every(name=["skywork_13b", "skywork_moe_146b", "skywork_tiny", "skywork_moe_tiny"])
 def test_lora_takes_attention_and_experts_and_leaves_the_router(name: str) -> None:
     recipe = FACTORIES[f"finetune {name}"]()
     assert recipe.peft.target_modules == ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -237,9 +239,9 @@ def test_lora_takes_attention_and_experts_and_leaves_the_router(name: str) -> No
     assert "peft" not in fdl.ordered_arguments(FACTORIES[f"finetune {name}"](peft_scheme="none"))
 
 
-@pytest.mark.parametrize(
-    ("command", "arguments", "message"),
-    [
+@every(
+    refused=[
+        ("pretrain skywork_13b", {"stages": "x"}, "stages is now called phases, expected phases=VALUE"),
         ("pretrain skywork_13b", {"scale": "small"}, "scale is 'small', expected toy or miniature"),
         ("pretrain skywork_moe_300m_x8", {"start": "200b"}, "start is '200b', expected one of scratch, 100b"),
         ("pretrain skywork_moe_300m_x8", {"budget": "1b"}, "budget is '1b', expected one of 100b, 300b"),
@@ -252,6 +254,42 @@ def test_lora_takes_attention_and_experts_and_leaves_the_router(name: str) -> No
         ("finetune skywork_13b", {"peft_scheme": "dora"}, "peft_scheme is 'dora', expected lora or none"),
     ],
 )  # fmt: skip
-def test_arguments_out_of_range_are_named(command: str, arguments: dict[str, Any], message: str) -> None:
+def test_arguments_out_of_range_are_named(refused: tuple[str, dict[str, Any], str]) -> None:
+    command, arguments, message = refused
     with pytest.raises(ConfigurationError, match=message):
         FACTORIES[command](**arguments)
+
+
+EXPERIMENTS = {
+    "pretrain skywork_13b": dense_13b.PRETRAINING,
+    "finetune skywork_13b": dense_13b.FINETUNING,
+    "pretrain skywork_moe_146b": moe_146b.PRETRAINING,
+    "finetune skywork_moe_146b": moe_146b.LORA,
+    "pretrain skywork_300m": figure_1.DENSE,
+    "pretrain skywork_moe_300m_x8": figure_1.moe("scratch", "100b"),
+    "pretrain skywork_moe_2p5b": figure_3.MOE,
+    "pretrain skywork_moe_1p8b": figure_7.MOE,
+    "pretrain skywork_1p3b": figure_8.DENSE,
+    "pretrain skywork_moe_1p3b_x8": figure_8.MOE,
+    "pretrain skywork_tiny": demonstration.DENSE,
+    "finetune skywork_tiny": demonstration.finetuning_of(demonstration.DENSE),
+    "pretrain skywork_moe_tiny": demonstration.MOE,
+    "finetune skywork_moe_tiny": demonstration.finetuning_of(demonstration.MOE),
+}
+
+
+@every(command=FACTORIES)
+def test_a_recipe_has_the_sizes_of_its_experiment(command: str) -> None:
+    recipe, expected = FACTORIES[command](), EXPERIMENTS[command]
+    config, sizes = fdl.build(recipe.model.config), expected.architecture
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_moe_experts")
+    assert [getattr(config, name) for name in names] == [getattr(sizes, name) for name in names]
+    assert sizes.num_moe_experts is None or config.moe_router_topk == sizes.moe_router_topk
+    assert (config.rotary_base, config.seq_length) == (expected.rotary_base, expected.seq_length)
+    trainer, strategy = recipe.trainer, recipe.trainer.strategy
+    assert trainer.max_steps == expected.max_steps
+    assert (trainer.num_nodes, trainer.devices) == (expected.num_nodes, expected.num_gpus_per_node)
+    assert strategy.tensor_model_parallel_size == expected.edp
+    assert fdl.build(strategy).pipeline_model_parallel_size == expected.pipeline_parallelism
+    assert recipe.data.global_batch_size == expected.global_batch_size
+    assert recipe.data.micro_batch_size == expected.micro_batch_size

@@ -1,0 +1,76 @@
+"""Figure 1: a dense model of 0.3B parameters, upcycled to 8 experts at two ages, against training from scratch (section 3)."""
+
+from dataclasses import dataclass, replace
+
+from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.experiments import choices
+from nemo_skymoe.experiments.runs import Pretraining
+
+SKYWORK_300M = Architecture(
+    num_layers=24,
+    hidden_size=896,
+    ffn_hidden_size=2304,
+    num_attention_heads=14,
+    vocab_size=choices.VOCABULARY,
+)
+"""Ours: 0.3B parameters at Skywork-13B's proportions (FFN 8/3 of the hidden size, heads of 64)."""
+SKYWORK_MOE_300M_X8 = SKYWORK_300M.with_experts(8)
+"""Section 3: the dense model with 8 experts in every layer."""
+
+DENSE = Pretraining(
+    name="skywork_300m",
+    architecture=SKYWORK_300M,
+    # Section 3: a cosine over 300B tokens. Checkpoints at 100B and 300B tokens are upcycled.
+    tokens=300e9,
+    max_lr=3e-3,
+    min_lr=3e-4,
+    seq_length=choices.SEQUENCE,
+    global_batch_size=choices.BATCH,
+    micro_batch_size=choices.MICRO_BATCH,
+    num_nodes=choices.NODES,
+    # Ours: every checkpoint is kept, for two of them are upcycled.
+    saved_tokens=10e9,
+    kept_checkpoints=-1,
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an MoE of Figure 1 starts from, and at which learning rate; all end at the dense model's last one."""
+
+    max_lr: float
+    lr_shape: str
+    checkpoint: str
+    """In words; empty from scratch."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps from near zero to `max_lr`; the report gives none."""
+        return choices.UPCYCLED_WARMUP_STEPS if self.checkpoint else choices.WARMUP_STEPS
+
+
+STARTS = {
+    "scratch": Start(3e-3, "cosine", ""),
+    "100b": Start(1.8e-3, "cosine", "skywork_300m after 100B tokens"),
+    "300b": Start(3e-4, "constant", "skywork_300m after 300B tokens"),
+    "300b_high_lr": Start(1.2e-3, "cosine", "skywork_300m after 300B tokens"),
+}
+"""Section 3. The legend calls the last one 3xLR; 1.2e-3 is four times 3e-4."""
+BUDGETS = {"100b": 100e9, "300b": 300e9}
+"""Section 3: tokens of the MoE's training; 2/3 and 2 times what the dense model cost."""
+
+
+def moe(start: str, budget: str) -> Pretraining:
+    """The MoE that begins at `start` of STARTS and sees the `budget` of BUDGETS."""
+    chosen = STARTS[start]
+    return replace(
+        DENSE,
+        name=f"skywork_moe_300m_x8_{start}_{budget}",
+        architecture=SKYWORK_MOE_300M_X8,
+        tokens=BUDGETS[budget],
+        max_lr=chosen.max_lr,
+        lr_shape=chosen.lr_shape,
+        warmup_steps=chosen.warmup_steps,
+        saved_tokens=None,
+        kept_checkpoints=1,
+    )

@@ -1,0 +1,62 @@
+"""Figure 8: an MoE of 8 x 1.3B whose experts come from one dense model, or from four specialised ones (appendix C.2)."""
+
+from dataclasses import replace
+
+from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.experiments import choices
+from nemo_skymoe.experiments.figure_1 import DENSE as FIGURE_1_DENSE
+from nemo_skymoe.experiments.runs import Pretraining
+
+SKYWORK_1P3B = Architecture(
+    num_layers=24,
+    hidden_size=2048,
+    ffn_hidden_size=5504,
+    num_attention_heads=16,
+    vocab_size=choices.VOCABULARY,
+)
+"""Ours: 1.3B parameters at Skywork-13B's proportions (FFN 8/3 of the hidden size, heads of 128)."""
+SKYWORK_MOE_1P3B_X8 = SKYWORK_1P3B.with_experts(8)
+"""Appendix C.2: the dense model with 8 experts in every layer."""
+
+MICRO_BATCH = 2
+"""Ours: 7B parameters and their gradients on two GPUs leave room for no more."""
+SOURCES = (1, 4)
+"""Appendix C.2: one dense model, or three experts each of a Chinese and an English one, one of code and one of the base."""
+
+DENSE = Pretraining(
+    name="skywork_1p3b",
+    architecture=SKYWORK_1P3B,
+    # Ours: the dense budget of Figure 1, at the customary rate for this size (GPT-3, 2005.14165, Table 2.1).
+    tokens=FIGURE_1_DENSE.tokens,
+    max_lr=2e-4,
+    min_lr=2e-5,
+    seq_length=choices.SEQUENCE,
+    global_batch_size=choices.BATCH,
+    micro_batch_size=MICRO_BATCH,
+    num_nodes=choices.NODES,
+)
+SPECIALISED = replace(
+    DENSE,
+    name="skywork_1p3b_ffn",
+    # Appendix C.2: 100B tokens of one domain, training the FFN part only.
+    tokens=100e9,
+    # Ours: constant, where the dense run ends, which a specialised source continues.
+    max_lr=DENSE.min_lr,
+    min_lr=DENSE.min_lr,
+    warmup_steps=choices.UPCYCLED_WARMUP_STEPS,
+)
+MOE = Pretraining(
+    name="skywork_moe_1p3b_x8",
+    architecture=SKYWORK_MOE_1P3B_X8,
+    # Appendix C.2, by the figure's caption; its curves end at 90B.
+    tokens=100e9,
+    # Ours: the dense run's rate again at the start, as section 3 advises where the MoE's budget is large.
+    max_lr=DENSE.max_lr,
+    min_lr=DENSE.min_lr,
+    warmup_steps=choices.UPCYCLED_WARMUP_STEPS,
+    seq_length=choices.SEQUENCE,
+    global_batch_size=choices.BATCH,
+    micro_batch_size=MICRO_BATCH,
+    num_nodes=choices.NODES,
+    edp=2,
+)

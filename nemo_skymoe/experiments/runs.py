@@ -1,0 +1,149 @@
+"""What a training run is, in plain values: a model, the tokens it sees, its learning rates and the ranks it runs on."""
+
+import math
+from dataclasses import dataclass
+
+from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.experiments import choices
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """Model, batch and ranks, which pretraining and finetuning have in common."""
+
+    name: str
+    architecture: Architecture
+    rotary_base: int = 10_000
+    expert_capacity_factor: float | None = choices.CAPACITY_FACTOR
+    """An expert of an MoE takes this multiple of its fair share of tokens; None drops nothing."""
+
+    seq_length: int
+    """Tokens of a sequence."""
+    global_batch_size: int
+    """Sequences of an optimizer step."""
+    micro_batch_size: int
+    """Sequences of a forward pass of one data-parallel rank."""
+
+    num_nodes: int = 1
+    num_gpus_per_node: int = 8
+    edp: int = 1
+    """Ranks that share the attention (tensor-parallel) and the experts (appendix B.1); 1 splits neither."""
+    pipeline_parallelism: int = 1
+    pipeline_layout: str | None = None
+    """Megatron's: which layers are on which pipeline stage; None spreads them evenly."""
+    precision: str = "bf16-mixed"
+    """As Lightning names it; "32" is for CPUs, on one machine."""
+
+    val_check_interval: int = choices.VALIDATION_INTERVAL
+    """Steps between two validations."""
+    limit_val_batches: int = choices.VALIDATION_BATCHES
+    """Batches of a validation."""
+    log_interval: int = choices.LOG_INTERVAL
+    """Steps between two lines of the log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingRun(TrainingRun):
+    """The learning rates of a pretraining of any length, and what is watched and kept of it."""
+
+    max_lr: float
+    min_lr: float
+    warmup_steps: int = choices.WARMUP_STEPS
+    """Optimizer steps from near zero to `max_lr`."""
+    lr_shape: str = "cosine"
+    """From `max_lr` to `min_lr`: "cosine", "linear" or "constant"."""
+    expert_lr_multiplier: float = 1.0
+    """The experts' learning rate as a multiple of that of everything else."""
+
+    pipeline_recompute: tuple[tuple[int, ...], ...] | None = None
+    """`[stage][virtual stage]`: so many layers of that chunk, from its first, are recomputed in full."""
+    kept_checkpoints: int = 1
+    """How many of the last checkpoints are kept; -1 keeps all."""
+    similarity_interval: int = choices.SIMILARITY_INTERVAL
+    """Steps between two measurements of the experts' similarity."""
+    data_seed: int = 1
+    """Of the order of the samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining(PretrainingRun):
+    """A pretraining as long as its tokens: `tokens` along the learning rate's shape, then `decay_tokens` to zero."""
+
+    tokens: float
+    decay_tokens: float | None = None
+    saved_tokens: float | None = None
+    """Tokens between two checkpoints; None saves at the usual number of steps."""
+
+    @property
+    def decay_steps(self) -> int:
+        """Optimizer steps in which the learning rate goes linearly from `min_lr` to zero.
+
+        Raises:
+            ConfigurationError: A size that is not above 0, by its name.
+        """
+        if self.decay_tokens is None:
+            return 0
+        return steps(self.decay_tokens, self.seq_length, self.global_batch_size)
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps in all.
+
+        Raises:
+            ConfigurationError: A size that is not above 0, by its name.
+        """
+        return steps(self.tokens, self.seq_length, self.global_batch_size) + self.decay_steps
+
+    @property
+    def save_interval(self) -> int:
+        """Steps between two checkpoints.
+
+        Raises:
+            ConfigurationError: A size that is not above 0, by its name.
+        """
+        if self.saved_tokens is None:
+            return choices.SAVE_INTERVAL
+        return steps(self.saved_tokens, self.seq_length, self.global_batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration(PretrainingRun):
+    """A pretraining for a laptop: a given number of steps in float32, and a checkpoint at their end."""
+
+    precision: str = "32"
+    max_steps: int
+    decay_steps: int = 0
+
+    @property
+    def save_interval(self) -> int:
+        """Steps between two checkpoints."""
+        return self.max_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning(TrainingRun):
+    """A finetuning: a warm-up, then a cosine from the peak to zero."""
+
+    max_steps: int
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps from near zero to the peak."""
+        return min(choices.FINETUNE_WARMUP_STEPS, self.max_steps // 10)
+
+
+def steps(tokens: float, seq_length: int, global_batch_size: int) -> int:
+    """Optimizer steps that see at least `tokens` tokens.
+
+    Raises:
+        ConfigurationError: A number that is not above 0, by its name.
+    """
+    for name, value in (
+        ("tokens", tokens),
+        ("seq_length", seq_length),
+        ("global_batch_size", global_batch_size),
+    ):
+        if not 0 < value < math.inf:
+            raise ConfigurationError(f"{name} is {value}, expected a finite number above 0")
+    return -(-round(tokens) // (seq_length * global_batch_size))

@@ -1,0 +1,126 @@
+"""The signature of a recipe: the arguments that all take, those of its own, and sizes of its training by their names."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, fields, replace
+from typing import Any, Optional, Union, get_args, get_type_hints
+
+import nemo_run as run
+
+from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.experiments.runs import TrainingRun
+
+RANKS = ("num_nodes", "num_gpus_per_node")
+BATCH = ("seq_length", "global_batch_size", "micro_batch_size")
+RATES = ("max_lr", "min_lr", "warmup_steps")
+EXPERTS = ("edp", "expert_capacity_factor", "similarity_interval")
+DEMONSTRATION = ("max_steps", *BATCH, *RATES, "val_check_interval", "limit_val_batches", "data_seed")
+"""Sizes of a training that several recipes have as arguments."""
+RENAMED = {"stages": "phases"}
+"""Arguments that are refused with their new names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """The arguments that every pretraining recipe takes."""
+
+    dir: Optional[str] = "runs"
+    name: Optional[str] = None
+    corpus: Optional[str] = None
+    resume_path: Optional[str] = None
+    scale: Optional[str] = None
+    mixture: Optional[str] = None
+    phases: Optional[str] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenFinetuning:
+    """The arguments that every finetuning recipe takes."""
+
+    dir: Optional[str] = "runs"
+    name: Optional[str] = None
+    resume_path: Optional[str] = None
+    scale: Optional[str] = None
+    peft_scheme: Optional[str] = "lora"
+    max_lr: Optional[float] = None
+
+
+def with_arguments(
+    training: TrainingRun, *sizes: str, of: type[Any] = Given, **defaults: Any
+) -> Callable[[Callable[..., run.Partial]], Callable[..., run.Partial]]:
+    """Make of `function(training, given, own arguments)` a recipe: a function of keywords with a real signature.
+
+    NeMo-Run reads names, annotations and defaults from it. What `function` gets is `training` with the sizes that were
+    given, and the rest of the shared arguments as an `of`.
+
+    Args:
+        training: The recipe's values, which are the defaults of `sizes`.
+        sizes: Fields of `training` that are arguments of the recipe.
+        of: `Given` or `GivenFinetuning`, whose fields are arguments of the recipe.
+        defaults: Other defaults for the fields of `of`, which must then have a value of that type.
+
+    Raises:
+        ConfigurationError: From the recipe, for an argument that has another name now.
+    """
+
+    def decorate(function: Callable[..., run.Partial]) -> Callable[..., run.Partial]:
+        shared = [field.name for field in fields(of)]
+        _, _, *own = inspect.signature(function).parameters.values()
+        parameters = [
+            *(_shared(field, defaults) for field in fields(of)),
+            *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own),
+            *(_size(training, name) for name in sizes),
+        ]
+        signature = inspect.Signature(parameters, return_annotation=run.Partial)
+
+        @functools.wraps(function)
+        def recipe(**arguments: Any) -> run.Partial:
+            check_renamed(arguments)
+            bound = signature.bind(**arguments)
+            bound.apply_defaults()
+            given = of(**{name: bound.arguments.pop(name) for name in shared})
+            changed = replace(training, **{name: bound.arguments.pop(name) for name in sizes})
+            return function(changed, given, **bound.arguments)
+
+        recipe.__signature__ = signature  # type: ignore[attr-defined]
+        recipe.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": run.Partial}
+        return recipe
+
+    return decorate
+
+
+def check_renamed(names: Iterable[str], section: str = "") -> None:
+    """Refuse an argument that has another name now; `section` stands before names, such as "training.".
+
+    Raises:
+        ConfigurationError: With the new name.
+    """
+    for old in RENAMED.keys() & set(names):
+        new = RENAMED[old]
+        raise ConfigurationError(f"{section}{old} is now called {new}, expected {section}{new}=VALUE")
+
+
+def _shared(field: "Field[Any]", defaults: Mapping[str, Any]) -> inspect.Parameter:
+    if field.name in defaults:
+        return _parameter(field.name, defaults[field.name], type(defaults[field.name]))
+    return _parameter(field.name, field.default, field.type)
+
+
+def _size(training: TrainingRun, name: str) -> inspect.Parameter:
+    hint = get_type_hints(type(training))[name]
+    if isinstance(hint, types.UnionType):
+        hint = Union[get_args(hint)]  # NeMo-Run cannot parse `X | None`
+    return _parameter(name, getattr(training, name), hint)
+
+
+def _parameter(name: str, default: Any, hint: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def one_of(option: str, value: str, table: Mapping[str, Any]) -> str:
+    """`value`, if `table` has it; else a ConfigurationError that names the option."""
+    if value not in table:
+        raise ConfigurationError(f"{option} is {value!r}, expected one of {', '.join(table)}")
+    return value
