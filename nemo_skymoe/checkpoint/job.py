@@ -6,15 +6,14 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nemo_skymoe.checkpoint.finished import Damage, damaged_files, finished, own_receipt, refuse_damaged
+from nemo_skymoe.checkpoint.finished import Damage, finished, own_receipt, refuse_damaged
 from nemo_skymoe.checkpoint.lost_receipt import adopt, is_lost
 from nemo_skymoe.checkpoint.regions import FileStorage
-from nemo_skymoe.checkpoint.repair import repaired
+from nemo_skymoe.checkpoint.repair import damaged_output, repaired
 from nemo_skymoe.checkpoint.source_check import check_same_sources, check_sources, check_unchanged
 from nemo_skymoe.checkpoint.target import Target, check_complete
 from nemo_skymoe.checkpoint.tensors import Weights
@@ -24,10 +23,10 @@ from nemo_skymoe.durable.checksums import FileChecksum, check_file
 from nemo_skymoe.durable.files import sync, write_small
 from nemo_skymoe.durable.journal import JOURNAL, Journal
 from nemo_skymoe.durable.pool import in_threads
+from nemo_skymoe.durable.progress import Progress, ProgressCounter
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt, receipt_bytes
-from nemo_skymoe.durable.unfinished import absolute, check_space, plain_errors, publish, unfinished
+from nemo_skymoe.durable.unfinished import absolute, check_space, publish, unfinished
 
-Progress = Callable[[int, int, str], None]
 OnDamage = Callable[[Mapping[str, str]], None]
 
 
@@ -72,18 +71,19 @@ def run(
     output = absolute(output)
     if workers < 1:
         raise ConfigurationError(f"workers is {workers}, expected at least 1")
-    counter = _Counter(sources, target, progress)
+    files = {file for storage in sources for file in storage.files}
+    counter = ProgressCounter(sum(file.stat().st_size for file in files) + target.bytes, progress)
     there = os.path.lexists(output)
     if repair and not there:
         raise ConfigurationError(f"there is no '{output}' to repair: leave --repair out to write it")
     lost = repair and is_lost(output, target)
     if there and not lost:
         receipt = finished(output, _identity(job, target), sources, counter.advance)
-        damages = _damages(output, receipt, target, counter.advance)
+        damages = damaged_output(output, receipt, target, counter.advance)
         if damages and not repair:
             raise refuse_damaged(output, damages)
         _tell(on_damage, damages)
-        return _repaired(output, damages, receipt, weights, target, workers, counter.advance)
+        return repaired(output, damages, receipt, weights, target, workers, counter.advance)
     check_complete(target.chunks, weights)
     _check_extras(target)
     with unfinished(output, _identity(job, target)) as journal:
@@ -116,37 +116,6 @@ def check_output(output: Path, job: Mapping[str, Any], target: Target) -> None:
         raise ConfigurationError(f"'{output}' cannot be written: '{place}' is no folder")
 
 
-def _damages(
-    output: Path, receipt: dict[str, Any], target: Target, advance: Callable[[int, str], None]
-) -> dict[str, Damage]:
-    """What is missing from a finished output or is not as it was written, by file; all of it is read."""
-    names = [*(file.name for file in target.files()), *_small(target, receipt)]
-    return damaged_files(output, receipt, names, advance)
-
-
-def _repaired(
-    output: Path,
-    damages: Mapping[str, Damage],
-    receipt: dict[str, Any],
-    weights: Weights,
-    target: Target,
-    workers: int,
-    advance: Callable[[int, str], None],
-) -> dict[str, Any]:
-    if not damages:
-        return receipt
-    with plain_errors(output):
-        return repaired(output, damages, receipt, weights, target, _small(target, receipt), workers, advance)
-
-
-def _small(target: Target, receipt: Mapping[str, Any]) -> dict[str, bytes]:
-    """The content of every file without tensors, as far as the receipt has the sizes that it depends on."""
-    written = receipt["files"]
-    sizes = {file.name: written[file.name]["bytes"] for file in target.files() if file.name in written}
-    complete = len(sizes) == len(target.files())
-    return {**target.extras, **(target.last_files(sizes) if complete else {})}
-
-
 def _tell(on_damage: OnDamage | None, damages: Mapping[str, Damage]) -> None:
     if damages and on_damage is not None:
         on_damage({name: damage.reason for name, damage in damages.items()})
@@ -171,23 +140,7 @@ def _identity(job: Mapping[str, Any], target: Target) -> dict[str, Any]:
     return {"job": dict(job), "layout": layout}
 
 
-class _Counter:
-    """Bytes done of bytes in all, from any thread."""
-
-    def __init__(self, sources: Sequence[FileStorage], target: Target, progress: Progress | None):
-        files = {file for storage in sources for file in storage.files}
-        read = sum(file.stat().st_size for file in files)
-        self._done, self._total, self._progress = 0, read + target.bytes, progress
-        self._turn = threading.Lock()
-
-    def advance(self, count: int, name: str) -> None:
-        with self._turn:
-            self._done += count
-            if self._progress is not None:
-                self._progress(min(self._done, self._total), self._total, name)
-
-
-def _keep_finished(journal: Journal, target: Target, counter: _Counter) -> None:
+def _keep_finished(journal: Journal, target: Target, counter: ProgressCounter) -> None:
     """Of what earlier attempts left, keep what is complete by its checksum and delete the rest."""
     folder, claimed = journal.folder, dict(journal.files)
     names = [file.name for file in target.files() if file.name in claimed]

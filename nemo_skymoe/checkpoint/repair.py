@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.finished import Damage
+from nemo_skymoe.checkpoint.finished import Damage, damaged_files
 from nemo_skymoe.checkpoint.target import Target
 from nemo_skymoe.checkpoint.tensors import Weights
 from nemo_skymoe.checkpoint.writing import write_files
@@ -17,16 +17,31 @@ from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.files import sync, write_small
 from nemo_skymoe.durable.journal import lock
 from nemo_skymoe.durable.receipt import RECEIPT, same_receipt
-from nemo_skymoe.durable.unfinished import check_space
+from nemo_skymoe.durable.unfinished import check_space, plain_errors
+
+
+def damaged_output(
+    output: Path, receipt: Mapping[str, Any], target: Target, advance: Callable[[int, str], None]
+) -> dict[str, Damage]:
+    """What is missing from a finished output or is not as it was written, by file; all of it is read."""
+    names = [*(file.name for file in target.files()), *_small(target, receipt)]
+    return damaged_files(output, receipt, names, advance)
+
+
+def _small(target: Target, receipt: Mapping[str, Any]) -> dict[str, bytes]:
+    """The content of every file without tensors, as far as the receipt has the sizes that it depends on."""
+    written = receipt["files"]
+    sizes = {file.name: written[file.name]["bytes"] for file in target.files() if file.name in written}
+    complete = len(sizes) == len(target.files())
+    return {**target.extras, **(target.last_files(sizes) if complete else {})}
 
 
 def repaired(
     output: Path,
     damages: Mapping[str, Damage],
-    receipt: Mapping[str, Any],
+    receipt: dict[str, Any],
     weights: Weights,
     target: Target,
-    small: Mapping[str, bytes],
     workers: int,
     advance: Callable[[int, str], None],
 ) -> dict[str, Any]:
@@ -36,7 +51,6 @@ def repaired(
         output: Finished by this job, from sources that were just found unchanged.
         damages: By path in `output`.
         receipt: The output's.
-        small: The content of every file that holds no tensors.
 
     Returns:
         The receipt. Where a file was intact and the receipt wrong about it, the receipt is written again.
@@ -45,7 +59,10 @@ def repaired(
         JobError: Another process is at it, or the disk is too small.
         CheckpointError: The bytes are not those of the receipt.
     """
-    with _lock(output):
+    if not damages:
+        return receipt
+    small = _small(target, receipt)
+    with plain_errors(output), _lock(output):
         needed = sum(receipt["files"][name]["bytes"] for name in damages if name != RECEIPT)
         check_space(output, needed, " for its damaged files")
         written: dict[str, FileChecksum] = {}

@@ -24,6 +24,7 @@ from nemo_skymoe.durable.errors import JobError
 from nemo_skymoe.durable.files import write_small, write_whole
 from nemo_skymoe.durable.journal import JOURNAL
 from nemo_skymoe.durable.pool import share
+from nemo_skymoe.durable.progress import Progress, ProgressCounter
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt, receipt_bytes
 from nemo_skymoe.durable.unfinished import absolute, publish, unfinished
 
@@ -32,7 +33,6 @@ _SHARDS = "shards"
 SHARD_BYTES = 16 << 20
 _NAMED = 3
 """Left-out files named in a line; all of them are in `rejected.txt`."""
-Progress = Callable[[int, int, str], None]
 
 
 def preprocess(
@@ -78,7 +78,7 @@ def preprocess(
     identity = {"job": work.identity(shard_bytes)}
     with unfinished(output, identity, keep=_something_is_finished) as journal:
         if not _is_written(journal.folder, work):
-            _write(work, journal.folder, workers, progress or (lambda *_: None))
+            _write(work, journal.folder, workers, ProgressCounter(work.bytes, progress))
             receipt = receipt_bytes(identity | {"inputs": work.inputs_checksum()}, [], {})
             write_small(journal.folder / RECEIPT, receipt)
         shutil.rmtree(journal.folder / _SHARDS, ignore_errors=True)
@@ -139,13 +139,9 @@ def _something_is_finished(folder: Path) -> bool:
     return (folder / RECEIPT).exists() or any((folder / _SHARDS).glob("*.json"))
 
 
-def _write(work: Work, folder: Path, workers: int, progress: Progress) -> None:
-    done = 0
-
+def _write(work: Work, folder: Path, workers: int, counter: ProgressCounter) -> None:
     def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(min(done, work.bytes), work.bytes, "tokens")
+        counter.advance(count, "tokens")
 
     def write_shards(numbers: Iterator[int], advance: Callable[[int], None]) -> None:
         for number in numbers:
