@@ -19,7 +19,7 @@ class Dispatcher:
     name: str
     """The value of `edp_dispatcher`."""
     target: str
-    """The dispatcher's class as `module:name`."""
+    """The dispatcher's class, written "module:name"."""
     bytes_sent: Callable[[Exchange], Traffic]
     """Returns the bytes that a rank sends in one layer, see `traffic`."""
     needs_sequence_parallel: bool

@@ -22,7 +22,7 @@ from nemo_skymoe.durable.pool import ending, forked
 
 
 class RankFailed(RuntimeError):
-    """A rank raised, died or ran out of time; the message names it."""
+    """A rank raised an exception, died, or ran out of time. The message names it."""
 
 
 @dataclass(frozen=True)

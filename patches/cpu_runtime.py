@@ -8,12 +8,12 @@ _applied: list[str] = []
 
 
 def apply() -> list[str]:
-    """Substitute what Megatron-Core (0.14 to 0.16) needs of CUDA; harmless to call again.
+    """Substitute what Megatron-Core (0.14 to 0.16) needs of CUDA. It may be called again.
 
-    Holds in this process, in all its threads and in what is forked from it.
+    The substitutions hold in this process, in all its threads, and in processes that are forked from it.
 
     Returns:
-        The names of the substitutions in place: none where CUDA is available.
+        The names of the substitutions in place, none if CUDA is available.
     """
     if torch.cuda.is_available():
         return []

@@ -18,7 +18,7 @@ reason where the report leaves it open."""
 
 @dataclass(frozen=True)
 class Recipe:
-    """One name of `nemo llm pretrain --factory NAME` and where its factories are."""
+    """One name of `nemo llm pretrain --factory NAME`, and the place of its factories."""
 
     name: str
     module: str
@@ -73,6 +73,7 @@ RECIPES = (
     ),
     Recipe("skywork_moe_tiny", "skywork_moe_tiny", "The demo's MoE, 16 experts", finetune="finetune_recipe"),
 )
+"""All recipes, in the order of the documentation."""
 
 
 def markdown() -> str:

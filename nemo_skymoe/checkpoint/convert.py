@@ -37,13 +37,14 @@ class TargetOptions:
     """The options of the checkpoint that is to be written."""
 
     to: str
-    """One of FORMS."""
+    """"hf" or "nemo"."""
     shard_bytes: int = 5_000_000_000
-    """Size of a safetensors file."""
+    """Largest size of a safetensors file, in bytes."""
     vocab_size: int | None = None
-    """Rows of embedding and head in a NeMo checkpoint, padding included; None: the next multiple of 128."""
+    """Rows of embedding and head in a NeMo checkpoint, padding included. None means the next multiple of 128."""
     layer_spec: str | None = None
-    """Whose layers are to load a NeMo checkpoint; None: Transformer Engine's where it is installed."""
+    """"te" or "local": the layers that will load a NeMo checkpoint. None means "te", Transformer Engine's, if it is
+    installed."""
 
     def __post_init__(self) -> None:
         if self.to not in FORMS:
@@ -67,15 +68,15 @@ class Plan:
     weights: Weights
     target: Target
     job: Mapping[str, Any]
-    """The values that identify it: the same job gives the same bytes."""
+    """The values that identify the job: the same job gives the same bytes."""
 
     def infos(self) -> dict[str, TensorInfo]:
-        """Every tensor to be written, by the name under which it is stored."""
+        """Return every tensor that will be written, by the name under which it is stored."""
         dtypes = self.target.dtypes
         return {chunk.tensor: TensorInfo(chunk.shape, dtypes[chunk.tensor]) for chunk in self.target.chunks}
 
     def check_output(self, output: Path) -> None:
-        """Refuse an output that exists and that another job wrote, as `run` will; from its receipt alone."""
+        """Refuse an output that another job wrote, as `run` would. This reads the receipt alone."""
         job.check_output(output, self.job, self.target)
 
     def run(
@@ -87,10 +88,22 @@ class Plan:
         repair: bool = False,
         on_damage: job.OnDamage | None = None,
     ) -> dict[str, Any]:
-        """Write `output`, go on where an interrupted run of the same plan ended, or `repair` it; see `job.run`.
+        """Write `output`, continue an interrupted run of the same plan, or repair a finished output.
+
+        Args:
+            output: The folder to write. It appears when everything in it is complete.
+            workers: Number of processes. It does not change a byte of the result.
+            progress: Called with the bytes done, their sum, and a word.
+            allow_nonfinite: Whether to keep NaN and Inf, which are refused otherwise.
+            repair: Whether to write files of a finished output again that are missing, damaged or edited.
+            on_damage: Called with the files that are repaired, and what is wrong with each.
 
         Returns:
             The receipt.
+
+        Raises:
+            ConfigurationError: The output belongs to another job, a source has changed, or the options do not go
+                together.
         """
         upcycling = self.job["upcycling"]
         if allow_nonfinite and upcycling is not None and upcycling["init"] in ("noise", "drop"):
@@ -116,12 +129,12 @@ class Plan:
 
 
 def plan(sources: Mapping[str, Source], options: TargetOptions, upcycling: Upcycling | None = None) -> Plan:
-    """Work out what is to be written, from headers alone.
+    """Plan a conversion or an upcycling, from the sources' headers alone.
 
     Args:
-        sources: By name; the one called "base" is converted, the others give specialised experts.
-        options: The target.
-        upcycling: None converts without change.
+        sources: Sources by name. The one called "base" is converted, and the others give specialised experts.
+        options: The options of the target.
+        upcycling: The options of upcycling; None converts without change.
 
     Raises:
         ConfigurationError: The sources do not fit the options, or the target would not be complete.

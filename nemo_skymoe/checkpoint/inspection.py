@@ -21,7 +21,7 @@ from nemo_skymoe.durable.stand_in import refuse_pointer
 
 @dataclass
 class Inspection:
-    """A checkpoint's properties; what could not be found out is None, and why is among the problems."""
+    """The properties of a checkpoint. If one of them cannot be found out, it is None, and `problems` says why."""
 
     folder: str
     format: str
@@ -29,7 +29,7 @@ class Inspection:
     parameters: int | None = None
     activated_parameters: int | None = None
     options: dict[str, Any] | None = None
-    """The rest of the description: rotary embedding, norm, lengths, token ids, and for an MoE its gate."""
+    """The rest of the description: rotary embedding, norm, lengths, token ids, and the gate of an MoE."""
     tensors: int | None = None
     bytes: int | None = None
     dtypes: dict[str, int] = field(default_factory=dict)
@@ -39,19 +39,19 @@ class Inspection:
     """Rows of the embedding as stored: the vocabulary and its padding."""
     tokenizer: list[str] = field(default_factory=list)
     other_files: dict[str, list[str]] = field(default_factory=dict)
-    """The other files that travel with the model, by kind: chat templates, defaults of generation, processors, terms."""
+    """Other files that travel with the model, by kind: chat templates, generation defaults, processors, terms."""
     receipt: dict[str, Any] | None = None
-    """The job that wrote it, if it was written here."""
+    """The job that wrote the checkpoint, if this package wrote it."""
     not_checked: str = "the values of the weights: headers, names, shapes and sizes alone were read"
     problems: list[str] = field(default_factory=list)
 
 
 def inspect(folder: Path, config: Path | None = None) -> Inspection:
-    """Look at a checkpoint.
+    """Look at a checkpoint without reading its weights.
 
     Args:
-        folder: The checkpoint's, or that of a run: it stands for the run's last checkpoint.
-        config: A config.json that describes a Megatron checkpoint which does not do so itself.
+        folder: The folder of a checkpoint, or that of a run, which stands for its last checkpoint.
+        config: A config.json for a Megatron checkpoint that does not describe itself.
 
     Raises:
         ConfigurationError: The folder holds no checkpoint of a known format.

@@ -31,8 +31,11 @@ def open_source(folder: Path, config: Path | None = None) -> Source:
     """Open a checkpoint of any format.
 
     Args:
-        folder: The checkpoint's, or that of a run: it stands for the run's last checkpoint.
-        config: A config.json that describes a Megatron checkpoint which does not do so itself.
+        folder: The folder of a checkpoint, or that of a run, which stands for its last checkpoint.
+        config: A config.json for a Megatron checkpoint that does not describe itself.
+
+    Raises:
+        ConfigurationError: The folder holds no checkpoint of a known format, or one that cannot be converted.
     """
     folder = checkpoint_of(folder)
     form = form_of(folder)

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 
 class CollectiveFailed(RuntimeError):
-    """A collective of a MoE layer did not complete; the message names the layer, the collective and the group."""
+    """A collective of an MoE layer did not complete. The message names the layer, the collective and the group."""
 
 
 class ExpertGroup:

@@ -11,7 +11,7 @@ from nemo_skymoe.moe.permutation import Permutation, by_capacity
 
 
 class RoutingDiverged(RuntimeError):
-    """Ranks that hold the same tokens route them differently; the message names the layer and the group."""
+    """Ranks that hold the same tokens route them differently. The message names the layer and the group."""
 
 
 class ReplicatedTokenDispatcher(EdpTokenDispatcher):

@@ -78,7 +78,7 @@ def padding_told(routers: Iterable[Any], padding_mask: Tensor | None) -> Iterato
     Use it for every micro-batch or for none.
 
     Args:
-        routers: The `SkyworkRouter`s of the model chunk whose forward pass runs inside, from `find_routers`.
+        routers: The `SkyworkRouter` objects of the model chunk whose forward pass runs inside, from `find_routers`.
         padding_mask: [B, S], True for padding, or None without padding. It has the positions of this context-parallel
             rank, of which a sequence-parallel rank takes its own part.
     """

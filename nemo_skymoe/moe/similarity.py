@@ -15,9 +15,9 @@ from nemo_skymoe.config import ConfigurationError
 def expert_similarity(model_chunks: Sequence[torch.nn.Module]) -> dict[int, float]:
     """Compute the mean cosine over all pairs of experts of each layer, by global layer number.
 
-    An expert is the vector of all its weights. If u_e are the unit vectors of E experts, the mean over ordered pairs
-    is (|sum_e u_e|^2 - E) / (E (E - 1)). For each layer this takes one reduction of one expert's size over the
-    expert-parallel group. The mean is 1 after upcycling by copies, and about 0 from scratch.
+    An expert is the vector of all its weights. If s is the squared length of the sum of E experts' unit vectors, the
+    mean over ordered pairs is (s - E) / (E (E - 1)). For each layer this takes one reduction of one expert's size over
+    the expert-parallel group. The mean is 1 after upcycling by copies, and about 0 from scratch.
 
     Raises:
         ConfigurationError: The layer's experts are of a class whose weights this function does not know.

@@ -5,16 +5,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Efficiency:
-    """The share of `hardware.Hardware` that a training reaches. Everything else in the model is counted.
+    """The shares of `hardware.Hardware` that a training reaches. Everything else in the model is counted.
 
     The defaults of `compute` and `memory_overhead` are what `fit.fit_efficiency` finds; a test refits them.
     """
 
     compute: float = 0.6093
-    """Fitted. The share of the peak FLOP/s that matrix products and attention reach, with kernel launches included."""
+    """The share of the peak FLOP/s that matrix products and attention reach, with kernel launches included. It is
+    fitted."""
     memory_overhead: float = 3.473e9
-    """Fitted. Bytes on every GPU that belong to no tensor: CUDA context, NCCL buffers, workspaces, fragmentation."""
+    """Bytes on every GPU that belong to no tensor: CUDA context, NCCL buffers, workspaces, fragmentation. They are
+    fitted."""
     links: float = 0.8
-    """Not fitted. The share of a link's line rate that NCCL delivers; packet headers take the rest. NCCL's maintainer
-    gives it for NVLink (NVIDIA/nccl#1054, NVIDIA/nccl-tests#149: 230-240 of the 300 GB/s of an A100). On eight 100 Gb/s
-    RoCE adapters 600 Gb/s and more were measured (NVIDIA/nccl#495)."""
+    """The share of a link's line rate that NCCL delivers; packet headers take the rest. It is not fitted. NCCL's
+    maintainer gives it for NVLink (NVIDIA/nccl#1054, NVIDIA/nccl-tests#149: 230-240 of the 300 GB/s of an A100). On
+    eight 100 Gb/s RoCE adapters 600 Gb/s and more were measured (NVIDIA/nccl#495)."""

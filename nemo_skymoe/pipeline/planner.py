@@ -18,8 +18,7 @@ _LAST_STAGES = 7
 
 
 def best_layout(problem: PipelineProblem) -> Layout:
-    """Return the layout with the shortest simulated step among those tried. Layers are recomputed only if memory is
-    short.
+    """Return the layout with the shortest simulated step that is found. It recomputes layers only if memory is short.
 
     1F1B starts from the cuts of `exact_cuts`. Interleaved 1F1B is `heuristic_interleaved_layout`.
 

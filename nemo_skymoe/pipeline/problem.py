@@ -8,8 +8,7 @@ from nemo_skymoe.config import ConfigurationError
 
 @dataclass(frozen=True)
 class Block:
-    """A part of the model that cannot be split: the embedding, a transformer layer, or final norm, output layer and
-    loss.
+    """A part of the model that cannot be split: the embedding, a transformer layer, or the head with norm and loss.
 
     Times are seconds for one micro-batch on one GPU. Memory is bytes on one GPU.
     """

@@ -20,27 +20,29 @@ OWN_OPTION = {
 
 @dataclass(frozen=True)
 class Upcycling:
-    """These options say how a dense model becomes an MoE.
+    """The options by which a dense model becomes an MoE.
 
     Raises:
-        ConfigurationError: Naming the option that cannot be.
+        ConfigurationError: The options do not go together. The message names the one that does not fit.
     """
 
     num_experts: int = 16
-    """Experts of a layer; with `granularity` G, copies of the MLP, each cut into G experts."""
+    """Number of experts of a layer. With `granularity` G it is the number of copies of the MLP, each of which is cut
+    into G experts."""
     moe_router_topk: int = 2
-    """Experts that a token meets."""
+    """Number of experts that see a token."""
     init: str = "copy"
-    """One of OWN_OPTION."""
+    """"copy", "noise", "drop", "granular" or "specialized"."""
     seed: int = 0
     router_std: float = 0.02
-    """Standard deviation of the routers. Never zero: equal logits leave the gate no direction to grow in."""
+    """Standard deviation of the routers' weights. It is never zero, because equal logits leave the gate no direction to
+    grow in."""
     noise: float | None = None
-    """Standard deviation of the noise, relative to that of the matrix that it is added to."""
+    """Standard deviation of the noise, relative to that of the matrix to which it is added."""
     drop_ratio: float | None = None
-    """Share of the intermediate dimension that starts anew."""
+    """Share of the intermediate dimension that is drawn anew."""
     granularity: int | None = None
-    """Parts that every MLP is cut into, a power of two."""
+    """Number of parts into which every MLP is cut, a power of two."""
     expert_source: tuple[tuple[str, int], ...] | None = None
     """Sources by name and the number of experts from each, in the order of the experts."""
 
@@ -103,11 +105,11 @@ class Upcycling:
             )
 
     def experts(self) -> tuple[str, ...]:
-        """The name of each expert's source; empty unless specialised."""
+        """Return the name of each expert's source, or nothing unless the MoE is specialised."""
         return tuple(name for name, count in self.expert_source or () for _ in range(count))
 
     def architecture(self, dense: Architecture) -> Architecture:
-        """The MoE's sizes.
+        """Return the sizes of the MoE.
 
         Raises:
             ConfigurationError: The intermediate dimension cannot be cut into `granularity` parts.

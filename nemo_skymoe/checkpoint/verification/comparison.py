@@ -11,12 +11,12 @@ from nemo_skymoe.durable.errors import CheckpointError
 
 @dataclass
 class Comparison:
-    """A comparison counts what was compared, and lists what was found wrong."""
+    """The result of a comparison: the numbers of tensors, bytes and files that were compared, and the problems."""
 
     tensors: int = 0
     bytes: int = 0
     files: int = 0
-    """The number of files that travel beside the tensors: the tokenizer's and the like."""
+    """Number of files that travel with the tensors, such as the tokenizer's."""
     problems: list[str] = field(default_factory=list)
 
 

@@ -42,13 +42,13 @@ def verify(
     config: Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Comparison:
-    """Recompute every tensor of `target` from its sources and compare all bits.
+    """Recompute every tensor of `target` from its sources, and compare all bits.
 
     Args:
-        sources: Folders by name, "base" among them, as they were given to the conversion.
-        target: Written by `skymoe convert` or `skymoe upcycle`, or the folder of a run, which stands for its last
-            checkpoint; the receipt in it names the options, nothing else of it is taken at its word.
-        config: A config.json that describes a Megatron source which does not do so itself.
+        sources: Folders by name, as they were given to the conversion. "base" is among them.
+        target: A folder that `skymoe convert` or `skymoe upcycle` wrote, or the folder of a run, which stands for its
+            last checkpoint. Its receipt names the options. Nothing else in it is trusted.
+        config: A config.json for a Megatron source that does not describe itself.
         progress: Called with the bytes compared, their sum, and a word.
 
     Raises:
