@@ -1,4 +1,4 @@
-"""The recipes by name: what `nemo llm` finds, what the tests run and what the README lists.
+"""The recipes by name, for `nemo llm`, the tests and the list in the README.
 
 `python -m nemo_skymoe.recipes.registry README.md` writes the list between the markers of that file.
 """
@@ -77,7 +77,7 @@ RECIPES = (
 
 
 def markdown() -> str:
-    """The list as a Markdown table."""
+    """Return the list as a Markdown table."""
     rows = [
         f"| `{recipe.name}` | {'pretrain, finetune' if recipe.finetune else 'pretrain'} | {recipe.reproduces} |"
         for recipe in RECIPES
@@ -86,7 +86,7 @@ def markdown() -> str:
 
 
 def with_list(text: str) -> str:
-    """`text` with the list between its markers.
+    """Return `text` with the list between its markers.
 
     Raises:
         ValueError: `text` has no markers.
