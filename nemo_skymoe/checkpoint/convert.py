@@ -29,15 +29,13 @@ from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
 from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled, check_same_base
 from nemo_skymoe.durable.errors import ConfigurationError
 
-FORMS = ("hf", "nemo")
-
 
 @dataclass(frozen=True)
 class TargetOptions:
     """The options of the checkpoint that is to be written."""
 
     to: str
-    """"hf" or "nemo"."""
+    """"hf" for Hugging Face's form, or "nemo" for a checkpoint of NeMo 2."""
     shard_bytes: int = 5_000_000_000
     """Largest size of a safetensors file, in bytes."""
     vocab_size: int | None = None
@@ -47,8 +45,8 @@ class TargetOptions:
     installed."""
 
     def __post_init__(self) -> None:
-        if self.to not in FORMS:
-            raise ConfigurationError(f"to is '{self.to}', expected one of {', '.join(FORMS)}")
+        if self.to not in _TARGETS:
+            raise ConfigurationError(f"to is '{self.to}', expected one of {', '.join(_TARGETS)}")
         if self.shard_bytes < 1:
             raise ConfigurationError(f"shard_size is {self.shard_bytes}, expected at least 1 byte")
         for option in ("vocab_size", "layer_spec"):

@@ -83,7 +83,7 @@ def describe(folder: Path, storage: Storage) -> Description:
     common = weights / "common.pt"
     try:
         options = _megatron_lm_options(saved_arguments.read(common))
-    except ConfigurationError as reason:
+    except CheckpointError as reason:
         raise CheckpointError(
             f"'{folder}' does not say how its attention heads are cut (no context/model.yaml; {reason}): expected"
             " --config with a config.json that describes the model"
