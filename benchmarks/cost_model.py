@@ -46,27 +46,29 @@ TABLE_10 = [
 
 TABLE_10_REMARKS = """
 - GB are taken as 1e9 bytes, layouts as even, and nothing as recomputed. DP512 is published as out of memory,
-  and predicted so (tests/pipeline/test_fit.py).
-- Tensor parallelism is predicted too fast, TP4 most. Of LLaMA2 with TP4 the report also gives 138.5 TFLOP/s, which at
-  the 89.3 GFLOP a token of its other LLaMA2 rows is 1551 tokens/GPU/s, as far from the model as Skywork's row is. The
-  model has no latency of collectives, no smaller matrix products' lower efficiency, and no kernels disturbed by NCCL.
-- That all five collectives of sequence parallelism count as exposed, the re-gathering for the weights' gradient too,
-  was decided with this table in view; no constant was.
-- Memory with tensor parallelism is predicted 5 to 14 percent too low: leave room with `--memory-limit`.
+  and the model predicts the same (`tests/pipeline/test_fit.py`).
+- The model predicts tensor parallelism too fast, TP4 most of all. For LLaMA2 with TP4 the paper also gives 138.5 TFLOP/s.
+  At the 89.3 GFLOP per token of its other LLaMA2 rows that is 1551 tokens/GPU/s, as far from the model as Skywork's row.
+  The model leaves out the latency of collectives, the lower efficiency of smaller matrix products, and kernels that NCCL
+  disturbs.
+- All five collectives of sequence parallelism count as exposed, also the second gathering for the weights' gradient. This
+  was decided with the table in view. No constant was.
+- The model predicts memory with tensor parallelism 5 to 14 percent too low: leave room with `--memory-limit`.
 """
 REPORT_REMARKS = """
-- Capacity factor, padding to it, and batch are not published. Skywork-13B was trained with 16M tokens a batch (Table 3
-  there); the report mentions overlapped communication; Megatron does not pad by default. The first row is the run that
+- The report gives neither the capacity factor, nor whether experts are padded to it, nor the batch. Skywork-13B was trained
+  with 16M tokens per batch (Table 3 of its paper), the report mentions overlapped communication, and Megatron does not pad
+  by default. The first row is the run that
   the recipe `skywork_moe_146b` makes of this, with a capacity factor of 1.25 and experts in balance: {speed:.0f} tokens/GPU/s,
   {difference:+.1%} of what is published, as `skymoe plan` and `skymoe launch jobs=[plan]` say too. Over all rows it is {lowest:.0f} to {highest:.0f}:
   what is unknown of the run is worth more than the model's error, so the published figure is consistent with the
   model, and says little of its accuracy.
-- Layouts and recomputed layers of the report's stages are not published either: they are planned here.
-- Experts that are sent no more than their share are assumed: uneven load costs up to what padding to its capacity does.
+- The report does not give the layouts and recomputed layers of its stages either. Here they are planned.
+- The model assumes that no expert gets more than its share. Uneven load costs at most as much as padding to the capacity.
 - The published 690 tokens/GPU/s are {mfu:.1%} MFU by the formula, not 38%: that needs experts counted at a capacity
   factor of 1.13, which the report does not say.
-- Not in the model: stragglers, failures and data loading, the optimizer's own step, uneven expert load, a lower
-  efficiency of the experts' smaller matrix products than of the dense ones it was fitted to.
+- The model leaves out stragglers, failures, data loading, the optimizer's own step and uneven expert load. It also leaves
+  out that the experts' smaller matrix products are less efficient than the dense ones to which it was fitted.
 """
 
 

@@ -263,13 +263,14 @@ One MoE layer on {RANKS} gloo ranks, TP = EP = {RANKS}, ETP = 1: {EXPERTS} exper
 {TOKENS} tokens a rank under sequence parallelism ({RANKS} times as many without), uniform routing, router weights in
 float32 as `SkyworkRouter` returns them.
 
-- **Bytes**: mean over the ranks, counted by wrapping `torch.distributed` (`wire.py`, no code shared with the formula),
-  everything included: weights, expert numbers, counts. Ring convention. **Formula**: `nemo_skymoe.traffic.py`,
-  "equal" to the byte on every rank; with a capacity it is told how many rows the random routing made.
-- **Host waits**: where the host of a GPU run would wait for the device in a forward and backward pass, experts
-  included: values read, and operations whose result's shape depends on values. Stock without fused permutation.
-- **Stock** is Megatron-Core's dispatcher, unchanged but for what a CPU needs: inert CUDA streams, and its copies
-  of counts to the host made although they are there already.
+- **Bytes** are means over the ranks, in the ring convention. They are counted by wrapping `torch.distributed` (`wire.py`,
+  which shares no code with the formula), and include weights, expert numbers and counts.
+- **Formula** compares them with `nemo_skymoe/traffic.py`. "equal" means equal to the byte on every rank. With a capacity,
+  the formula is told how many rows the random routing made.
+- **Host waits** are the places in a forward and backward pass, experts included, where the host of a GPU run would wait for
+  the device: it reads values, or the shape of a result depends on values. Stock runs without fused permutation.
+- **Stock** is Megatron-Core's dispatcher. It is changed only as a CPU requires: CUDA streams are inert, and counts are
+  copied to the host although they are there already.
 - **Time** is secondary: four ranks share the cores of one machine, experts are {FFN} wide, and gloo makes a
   reduce-scatter of an all-reduce.
 """

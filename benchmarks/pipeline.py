@@ -22,10 +22,10 @@ COMMAND = "python benchmarks/pipeline.py > benchmarks/pipeline.md"
 FIGURE_6 = """
 ## Figure 6: 24 layers
 
-The report compares [6, 6, 6, 6] with [5, 5, 5, 5, 4]: four stages with five, so on 8 data-parallel ranks 32 GPUs with
-40. Here with the layers of Skywork-13B (the report does not say which): final norm, output layer and loss take as
-long as {head:.2f} layers, which is why the last stage of five gives one up. Tokens per GPU and second are the fair measure
-across GPU counts; the layouts of one stage count compare like for like.
+The report compares [6, 6, 6, 6] with [5, 5, 5, 5, 4], that is, four stages with five. On 8 data-parallel ranks these are
+32 and 40 GPUs. The report does not say which layers it uses; here they are those of Skywork-13B. Final norm, output layer and
+loss take as long as {head:.2f} layers, which is why the last of five stages has one layer less. Tokens per GPU and second are
+the fair measure across numbers of GPUs. Layouts with the same number of stages can be compared directly.
 
 | micro-batches | layout | GPUs | bubble | step, s | tokens/GPU/s | against [6, 6, 6, 6] |
 |---|---|---|---|---|---|---|"""
@@ -35,12 +35,14 @@ REPORT = """
 1536 A800-80G, TP 4, EDP 4, DP 32, sequence 8192, 2048 sequences a step (assumed), experts in balance and
 not padded: the run of the recipe `skywork_moe_146b`.
 
-Every layout but the plan recomputes the first layers of a stage until it fits.
-- **even**: four layers a stage, the other four stages with one more being the first, the last, or every third.
-- **greedy**: each block goes to the stage whose share of the total time its middle falls into.
-- **without a layout**: what Megatron offers by `num_layers_in_first_pipeline_stage` and `..._last_...`, the stages
-  between them equal. 52 layers on 12 stages need one or the other, or a layout.
-- **recipe**: the layout that `skywork_moe_146b` had by hand.
+Every layout but the plan recomputes the first layers of a stage until the stage fits:
+
+- **even** has four layers on every stage, and one more on four stages: the first ones, the last ones, or every third.
+- **greedy** puts each block on the stage whose share of the total time contains the block's middle.
+- **without a layout** is what Megatron offers with `num_layers_in_first_pipeline_stage` and
+  `num_layers_in_last_pipeline_stage`: the stages between them are equal. 52 layers on 12 stages need one of these options,
+  or a layout.
+- **recipe** is the layout that `skywork_moe_146b` had by hand.
 
 | micro-batch | layout | layers | recomputed | fullest GPU, GB | bubble | step, s | tokens/GPU/s | time against the plan |
 |---|---|---|---|---|---|---|---|---|"""
@@ -48,7 +50,9 @@ Every layout but the plan recomputes the first layers of a stage until it fits.
 
 def main() -> None:
     """Print both comparisons."""
-    print(f"# Pipeline layouts\n\n`{COMMAND}`\n\nPredicted by the cost model and simulated, not measured.")
+    print(
+        f"# Pipeline layouts\n\n`{COMMAND}`\n\nAll figures are predicted by the cost model and simulated. None is measured."
+    )
     print(FIGURE_6.format(head=_head_in_layers()))
     for micro_batches in (4, 8, 16, 32, 64, 256):
         print("\n".join(_figure_6(micro_batches)))

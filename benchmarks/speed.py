@@ -32,8 +32,8 @@ PAGE = """\
 
 `python benchmarks/speed.py > benchmarks/speed.md`
 
-Ratios of processor time, user and system, each the smallest of {runs} runs. No test asserts a time: what these commands
-import, and how much work they do, is asked in `tests/test_cli.py`, `tests/commands/` and `tests/pipeline/`.
+The tables have ratios of processor time, user and system. Each is the smallest of {runs} runs. No test asserts a time. Tests in
+`tests/test_cli.py`, `tests/commands/` and `tests/pipeline/` ask what these commands import, and how much work they do.
 
 ## Commands, against a Python that starts and ends
 
@@ -41,7 +41,7 @@ import, and how much work they do, is asked in `tests/test_cli.py`, `tests/comma
 |---|---|
 {commands}
 
-`import torch` is there for comparison: what does not need it does not wait for it.
+`import torch` is there for comparison: commands that do not need it do not wait for it.
 
 ## The planner and its simulator: 146B, 12 stages
 

@@ -39,21 +39,22 @@ AFTER: Sequence[Claim] = (
 )  # fmt: skip
 _HEAD = """# Benchmarks
 
-One script a claim; each page names the command that made it. Of the report's figures:
+Each script asks one claim, and each page names the command that made it. These commands repeat the report's figures:
 
 ```
 python -m benchmarks.paper.figure3 --budget full     # figure1, 2, 3, 4, 7, 8, and `defaults`
 python -m benchmarks.paper.claims > benchmarks/README.md
 ```
 
-`--budget short` is a smoke test of minutes. The full runs are recipes of the report at `scale=miniature`: 4 layers of
-width 64, float32, 10,000 tokens where the report has 1B, on English, Chinese and code as 7:2:1 ([where from](paper/text.py)).
-Arms of one seed share initial weights and batches. Raw curves are in [paper/results/](paper/results), a page a figure:
-{pages}. A run is deterministic, and is not repeated where its curves are there.
+`--budget short` is a smoke test of minutes. The full runs are the report's recipes at `scale=miniature`: 4 layers of
+width 64, float32, and 10,000 tokens where the report has 1B, on English, Chinese and code as 7:2:1
+([sources](paper/text.py)). Runs of one seed share initial weights and batches. [paper/results/](paper/results) has the raw
+curves and a page for each figure:
+{pages}. Runs are deterministic, and those whose curves exist are not repeated.
 
-Differences in loss are nats a token, ± half the 95% confidence interval over the seeds' paired differences. A claim
-**holds** or **does not** where the whole interval is on one side; otherwise it is undecided, whatever the mean.
-Nothing corrects for the number of claims: of twenty without an effect one is expected to be decided by chance.
+Differences in loss are in nats per token, ± half the 95% confidence interval over the seeds' paired differences. A claim
+**holds** or **does not** if the whole interval is on one side; otherwise it is undecided, whatever the mean.
+Nothing corrects for the number of claims: of twenty without an effect, one is expected to be decided by chance.
 {incomplete}
 
 ## The report's claims
@@ -93,7 +94,7 @@ def _summary(rows: Sequence[Claim]) -> str:
     verdicts = Counter(row.verdict.strip("*") for row in rows if row.published != "not published")
     counts = "; ".join(f"{verdict}: {count}" for verdict, count in verdicts.most_common())
     return (
-        f'{verdicts.total()} rows of what it publishes ({counts}), and what it does not, as "not published".'
+        f'{verdicts.total()} rows have values that the report publishes ({counts}). The others say "not published".'
     )
 
 

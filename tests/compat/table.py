@@ -12,25 +12,25 @@ _INTRODUCTION = """\
 
 {date}, {machine}, {torch}; ranks on the CPU over gloo.
 
-Every pair has an environment of its own: what the columns name, and behind it the pinned one of `constraints.txt`,
-whose torch, Lightning and nvidia-modelopt all share. NeMo-Run is as in NVIDIA's container with that NeMo, transformers
-as the NeMo itself demands it. `make test` runs with the pinned pair, {pinned}.
+Every pair has an environment of its own with the packages that the columns name. Behind it stands the pinned environment of
+`constraints.txt`, whose torch, Lightning and nvidia-modelopt all pairs share. NeMo-Run has the version of NVIDIA's container
+with that NeMo, and transformers the version that the NeMo requires. `make test` runs with the pinned pair, {pinned}.
 
-- **Modules**: all of `nemo_skymoe`, with `recipes` and `patches`, imported.
-- **Dry runs**: `nemo llm pretrain --factory NAME --dryrun`, or `finetune`, of every recipe.
-- **Tests**: `tests/patches`, `tests/nemo/test_moe_training.py` (a resumed run equals the uninterrupted one to the last
-  bit: losses, parameters, coefficients), `tests/recipes/test_factories.py` and of `test_toys.py` the experts' own
-  learning rate. What is skipped fails, or can be tried, with other versions only.
-- **Losses**: of `nemo llm pretrain --factory NAME --yes` on two ranks, in the order of the steps.
+- **Modules** are those of `nemo_skymoe`, with `recipes` and `patches`, that were imported.
+- **Dry runs** are `nemo llm pretrain --factory NAME --dryrun`, or `finetune`, of every recipe.
+- **Tests** are `tests/patches`, `tests/nemo/test_moe_training.py` (a resumed run equals the uninterrupted one to the last
+  bit: losses, parameters, coefficients), `tests/recipes/test_factories.py`, and the test of the experts' own learning rate in
+  `test_toys.py`. A skipped test is about a defect of other versions.
+- **Losses** are those of `nemo llm pretrain --factory NAME --yes` on two ranks, in the order of the steps.
 """
 _TRAININGS = {
     "tiny": "`skywork_moe_tiny` with EDP: 3 steps, a checkpoint, and 3 more by a second command that resumes",
     "rates": "`skywork_moe_1p8b(scale=toy,learning_rates=expert)`: experts at a quarter of the learning rate",
 }
 _NOTE = """\
-With megatron-core 0.16 the last loss of the second training differs in its fifth decimal. It is the clipping of the
-gradients: with `optim.config.clip_grad=0.0`, which clips nothing, NeMo 2.7.3 gave the same four losses to the last bit with
-0.15.3 and 0.16.1 (2026-11-28); probably the norm is summed in another order, that of 0.16's parameter groups.
+With megatron-core 0.16 the last loss of the second training differs in its fifth decimal. The clipping of the gradients makes
+the difference: with `optim.config.clip_grad=0.0`, which clips nothing, NeMo 2.7.3 gave the same four losses to the last bit with
+0.15.3 and 0.16.1 (2026-11-28). The norm is probably summed in another order, that of 0.16's parameter groups.
 """
 
 
@@ -67,7 +67,7 @@ def _losses(outcomes: Sequence[Any], training: str) -> Iterable[str]:
 
 
 def _verdicts(outcomes: Sequence[Any]) -> Iterable[str]:
-    yield "`skymoe doctor`, with the patches that apply beside the CPU runtime:"
+    yield "`skymoe doctor` said this of the pairs, with the patches that apply beside the CPU runtime:"
     yield ""
     for one in outcomes:
         yield f"- {one.verdict} {', '.join(f'`{name}`' for name in one.patches)}."
