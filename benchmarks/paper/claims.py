@@ -93,9 +93,7 @@ def _summary(rows: Sequence[Claim]) -> str:
     """How many of each verdict, of those that the report makes."""
     verdicts = Counter(row.verdict.strip("*") for row in rows if row.published != "not published")
     counts = "; ".join(f"{verdict}: {count}" for verdict, count in verdicts.most_common())
-    return (
-        f'{verdicts.total()} rows have values that the report publishes ({counts}). The others say "not published".'
-    )
+    return f'{verdicts.total()} rows have values that the report publishes ({counts}). The others say "not published".'
 
 
 def _cells(claim: Claim) -> tuple[str, str, str, str, str, str]:

@@ -74,7 +74,7 @@ def test_two_processes_build_one_corpus(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(text, "read", read)
     monkeypatch.setattr(text, "_write", write)
-    monkeypatch.setattr(text.preprocess, "read_manifest", lambda _: None)
+    monkeypatch.setattr(text, "read_manifest", lambda _: None)
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(text.build, [tmp_path / "corpus"] * 2))
     assert written == [tmp_path / "corpus"]
