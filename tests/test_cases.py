@@ -19,17 +19,17 @@ def test_every_case_runs_and_every_failure_is_named() -> None:
         test()
     assert seen == [0, 1, 2, 3, 4]
     notes = [error.__notes__ for error in failed.value.exceptions]
-    assert notes == [["case: {'number': 1}"], ["case: {'number': 3}"]]
+    assert notes == [["case 1: 1"], ["case 3: 3"]]
 
 
 def test_a_single_failure_is_raised_as_it_is() -> None:
-    @every([{"number": 1}, {"number": 2}], other="ab")
+    @every("number", [1, 2], other="ab")
     def test(number: int, other: str) -> None:
         assert (number, other) != (2, "a")
 
     with pytest.raises(AssertionError) as failed:
         test()
-    assert failed.value.__notes__ == ["case: {'number': 2, 'other': 'a'}"]
+    assert failed.value.__notes__ == ["case 2: 2 'a'"]
 
 
 def test_a_skipped_case_skips_no_other() -> None:
