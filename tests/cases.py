@@ -60,7 +60,7 @@ def _run(test: Test, cases: Sequence[tuple[str, Mapping[str, Any]]], fixtures: M
                 test(**case, **_own(fixtures, number, ends))
         except pytest.skip.Exception as reason:
             skipped.append(reason)
-        except (Exception, pytest.fail.Exception) as failure:
+        except (Exception, BaseExceptionGroup, pytest.fail.Exception) as failure:
             failure.add_note(f"case {number}: {label}")
             failures.append(failure)
     if len(failures) > 1:

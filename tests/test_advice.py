@@ -16,6 +16,7 @@ from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B, Architecture
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import figure_1
 from nemo_skymoe.pipeline.planning import plan
+from tests.cases import every
 
 B = 10**9
 FIGURE_1 = Architecture(24, 896, 2304, 14, vocab_size=65536, num_moe_experts=8)
@@ -31,7 +32,7 @@ def asked(moe_tokens: int, dense_tokens: int | None, **more: Any) -> Advice:
     return advise(moe_tokens=moe_tokens, **options | more)
 
 
-@pytest.mark.parametrize(
+@every(
     ("tokens", "ratio", "answer"),
     [
         (100 * B, Fraction(2, 3), Answer.GREY),
@@ -117,7 +118,7 @@ def test_the_grey_zone_says_why_and_gives_both_schedules() -> None:
     assert "tried nothing in between" in reasons(found)[0]
 
 
-@pytest.mark.parametrize("cost", ["sunk", "cumulative"])
+@every("cost", ["sunk", "cumulative"])
 def test_without_a_dense_checkpoint_from_scratch(cost: str) -> None:
     found = asked(B, None, cost=cost)
     assert (found.answer, found.measures, found.same_cost_tokens) == (Answer.SCRATCH, (), None)
@@ -186,7 +187,7 @@ def test_measures_that_answer_otherwise_are_named() -> None:
     assert all(any(measure.name in line for line in reasons(found)) for measure in others)
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "message"),
     [
         ({"model": SKYWORK_13B}, "model has no num_moe_experts, expected the MoE"),

@@ -4,6 +4,7 @@ import pytest
 
 from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B, Architecture
 from nemo_skymoe.config import ConfigurationError
+from tests.cases import every
 
 
 def test_skywork_13b():
@@ -26,7 +27,7 @@ def test_tied_embeddings_count_once():
     assert untied.parameters - tied.parameters == 80
 
 
-@pytest.mark.parametrize(
+@every(
     ("change", "named"),
     [
         ({"num_layers": 0}, "num_layers"),

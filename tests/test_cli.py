@@ -7,11 +7,11 @@ import sys
 import textwrap
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner
 
 from nemo_skymoe import __version__
 from nemo_skymoe.cli import app
+from tests.cases import every
 from tests.waiting import HANG, wait_until
 
 SKYMOE = str(Path(sys.executable).with_name("skymoe"))
@@ -68,7 +68,7 @@ def test_help_imports_nothing_heavy():
     assert all(command in answer.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [(SKYMOE,), (sys.executable, "-m", "nemo_skymoe")])
+@every("command", [(SKYMOE,), (sys.executable, "-m", "nemo_skymoe")])
 def test_version(command: tuple[str, ...]):
     answer = run(*command, "--version")
     assert (answer.returncode, answer.stdout) == (0, f"nemo-skymoe {__version__}\n")
@@ -147,9 +147,7 @@ def test_warnings_of_dependencies_are_shown_only_on_demand():
     assert "no GPU" in run(probe[0], "-Wdefault", *probe[1:]).stderr
 
 
-@pytest.mark.parametrize(
-    "arguments", [["no-such-command"], ["report"], ["corpus", "somewhere", "--vocab-size", "many"]]
-)
+@every("arguments", [["no-such-command"], ["report"], ["corpus", "somewhere", "--vocab-size", "many"]])
 def test_usage_errors_exit_with_2(arguments: list[str]):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2

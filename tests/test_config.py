@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig
+from tests.cases import every
 
 
 def configuration(**options: Any) -> SkyworkTransformerConfig:
@@ -59,7 +60,7 @@ def test_a_dense_model_asks_nothing() -> None:
     configuration(num_moe_experts=None, moe_ffn_hidden_size=None, moe_aux_loss_form="square")
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "message"),
     [
         (
@@ -122,7 +123,7 @@ def test_refused(options: dict[str, Any], message: str) -> None:
         configuration(**options)
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "reason"),
     [
         ({"moe_pad_expert_input_to_capacity": True}, "moe_expert_capacity_factor must be set to use"),

@@ -10,6 +10,7 @@ import pytest
 
 from nemo_skymoe import diagnosis, doctor
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 
 SKYMOE = str(Path(sys.executable).with_name("skymoe"))
 NO_NEMO = {**doctor.installed(), "nemo-toolkit": None}
@@ -60,7 +61,7 @@ def test_unsupported_combination_exits_with_1(tmp_path: Path):
     assert json.loads(skymoe_doctor("--json", path=tmp_path).stdout)["verdict"]["supported"] is False
 
 
-@pytest.mark.parametrize(
+@every(
     ("engine", "core", "expected"),
     [
         (

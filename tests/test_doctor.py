@@ -46,7 +46,7 @@ def test_matrix(python: str, nemo: str | None, megatron: str | None):
     assert verdict.sentence.endswith(".") and "\n" not in verdict.sentence
 
 
-@pytest.mark.parametrize(
+@every(
     ("change", "words"),
     [
         ({"python": "3.10.14"}, ["Python is 3.10.14", "3.11 or 3.12"]),
@@ -67,12 +67,12 @@ def test_refusal_says_what_is_wrong_and_what_was_expected(change: dict[str, str 
     assert [word for word in words if word not in verdict.sentence] == []
 
 
-@pytest.mark.parametrize("torch", ["2.6.0", "2.10.1", "2.13.0+cpu", "3.0.0"])
+@every("torch", ["2.6.0", "2.10.1", "2.13.0+cpu", "3.0.0"])
 def test_torch_from_2_6_on(torch: str):
     assert judge(COMPLETE | {"torch": torch}).supported
 
 
-@pytest.mark.parametrize("megatron", ["0.15.0rc7", "0.15.0.dev20251101", "0.15.3+abc"])
+@every("megatron", ["0.15.0rc7", "0.15.0.dev20251101", "0.15.3+abc"])
 def test_builds_of_a_release_count_as_it(megatron: str):
     assert judge(COMPLETE | {"megatron-core": megatron}).supported
 

@@ -18,6 +18,7 @@ from nemo_skymoe.checkpoint.hugging_face.exported_files import extras
 from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
+from tests.cases import every
 from tests.checkpoint import hf_models
 
 harness = pytest.mark.skipif(
@@ -138,7 +139,7 @@ def test_the_harness_has_the_tasks_of_table_1() -> None:
 
 
 @harness
-@pytest.mark.parametrize(
+@every(
     ("tasks", "options", "message"),
     [
         (["no_such_task"], {}, "lm-evaluation-harness has no task 'no_such_task', expected table1"),

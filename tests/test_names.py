@@ -1,8 +1,7 @@
 """The nearest name is the one that a person meant."""
 
-import pytest
-
 from nemo_skymoe.names import unknown
+from tests.cases import every
 
 OPTIONS = (
     "training.max_lr", "training.min_lr", "training.max_rank", "training.tokens", "training.trainer", "training.trainer.max_steps",
@@ -11,7 +10,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
+@every(
     ("name", "near"),
     [
         ("training.max_step", "training.trainer.max_steps"),

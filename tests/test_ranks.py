@@ -14,6 +14,7 @@ import torch
 
 from nemo_skymoe import ranks
 from nemo_skymoe.ranks import RankFailed, run_ranks
+from tests.cases import every
 from tests.waiting import HANG, wait_until
 
 FOREVER = (
@@ -141,7 +142,7 @@ def test_the_cause_is_reported_not_its_consequence(tmp_path: Path, monkeypatch: 
         run_ranks(break_the_collective, 3)
 
 
-@pytest.mark.parametrize(
+@every(
     ("die", "how"),
     [(lambda: os._exit(3), "exit code 3"), (lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL")],
 )

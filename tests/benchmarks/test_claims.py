@@ -3,17 +3,16 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from benchmarks.paper.claim import CONTRADICTED, HOLDS, UNDECIDED, equal, signed
 from benchmarks.paper.claims import BEFORE
 from benchmarks.paper.results import Difference
+from tests.cases import every
 
 ROOT = Path(__file__).parents[2]
 ALONE = Difference(-0.5, float("inf"), 1)
 
 
-@pytest.mark.parametrize(
+@every(
     ("published", "ours", "verdict"),
     [
         (-0.02, Difference(-0.3, 0.1, 3), HOLDS),
@@ -28,7 +27,7 @@ def test_a_sign_needs_the_whole_interval(published: float, ours: Difference, ver
     assert signed("", "", published, ours).verdict == verdict
 
 
-@pytest.mark.parametrize(
+@every(
     ("ours", "verdict"),
     [
         (Difference(-0.003, 0.006, 3), HOLDS),

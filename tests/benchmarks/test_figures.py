@@ -15,10 +15,11 @@ from benchmarks.paper.command import Figure
 from benchmarks.paper.results import Result
 from benchmarks.paper.runs import BUDGETS, Run, Start, Workshop
 from nemo_skymoe.report.curves import Curve
+from tests.cases import every
 from tests.recipes.factories import leaves
 
 FIGURES = {figure.name: figure for figure in figures.FIGURES}
-ALL = pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES)
+ALL = every("figure", FIGURES.values(), ids=FIGURES)
 
 
 def differences(workshop: Workshop, run: Run, other: Run) -> set[str]:
@@ -57,7 +58,7 @@ def test_a_run_is_small(figure: Figure, workshop: Workshop) -> None:
         assert recipe.optim.lr_scheduler.warmup_steps < recipe.trainer.max_steps / 5
 
 
-@pytest.mark.parametrize(
+@every(
     ("figure", "reference", "expected"),
     [
         (figure3.FIGURE, "off", {"moe_router_logit_norm_scale"}),
@@ -124,8 +125,8 @@ def invented(run: Run) -> Result:
     return Result(facts, curves)
 
 
-@ALL
 @pytest.mark.parametrize("seeds", [1, 3])
+@ALL
 def test_a_page_is_drawn_from_any_number_of_seeds(
     figure: Figure, seeds: int, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

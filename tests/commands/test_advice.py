@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.quantities import parse_tokens
+from tests.cases import every
 
 REPORT = shlex.split(
     "--model skywork-moe-146b --hardware A800-80G --num-gpus 1536 --seq-length 8192 --global-batch-size 2048"
@@ -72,7 +73,7 @@ def test_cumulative() -> None:
     assert "2,100B tokens of the MoE from scratch" in answer.stdout
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "message"),
     [
         (["--moe-tokens", "many"], "moe_tokens is 'many', expected a number of tokens such as 300B"),
@@ -103,7 +104,7 @@ def test_bad_input_is_one_sentence(options: list[str], message: str) -> None:
     assert answer.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
+@every(
     ("text", "tokens"),
     [("300B", 300 * 10**9), ("1.2t", 12 * 10**11), ("3e11", 3 * 10**11), ("5", 5), ("0.1M", 10**5)],
 )
@@ -111,7 +112,7 @@ def test_tokens(text: str, tokens: int) -> None:
     assert parse_tokens("tokens", text) == tokens
 
 
-@pytest.mark.parametrize(
+@every(
     "text",
     [
         "",

@@ -21,6 +21,7 @@ from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
+from tests.cases import every
 
 TINY = Architecture(2, 32, 48, 4, vocab_size=300)
 PYTHON = [sys.executable, "-c", "import sys; from nemo_skymoe.cli import main; main()"]
@@ -215,15 +216,15 @@ def test_the_same_command_after_damage(source: Path, tmp_path: Path, monkeypatch
             assert list(tmp_path.glob("*.unfinished")) == []
 
 
-@pytest.mark.parametrize("message", REFUSED)
+@every("message", REFUSED)
 def test_refusals_are_one_sentence_and_leave_nothing(message: str, source: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    before = sorted(tmp_path.rglob("*"))
+    before = [sorted(folder.rglob("*")) for folder in (tmp_path, source)]
     places = {"source": source, "output": tmp_path / "output", "empty": tmp_path / "empty"}
     refused = skymoe(*(argument.format(**places) for argument in REFUSED[message]))
     assert refused.exit_code == 2
     assert refused.output.startswith("skymoe: ") and message in refused.output
-    assert sorted(tmp_path.rglob("*")) == before
+    assert [sorted(folder.rglob("*")) for folder in (tmp_path, source)] == before
 
 
 def test_weights_is_another_path_of_its_checkpoint(source: Path, tmp_path: Path):
@@ -270,7 +271,7 @@ def skywork_13b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("to, tensors", [("hf", 2863), ("nemo", 10)])
+@every("to, tensors", [("hf", 2863), ("nemo", 10)])
 def test_dry_run_of_146b(to: str, tensors: int, skywork_13b: Path, tmp_path: Path):
     options = ["--to", to, "--dry-run", "--json", *(["--layer-spec", "te"] if to == "nemo" else [])]
     command = [*LIGHT, "upcycle", str(skywork_13b), str(tmp_path / "moe"), *options]
@@ -324,7 +325,7 @@ def test_a_dry_run_that_finds_too_little_room_fails(
             assert skymoe(*job, "--dry-run").exit_code == 0
 
 
-@pytest.mark.parametrize("change", [lambda job: job, lambda job: [*job, "--workers", "2"]])
+@every("change", [lambda job: job, lambda job: [*job, "--workers", "2"]])
 def test_the_same_command_continues(
     change: Callable[[list[Any]], list[Any]], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

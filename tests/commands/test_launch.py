@@ -9,6 +9,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from nemo_skymoe.cli import app
+from tests.cases import every
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +45,7 @@ def test_a_dry_run_prints_what_would_be_run(tmp_path: Path, monkeypatch: pytest.
     assert "--nproc-per-node 1 \\\n" in answer.stdout
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "message"),
     [
         (["traning=skywork_13b"], "group traning is unknown: did you mean training?"),

@@ -13,6 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from nemo_skymoe.cli import app
+from tests.cases import every
 
 SKYMOE = str(Path(sys.executable).with_name("skymoe"))
 REPORT = shlex.split(
@@ -107,7 +108,7 @@ def test_the_plan_is_written_into_a_file(report: dict, tmp_path: Path):
     assert list(file.parent.iterdir()) == [file]
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "message"),
     [
         (

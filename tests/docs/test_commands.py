@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from nemo_skymoe.cli import app
 from nemo_skymoe.launch.composition import compose_groups
+from tests.cases import every
 from tests.docs.pages import PAGES, ROOT, Block, Page
 from tests.docs.workplace import prepare
 
@@ -33,7 +34,7 @@ def runs_here(block: Block) -> bool:
     return block.language == "bash" and block.needs is None and block.marker is None
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.label)
+@every("block", BLOCKS, ids=lambda block: block.label)
 def test_every_block_runs_here_or_says_where(block: Block) -> None:
     if block.needs is not None:
         assert set(block.needs.split(", ")) <= NEEDS
@@ -46,7 +47,7 @@ def test_every_block_runs_here_or_says_where(block: Block) -> None:
         assert test in {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("block", COMMANDS, ids=lambda block: block.label)
+@every("block", COMMANDS, ids=lambda block: block.label)
 def test_commands_and_options_exist(block: Block) -> None:
     """Those that are not run, too."""
     for words in block.commands:
@@ -57,7 +58,7 @@ def test_commands_and_options_exist(block: Block) -> None:
         assert all((ROOT / word).exists() for word in words if word.startswith("slurm/"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@every("page", PAGES, ids=lambda page: page.name)
 def test_options_in_the_text_exist(page: Page) -> None:
     known = {
         name
@@ -94,7 +95,7 @@ def steps(page: Page) -> list[tuple[Block, str | None]]:
     ]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if steps(page)], ids=lambda page: page.name)
+@every("page", [page for page in PAGES if steps(page)], ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     prepare(page.name)

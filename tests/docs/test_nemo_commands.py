@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 from nemo_run.cli import api
 
 from nemo_skymoe import nemo_cli  # noqa: F401
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 from tests.docs.pages import PAGES
 
 COMMANDS = [
@@ -35,7 +35,7 @@ def dry_run(words: list[str], folder: Path) -> int:
     return 0
 
 
-@pytest.mark.parametrize("words", TRAININGS, ids=lambda words: words[4])
+@every("words", TRAININGS, ids=lambda words: words[4])
 def test_nemo_run_understands_it(words: list[str], tmp_path: Path) -> None:
     environment: dict[str, Any] = {f"SKYMOE_SLURM_{name}": value for name, value in SITE.items()}
     environment["NEMORUN_HOME"] = str(tmp_path)

@@ -5,10 +5,9 @@ import re
 from dataclasses import fields
 from functools import cache
 
-import pytest
-
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig
 from nemo_skymoe.recipes.registry import RECIPES
+from tests.cases import every
 from tests.docs.pages import PAGES, ROOT, Page
 
 FOLDERS = "nemo_skymoe|recipes|conf|patches|benchmarks|slurm|tests|docs"
@@ -16,7 +15,7 @@ PATH = re.compile(rf"(?:{FOLDERS})/[\w./-]*(?:::\w+)?")
 OPTIONS = {field.name for field in fields(SkyworkTransformerConfig)}
 RECIPE_NAMES = {recipe.name for recipe in RECIPES}
 BY_NAME = {page.name: page for page in PAGES}
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+every_page = every("page", PAGES, ids=lambda page: page.name)
 
 
 @cache
@@ -115,7 +114,7 @@ def test_the_table_has_the_reports_parts() -> None:
     assert [part for part in PARTS if part not in named] == []
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+@every("row", rows(), ids=lambda row: row[0])
 def test_every_entry_of_the_table_exists(row: list[str]) -> None:
     code, recipe, proof = (re.findall(r"`([^`]+)`", cell) for cell in row[2:])
     assert code and proof

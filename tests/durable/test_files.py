@@ -9,6 +9,7 @@ from typing import BinaryIO
 import pytest
 
 from nemo_skymoe.durable.files import move, sync, write_small, write_whole
+from tests.cases import every
 
 BEFORE, AFTER = b"before", bytes(range(256)) * 1000
 
@@ -21,7 +22,7 @@ def write_in_pieces(path: Path, data: bytes) -> None:
     write_whole(path, write)
 
 
-writers = pytest.mark.parametrize("write", [write_small, write_in_pieces])
+writers = every("write", [write_small, write_in_pieces])
 
 
 @writers
@@ -62,7 +63,7 @@ def test_what_cannot_be_written_leaves_the_old_file(
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
+@every("elsewhere", [False, True])
 def test_a_file_moves_to_another_disk_too(elsewhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_bytes(AFTER)
     replace = os.replace

@@ -15,9 +15,10 @@ import pytest
 
 from nemo_skymoe.durable.errors import CheckpointError, JobError
 from nemo_skymoe.durable.pool import in_threads, share
+from tests.cases import every
 from tests.waiting import HANG, wait_until
 
-counts = pytest.mark.parametrize("workers", [1, 2, 3, 9])
+counts = every("workers", [1, 2, 3, 9])
 
 
 def told(tasks: list[Any], work: Callable[..., None], workers: int) -> list[tuple[Any, ...]]:
@@ -54,7 +55,7 @@ def test_progress_arrives_while_a_task_runs(tmp_path: Path):
     assert {file.name for file in tmp_path.iterdir()} == {"0", "1"}
 
 
-@pytest.mark.parametrize(
+@every(
     ("die", "how"),
     [(lambda: os._exit(3), "exit code 3"), (lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL")],
 )
@@ -83,7 +84,7 @@ def test_what_was_told_before_a_death_is_heard():
 
 
 @counts
-@pytest.mark.parametrize(
+@every(
     "error", [CheckpointError("'x' is damaged"), OSError(28, "No space", "/x"), ZeroDivisionError("division")]
 )
 def test_an_error_reaches_the_caller(workers: int, error: Exception):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.aux_loss import AdaptiveAuxLossCoefficients, scale_value, squared_load_balancing_loss
+from tests.cases import every
 from tests.moe.worlds import on_ranks
 
 EXPERTS, TOKENS, TOPK = 8, 40, 2
@@ -89,7 +90,7 @@ def test_step_response() -> None:
     assert coefficients.values[0] == pytest.approx(target, rel=1e-12)
 
 
-@pytest.mark.parametrize(("rate", "estimate"), [(0.0, 0.0), (0.049, 0.0098), (0.05, 0.01), (0.9, 0.01)])
+@every(("rate", "estimate"), [(0.0, 0.0), (0.049, 0.0098), (0.05, 0.01), (0.9, 0.01)])
 def test_the_estimate_bends_at_a_drop_rate_of_five_percent(rate: float, estimate: float) -> None:
     coefficients = AdaptiveAuxLossCoefficients(1, smoothing=0.0)
     coefficients.update([rate])
@@ -109,7 +110,7 @@ def test_the_initial_value_is_a_choice() -> None:
     assert AdaptiveAuxLossCoefficients(2, initial=0.001).values == [0.001, 0.001]
 
 
-@pytest.mark.parametrize("rate", [math.nan, -0.001, 1.001, math.inf])
+@every("rate", [math.nan, -0.001, 1.001, math.inf])
 def test_a_drop_rate_that_is_none(rate: float) -> None:
     coefficients = AdaptiveAuxLossCoefficients(2)
     with pytest.raises(ConfigurationError, match=r"drop rate of MoE layer 2 is .*, expected 0 to 1"):
@@ -131,7 +132,7 @@ def test_state_continues_to_the_bit() -> None:
     assert first.values == second.values
 
 
-@pytest.mark.parametrize(
+@every(
     ("values", "message"),
     [
         ([0.01], "1 MoE layers, the model has 2"),

@@ -3,12 +3,12 @@
 import math
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from nemo_skymoe.moe.capacity import with_capacity_in_reach
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 from tests.moe.worlds import (
     Layout,
     Training,
@@ -66,7 +66,7 @@ def gradients(layout: Layout, options: dict[str, Any]) -> dict[str, Tensor]:
         return training.gradients()
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@every("padded", [False, True])
 def test_nor_do_the_dispatchers(padded: bool) -> None:
     one = run_ranks(in_world, 1, gradients, Layout(), {})[0]
     roomy = {"moe_expert_capacity_factor": 4.0, "moe_pad_expert_input_to_capacity": padded}

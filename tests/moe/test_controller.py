@@ -8,6 +8,7 @@ import torch
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.aux_loss import AdaptiveAuxLossCoefficients
 from nemo_skymoe.moe.controller import AuxLossController
+from tests.cases import every
 from tests.moe.adaptive import (
     ADAPTIVE,
     EXPERTS,
@@ -21,7 +22,7 @@ from tests.moe.adaptive import (
 from tests.moe.worlds import BATCH, LENGTH, Layout, Training, groups, on_ranks
 
 
-@pytest.mark.parametrize("world_size", LAYOUTS)
+@every("world_size", LAYOUTS)
 def test_trajectories_follow_the_equations(world_size: int) -> None:
     for case, found in trajectories(world_size).items():
         values = found["values"]
@@ -199,7 +200,7 @@ def test_fixed_coefficients_are_observed_only() -> None:
         assert adaptive.controller.coefficient_by_layer()[1] == 0.07
 
 
-@pytest.mark.parametrize("name", ["initial value", "no initial value"])
+@every("name", ["initial value", "no initial value"])
 @on_ranks(1)
 def test_without_a_controller_the_initial_value_stays(name: str) -> None:
     initial = 0.004 if name == "initial value" else None

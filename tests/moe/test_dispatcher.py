@@ -10,6 +10,7 @@ from torch import Tensor, distributed
 
 from nemo_skymoe.moe.permutation import by_capacity, by_expert, true_positions
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 from tests.moe.edp_crafted import (
     EXPERTS,
     HIDDEN,
@@ -105,10 +106,8 @@ def all_errors(n: int) -> list[dict[str, float]]:
     return errors_against_dense(n, CASES)
 
 
-@pytest.mark.parametrize("n", (1, 2, 4))
-@pytest.mark.parametrize(
-    "index", range(len(CASES)), ids=["-".join((c[0], c[1], "padded" if c[2] else "")) for c in CASES]
-)
+@every("n", (1, 2, 4))
+@every("index", range(len(CASES)), ids=["-".join((c[0], c[1], "padded" if c[2] else "")) for c in CASES])
 def test_against_the_dense_formula(dense_errors: dict, n: int, index: int):
     for rank in dense_errors[n]:
         assert {what: error for what, error in rank[index].items() if not error < 1e-12} == {}
@@ -140,7 +139,7 @@ def recording(sent: dict[str, set[torch.dtype]], name: str, function: Any) -> An
     return record
 
 
-@pytest.mark.parametrize(
+@every(
     ("name", "collectives"),
     [
         ("replicated", {"all_reduce"}),

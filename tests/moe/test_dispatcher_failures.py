@@ -14,6 +14,7 @@ from nemo_skymoe.moe.collectives import CollectiveFailed
 from nemo_skymoe.moe.dispatch_replicated import RoutingDiverged
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 from tests.moe import edp_worlds
 from tests.moe.edp_crafted import (
     EXPERTS,
@@ -89,7 +90,7 @@ def dying(how: str, folder: Path) -> str:
     return str(failure.value)
 
 
-@pytest.mark.parametrize("how", ("dies", "is late"))
+@every("how", ("dies", "is late"))
 def test_a_rank_that_dies_ends_the_others_naming_layer_and_group(how: str, tmp_path: Path):
     said = run_ranks(dying, 2, how, tmp_path)[0]
     assert "MoE layer 7" in said and "EDP group of ranks [0, 1]" in said and "all-to-all" in said

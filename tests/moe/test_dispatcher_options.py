@@ -10,6 +10,7 @@ from nemo_skymoe.dispatchers import DISPATCHERS
 from nemo_skymoe.moe import edp
 from nemo_skymoe.moe.dispatch_alltoall import AllToAllTokenDispatcher, PaddedAllToAllTokenDispatcher
 from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
+from tests.cases import every
 from tests.moe.edp_crafted import PADDED, config_for
 
 SHARED_EXPERT = {
@@ -39,7 +40,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("named", "options"), REFUSED)
+@every(("named", "options"), REFUSED)
 def test_what_makes_no_sense_is_refused_by_name(named: str, options: dict[str, Any]):
     values = {"edp_dispatcher": "auto", "sequence_parallel": True, **options}
     with pytest.raises(ConfigurationError, match=named):
@@ -58,7 +59,7 @@ def test_the_table_names_classes_that_know_their_entry():
         assert issubclass(entry.load(), EdpTokenDispatcher) and entry.load().kind == entry.name == name
 
 
-@pytest.mark.parametrize(
+@every(
     ("chosen", "options"),
     [
         ("replicated", {"sequence_parallel": False}),

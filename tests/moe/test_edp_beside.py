@@ -11,6 +11,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor, distributed
 
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 from tests.moe import edp_worlds
 from tests.moe.edp_worlds import Case
 from tests.moe.worlds import Layout, Training, groups, in_world, relative_errors
@@ -46,7 +47,7 @@ def results(world_size: int) -> dict[Key, dict[str, Tensor]]:
     return dict(zip(keys, run_ranks(in_world, world_size, all_gradients, keys)[0], strict=True))
 
 
-@pytest.mark.parametrize(
+@every(
     ("world_size", "key"),
     [(size, key) for size, keys in CASES.items() for key in keys],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else str(value),
@@ -81,7 +82,7 @@ def losses_of_training(case: Case) -> list[float]:
         return losses
 
 
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@every("dispatcher", DISPATCHERS)
 def test_with_the_distributed_optimizer_it_learns_what_one_rank_learns(dispatcher: str):
     expected = run_ranks(losses_of_training, 1, Case(1, "auto", dtype=torch.float32))[0]
     found = run_ranks(losses_of_training, 4, Case(2, dispatcher, dtype=torch.float32))

@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 
 from nemo_skymoe.moe.layer import get_skywork_block_spec
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 from tests.moe import edp_worlds
 from tests.moe.edp_worlds import Case
 
@@ -125,7 +126,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[dict[
     return {size: run_ranks(follow, size, steps, folder) for size, steps in STEPS.items()}
 
 
-@pytest.mark.parametrize(
+@every(
     ("size", "index"),
     [(size, i) for size, steps in STEPS.items() for i, step in enumerate(steps) if "etp" not in step[0]],
     ids=lambda value: str(value),

@@ -13,6 +13,7 @@ import torch
 from nemo_skymoe import traffic
 from nemo_skymoe.ranks import run_ranks
 from nemo_skymoe.traffic import Exchange
+from tests.cases import every
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TOKENS = 120
@@ -56,8 +57,8 @@ def sent(measured: dict[Any, list[Any]], name: str, **wanted: Any) -> float:
     return sum(rank.forward + rank.backward for rank in ranks) / len(ranks)
 
 
-@pytest.mark.parametrize("weights", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("capacity", (None, 1.0))
+@every("weights", (torch.float32, torch.bfloat16), ids=str)
+@every("capacity", (None, 1.0))
 def test_all_to_all_sends_less_than_stock(
     measured: dict[Any, list[Any]], weights: torch.dtype, capacity: float | None
 ):
@@ -107,7 +108,7 @@ def test_a_wait_that_is_there_is_counted(benchmark: Any):
         assert reads.count == 6
 
 
-@pytest.mark.parametrize(("ranks", "experts", "topk"), [(2, 8, 2), (4, 16, 2), (8, 16, 8), (4, 4, 4)])
+@every(("ranks", "experts", "topk"), [(2, 8, 2), (4, 16, 2), (8, 16, 8), (4, 4, 4)])
 def test_probability_of_a_rank_is_what_drawing_shows(ranks: int, experts: int, topk: int):
     x = Exchange(ranks, 4096, 8, experts, topk)
     drawn = torch.rand(50_000, experts, generator=torch.Generator().manual_seed(0)).topk(topk, dim=1).indices

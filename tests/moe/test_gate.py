@@ -6,6 +6,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.moe.router import TopKRouter
 
 from nemo_skymoe.moe.router import SkyworkRouter
+from tests.cases import every
 from tests.moe.worlds import (
     Layout,
     build,
@@ -25,8 +26,8 @@ def hidden_states() -> torch.Tensor:
     return torch.randn(5, 3, HIDDEN, generator=generator("hidden"), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("layers", [1, 2])
+@every("bias", [False, True])
+@every("layers", [1, 2])
 @on_ranks(1)
 def test_formula(layers: int, bias: bool) -> None:
     """z = W x + b, or W2 tanh(W1 x) + b; all parameters get autograd's gradient."""
@@ -53,7 +54,7 @@ def test_formula(layers: int, bias: bool) -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every("dtype", [torch.float32, torch.bfloat16])
 @on_ranks(1)
 def test_parameters(dtype: torch.dtype) -> None:
     with groups():

@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from nemo_skymoe.moe.gating import (
     normalize_gating_logits,
     tie_order,
 )
+from tests.cases import every
 
 CPU = torch.device("cpu")
 EXPERTS = 16
@@ -27,8 +27,8 @@ def ties(sequence: int, batch: int, topk: int = 2, experts: int = EXPERTS, **pla
     return tie_order(sequence, batch, experts, topk, dtype=torch.float32, device=CPU, **place)
 
 
-@pytest.mark.parametrize("correction", [0, 1])
-@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+@every("correction", [0, 1])
+@every("scale", [0.5, 1.0, 2.0])
 def test_it_is_eq_6(scale: float, correction: int) -> None:
     z = logits(50)
     expected = scale * (z - z.mean(-1, keepdim=True)) / z.std(-1, correction=correction, keepdim=True)
@@ -37,8 +37,8 @@ def test_it_is_eq_6(scale: float, correction: int) -> None:
     )
 
 
-@pytest.mark.parametrize("correction", [0, 1])
-@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+@every("correction", [0, 1])
+@every("scale", [0.5, 1.0, 2.0])
 def test_the_standard_deviation_is_the_scale(scale: float, correction: int) -> None:
     normalized = normalize_gating_logits(logits(50, dtype=torch.float32), scale, correction)
     std = normalized.double().std(-1, correction=correction)
@@ -68,7 +68,7 @@ def test_a_large_common_offset_costs_no_accuracy() -> None:
     torch.testing.assert_close(normalize_gating_logits(offset), normalize_gating_logits(z.float()))
 
 
-@pytest.mark.parametrize(
+@every(
     ("given", "result"),
     [
         (torch.bfloat16, torch.float32),
@@ -84,7 +84,7 @@ def test_dtype(given: torch.dtype, result: torch.dtype) -> None:
     torch.testing.assert_close(normalized, normalize_gating_logits(z.to(result)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("correction", [0, 1])
+@every("correction", [0, 1])
 def test_gradient(correction: int) -> None:
     z = logits(6).requires_grad_()
     assert torch.autograd.gradcheck(lambda z: normalize_gating_logits(z, 0.7, correction), z)
@@ -100,8 +100,8 @@ def test_the_gradient_sums_to_zero_and_does_not_change_the_deviation() -> None:
     assert gradient.norm() > 0.1
 
 
-@pytest.mark.parametrize("offset", [0.0, 0.1, -3e4])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@every("offset", [0.0, 0.1, -3e4])
+@every("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_equal_logits(offset: float, dtype: torch.dtype) -> None:
     """An exactly uniform gate and the gradient of a softmax that is not normalised."""
     z = torch.full((3, EXPERTS), offset, dtype=dtype, requires_grad=True)
@@ -152,16 +152,16 @@ def test_ties_change_no_other_row() -> None:
     assert not equal.any()
 
 
-@pytest.mark.parametrize("experts", [3, 8])
-@pytest.mark.parametrize("topk", [1, 2, 3])
+@every("experts", [3, 8])
+@every("topk", [1, 2, 3])
 def test_every_token_gets_topk_experts(experts: int, topk: int) -> None:
     add, choice = ties(5, 3, topk, experts)
     assert torch.equal(choice.sum(-1), torch.full((5, 3), topk))
     assert torch.equal(torch.zeros_like(choice).scatter_(-1, add.topk(topk).indices, True), choice)
 
 
-@pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize("context", [1, 2, 4])
+@every("tensor", [1, 2, 4])
+@every("context", [1, 2, 4])
 def test_token_index_over_ranks(tensor: int, context: int) -> None:
     """Sequence and context parallelism deal the positions of one rank, each with its own index."""
     length, batch = 32, 3

@@ -22,6 +22,7 @@ from nemo_skymoe.moe.controller import AuxLossController
 from nemo_skymoe.moe.layer import SkyworkMoELayer, get_skywork_block_spec, get_skywork_moe_layer_spec
 from nemo_skymoe.moe.norm import RMSNorm
 from nemo_skymoe.moe.router import SkyworkRouter
+from tests.cases import every
 from tests.moe.worlds import Layout, build, configuration, generator, groups, model_chunk, on_ranks
 
 VOCABULARY, LENGTH = 32, 16
@@ -48,7 +49,7 @@ def test_transformer_engine_can_be_left_out_where_it_is_installed() -> None:
         assert layer.submodules.self_attention.submodules.linear_qkv is ColumnParallelLinear
 
 
-@pytest.mark.parametrize(("frequency", "expected"), [(1, "MMMM"), (2, "M-M-"), ([0, 1, 1, 0], "-MM-")])
+@every(("frequency", "expected"), [(1, "MMMM"), (2, "M-M-"), ([0, 1, 1, 0], "-MM-")])
 @on_ranks(2)
 def test_block_spec_follows_moe_layer_freq_on_every_stage(frequency: Any, expected: str) -> None:
     layout = Layout(pp=2, vpp=2)
@@ -82,7 +83,7 @@ def test_other_initialisation_is_megatrons() -> None:
         assert all(torch.equal(stock[name], ours[name]) for name in stock)
 
 
-@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+@every("dispatcher", ["allgather", "alltoall"])
 @on_ranks(2)
 def test_the_combine_stays_in_the_models_dtype(dispatcher: str) -> None:
     """bf16 on the wire, although the router's weights are float32."""
@@ -176,7 +177,7 @@ class Training:
         return succeeded, sum(float(outcome["loss"]) for outcome in outcomes) / len(outcomes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every("dtype", [torch.float32, torch.bfloat16])
 @on_ranks(1)
 def test_it_trains_in_plain_megatron(dtype: torch.dtype) -> None:
     with groups():

@@ -18,6 +18,7 @@ from nemo_skymoe.moe.mesh import (
 )
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 
 ORDER = "tp-cp-ep-dp-pp"
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -82,7 +83,7 @@ def seen() -> list[dict[str, Any]]:
     return run_ranks(observe_layouts, 4)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in REFUSED])
+@every("name", [name for name in LAYOUTS if name not in REFUSED])
 def test_meshes_are_views_of_megatrons_groups(seen: list[dict[str, Any]], name: str):
     for rank, here in enumerate(found[name] for found in seen):
         assert here["new groups"] == 0
@@ -101,7 +102,7 @@ def test_the_meshes_of_two_layouts(seen: list[dict[str, Any]]):
     assert seen[0]["dp before tp"]["meshes"][0] == [[[0, 2], [1, 3]]]
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@every("name", REFUSED)
 def test_other_layouts_are_refused_on_every_rank(seen: list[dict[str, Any]], name: str):
     for rank, found in enumerate(seen):
         assert REFUSED[name] in found[name]["refused"]
@@ -121,8 +122,8 @@ def test_experts_split_over_ranks_are_refused():
     run_ranks(split_experts, 2)
 
 
-@pytest.mark.parametrize("context", (1, 2))
-@pytest.mark.parametrize(("pipeline", "data", "tensor"), [(1, 2, 2), (2, 4, 4), (12, 32, 4), (4, 8, 8)])
+@every("context", (1, 2))
+@every(("pipeline", "data", "tensor"), [(1, 2, 2), (2, 4, 4), (12, 32, 4), (4, 8, 8)])
 def test_reported_meshes_are_those_of_megatrons_rank_generator(
     pipeline: int, data: int, tensor: int, context: int
 ):

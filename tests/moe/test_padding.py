@@ -18,6 +18,7 @@ from nemo_skymoe.moe.padding import padding_told
 from nemo_skymoe.moe.router import SkyworkRouter
 from nemo_skymoe.moe.telemetry import reduce_statistics
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 from tests.moe.worlds import (
     Layout,
     Training,
@@ -144,7 +145,7 @@ def expected_gradients() -> dict[Any, Any]:
         return {case: gradient_of_the_formula(*case) for case in CASES}
 
 
-@pytest.mark.parametrize(
+@every(
     "layouts",
     [[Layout()], [Layout(tp=2), Layout(cp=2)], [Layout(tp=2, cp=2)]],
     ids=["one rank", "two ranks", "four ranks"],

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 from megatron.core import package_info, parallel_state
 from megatron.core.pipeline_parallel import schedules
@@ -17,6 +16,7 @@ from nemo_skymoe.moe import aux_loss
 from nemo_skymoe.moe.gradients import ScaleGradient
 from nemo_skymoe.moe.router import SkyworkRouter
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 from tests.moe.worlds import (
     BATCH,
     LENGTH,
@@ -87,7 +87,7 @@ def one_rank(name: str) -> Gradients:
     return results(1)["dp", REFERENCE.get(name, name)]
 
 
-@pytest.mark.parametrize(
+@every(
     ("world_size", "layout", "name"),
     [
         (size, str(layout), name)
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_one_rank(world_size: int, layout: str, name: str
     assert max(errors.values()) <= 1e-10, max(errors.items(), key=lambda item: item[1])
 
 
-@pytest.mark.parametrize("name", ["switch", "square", "per token", "per token, square"])
+@every("name", ["switch", "square", "per token", "per token, square"])
 def test_the_auxiliary_losses_matter_to_that(name: str) -> None:
     """Else the test above could not see their strength."""
     options = {**OPTIONS[name], "moe_aux_loss_coeff": 1e-12, "moe_z_loss_coeff": None}
@@ -165,7 +165,7 @@ def mutated_gradients(mutation: str, layout: Layout, options: dict[str, Any]) ->
         return training.gradients()
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
+@every("mutation", MUTATIONS)
 def test_without_a_correction_they_are_not(mutation: str) -> None:
     layout, name = MUTATIONS[mutation]
     found = run_ranks(in_world, 2, mutated_gradients, mutation, layout, OPTIONS[name])[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.router import SkyworkRouter
+from tests.cases import every
 from tests.moe.worlds import configuration, generator, groups, make_router, on_ranks
 
 SEQUENCE, BATCH, HIDDEN, EXPERTS = 24, 2, 16, 8
@@ -42,8 +43,8 @@ def normalized(x: Tensor, router: Any, scale: float = 1.0) -> Tensor:
     return scale * (z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
+@every("dtype", [torch.float32, torch.bfloat16])
+@every(
     "options",
     [
         {},
@@ -85,8 +86,8 @@ def test_the_weight_follows_params_dtype_and_the_maths_is_in_float32() -> None:
         assert [g.dtype for g in gradients] == [torch.bfloat16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+@every("training", [True, False])
+@every("scale", [0.5, 1.0, 2.0])
 @on_ranks(1)
 def test_weights_follow_eq_2_of_normalised_gates(scale: float, training: bool) -> None:
     with groups():
@@ -118,8 +119,8 @@ def test_auxiliary_scores_are_the_normalised_gate() -> None:
         assert logged.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("norm_scale", [None, 1.0])
-@pytest.mark.parametrize("form", ["switch", "square"])
+@every("norm_scale", [None, 1.0])
+@every("form", ["switch", "square"])
 @on_ranks(1)
 def test_gradients_are_autograds_of_the_formulas(form: str, norm_scale: float | None) -> None:
     """Combine weights, auxiliary loss and the z-loss of the raw logits in one loss, written down again."""
@@ -180,7 +181,7 @@ def test_equal_logits_are_assigned_by_token_index_also_in_the_auxiliary_loss() -
         assert torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("policy", ["probs", "position"])
+@every("policy", ["probs", "position"])
 @on_ranks(1)
 def test_dropping_uses_the_assignment_of_equal_logits(policy: str) -> None:
     with groups():
@@ -226,7 +227,7 @@ def test_no_tokens() -> None:
             )
 
 
-@pytest.mark.parametrize("form", ["switch", "square"])
+@every("form", ["switch", "square"])
 @on_ranks(1)
 def test_one_token(form: str) -> None:
     with groups():

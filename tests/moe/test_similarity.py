@@ -10,6 +10,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.similarity import expert_similarity
+from tests.cases import every
 from tests.moe.worlds import (
     Layout,
     build,
@@ -86,7 +87,7 @@ def test_experts_split_over_tensor_ranks() -> None:
     assert expert_similarity([chunk])[1] == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@every("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @on_ranks(1)
 def test_copies_have_similarity_one_and_random_experts_none(dtype: torch.dtype) -> None:
     with groups():

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_skymoe.moe.telemetry import GATE_SAMPLE, METRICS, LayerMetrics, RouterStatistics, reduce_statistics
+from tests.cases import every
 from tests.moe.worlds import (
     BATCH,
     LENGTH,
@@ -114,7 +115,7 @@ def agree(metrics: LayerMetrics, expected: dict[str, Any]) -> None:
         assert getattr(metrics, name) == pytest.approx(expected[name], rel=2e-6, nan_ok=True), name
 
 
-@pytest.mark.parametrize(
+@every(
     "options",
     [
         {},
@@ -150,7 +151,7 @@ def over_ranks(layout: Layout) -> list[list[list[Token]]]:
     return [[tokens_at(index, part) for part in parts] for index in range(MICRO_BATCHES)]
 
 
-@pytest.mark.parametrize("form", ["switch", "square"])
+@every("form", ["switch", "square"])
 @on_ranks(2)
 def test_two_ranks(form: str) -> None:
     """Tokens over tensor- or context-parallel ranks, micro-batches over data-parallel ranks."""
@@ -215,7 +216,7 @@ def test_it_is_observed_without_an_auxiliary_loss_too() -> None:
         assert reduce_statistics([router.statistics], torch.distributed.group.WORLD, CPU)[0].gate_entropy > 1
 
 
-@pytest.mark.parametrize("form", ["switch", "square"])
+@every("form", ["switch", "square"])
 @on_ranks(1)
 def test_the_forward_pass_never_waits_for_the_device(form: str) -> None:
     """Meta tensors have no values: whoever asks for one, as `.item()` does, is caught."""

@@ -20,6 +20,7 @@ from nemo_skymoe.nemo.model import SkyworkMoETinyConfig, SkyworkTinyConfig
 from nemo_skymoe.patches import lora_without_te
 from nemo_skymoe.ranks import RankFailed, run_ranks
 from nemo_skymoe.recipes import skywork_moe_tiny
+from tests.cases import every
 from tests.checkpoint import megatron_files
 from tests.checkpoint.fakes import random_weights
 
@@ -54,7 +55,7 @@ def test_another_world_than_was_started_is_refused() -> None:
         checks.check_world_size(trainer(2), started=4)
 
 
-@pytest.mark.parametrize(
+@every(
     ("sizes", "message"),
     [
         (
@@ -201,14 +202,14 @@ def adapted(peft: Any, expert_parallel: int = 1, **options: Any) -> None:
     checks.check_adapters(peft, config, SimpleNamespace(expert_model_parallel_size=expert_parallel))
 
 
-@pytest.mark.parametrize("target", ["router", "*.router", "*.layers.0.*", "*mlp*"])
+@every("target", ["router", "*.router", "*.layers.0.*", "*mlp*"])
 def test_lora_on_the_router_is_refused(target: str) -> None:
     adapted(LoRA())
     with pytest.raises(ConfigurationError, match="which takes in the router"):
         adapted(LoRA(target_modules=["linear_qkv", target]))
 
 
-@pytest.mark.parametrize("peft", [LoRA(), LoRA(target_modules=["*.linear_fc1"])], ids=["all", "fc1"])
+@every("peft", [LoRA(), LoRA(target_modules=["*.linear_fc1"])], ids=["all", "fc1"])
 def test_lora_on_experts_that_ranks_share_is_refused(peft: Any) -> None:
     adapted(peft)
     adapted(LoRA(target_modules=["linear_qkv", "linear_proj"]), expert_parallel=2)
@@ -233,7 +234,7 @@ def test_adaptive_coefficients_of_a_frozen_router_are_refused() -> None:
         adapted(LoRA(), moe_adaptive_aux_loss=True, moe_router_load_balancing_type="aux_loss")
 
 
-@pytest.mark.parametrize("trained", [True, False])
+@every("trained", [True, False])
 def test_a_start_that_the_runs_own_checkpoint_overrules_is_said(trained: bool, tmp_path: Path) -> None:
     if trained:
         (tmp_path / "run" / "checkpoints" / "step=4-last").mkdir(parents=True)

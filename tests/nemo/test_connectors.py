@@ -17,6 +17,7 @@ from nemo_skymoe import nemo_cli  # noqa: F401
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo.model import SkyworkModel, SkyworkMoEModel, SkyworkMoETinyConfig, SkyworkTinyConfig
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 from tests.checkpoint import hf_models
 
 
@@ -24,7 +25,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@every("kind", ["dense", "moe"])
 def test_import_and_export_give_every_bit_back(tmp_path: Path, kind: str) -> None:
     if kind == "dense":
         expected, model = hf_models.skywork_dense(tmp_path / "hf"), SkyworkModel(SkyworkTinyConfig())

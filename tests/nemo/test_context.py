@@ -26,6 +26,7 @@ from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.nemo.model import SkyworkConfig, SkyworkModel, SkyworkMoEConfig, SkyworkMoEModel
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 from tests.checkpoint import hf_models
 from tests.checkpoint.megatron_files import save
 
@@ -96,7 +97,7 @@ def nemo_logits(checkpoint: Path) -> Tensor:
         return chunk.eval()(TOKENS, torch.arange(32).expand(2, 32), attention_mask=None)
 
 
-@pytest.mark.parametrize("name", ["dense", "moe"])
+@every("name", ["dense", "moe"])
 def test_nemo_loads_the_weights_and_computes_the_same(checkpoints: Path, name: str) -> None:
     [found] = run_ranks(nemo_logits, 1, checkpoints / name)
     [expected] = run_ranks(megatron_logits, 1, checkpoints / name, TOKENS)
@@ -111,7 +112,7 @@ def nemo_writes(model: Any, folder: Path) -> None:
     TrainerContext(model=model, trainer=trainer, extra={}).io_dump(folder / "context", yaml_attrs=["model"])
 
 
-@pytest.mark.parametrize("kind", ["skywork", "skywork-moe", "llama", "mixtral"])
+@every("kind", ["skywork", "skywork-moe", "llama", "mixtral"])
 def test_what_nemo_itself_writes_is_read(checkpoints: Path, tmp_path: Path, kind: str) -> None:
     """After a training there is no config.json in the context, and every option of NeMo's is in model.yaml."""
     sizes: dict[str, Any] = dict(

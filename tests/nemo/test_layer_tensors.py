@@ -15,6 +15,7 @@ from nemo_skymoe.nemo.checkpoint import _store_alike, check_sizes
 from nemo_skymoe.nemo.model import SkyworkModel, SkyworkMoEModel, SkyworkMoETinyConfig, SkyworkTinyConfig
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 
 SIZES: dict[str, Any] = {
     "num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 40, "num_attention_heads": 6, "seq_length": 16, "vocab_size": 5120,
@@ -73,7 +74,7 @@ def infos(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
     return {name: TensorInfo(shape, "float32") for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@every("moe", [False, True], ids=["dense", "moe"])
 def test_every_model_takes_its_own_checkpoint_and_names_what_differs_in_another(moe: bool) -> None:
     variants = MOE if moe else SHARED
     shapes = run_ranks(stored, 1, [(moe, changes) for changes in variants.values()])[0]

@@ -6,6 +6,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo.learning_rate import LearningRateSchedule, is_expert_parameter
+from tests.cases import every
 
 
 def test_cosine_against_torchs() -> None:
@@ -61,7 +62,7 @@ def test_groups_keep_their_proportion_to_the_end_and_through_a_resume() -> None:
     assert steps(*resumed, 6) == whole[4:]
 
 
-@pytest.mark.parametrize(
+@every(
     ("arguments", "message"),
     [
         ({"shape": "step"}, "shape is 'step', expected one of cosine, linear, constant"),
@@ -74,7 +75,7 @@ def test_bad_values_are_named(arguments: dict, message: str) -> None:
         LearningRateSchedule(**arguments)
 
 
-@pytest.mark.parametrize(
+@every(
     ("name", "expected"),
     [
         ("module.module.decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight", True),

@@ -23,6 +23,7 @@ from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
 from nemo_skymoe.recipes import skywork_moe_tiny
+from tests.cases import every
 
 LAYERS, STEPS, CUT, MICRO_BATCHES = 5, 4, 2, 4
 TWO = run.Config(PipelinePlan, layout="Ett|tttL", recompute=[[2], [1]])
@@ -214,7 +215,7 @@ def test_the_plan_reaches_strategy_and_configuration_before_anything_is_built() 
 TWELVE = "Et*4|(t*5|)*4(t*4|)*6t*4L"
 
 
-@pytest.mark.parametrize(
+@every(
     ("plan", "layout", "message"),
     [
         (PipelinePlan("Et*26|t*26L"), TWELVE, "pipeline_model_parallel_layout of trainer.strategy is 'Et"),

@@ -16,6 +16,7 @@ from nemo_skymoe.nemo import checks, schedule_length
 from nemo_skymoe.nemo.learning_rate import LearningRateSchedule
 from nemo_skymoe.nemo.schedule_length import ScheduleOfThisRun, check_early_end, follow_max_steps
 from nemo_skymoe.nemo.training_phases import PhasedLearningRate
+from tests.cases import every
 
 PEAK, END, STEPS = 1.0, 0.1, 1000
 Scheduler = Callable[[], Any]
@@ -113,8 +114,8 @@ MADE: dict[str, Callable[[int, float], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MADE)
-@pytest.mark.parametrize(("steps", "peak"), [(20, 1.0), (10, 0.5), (20, 0.5), (10, 1.0)])
+@every("name", MADE)
+@every(("steps", "peak"), [(20, 1.0), (10, 0.5), (20, 0.5), (10, 1.0)])
 def test_a_resumed_run_has_the_rates_of_its_own_schedule(
     name: str, steps: int, peak: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from nemo_skymoe.nemo.training_phases import Phase, PhasedLearningRate, read_pha
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
 from nemo_skymoe.recipes import skywork_moe_146b, skywork_moe_tiny
+from tests.cases import every
 
 SEQUENCE, BATCH = 64, 4
 PHASES = """
@@ -199,7 +200,7 @@ def test_validation_is_held_out_and_the_same_in_every_run(folder: Path) -> None:
     assert seen and held_out and not seen & held_out
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 60, 997])
+@every("size", [1, 2, 7, 60, 997])
 def test_every_epoch_has_every_sample_once(size: int) -> None:
     stream = Stream(list(range(size)), 1)
     epochs = [[stream[size * epoch + n] for n in range(size)] for epoch in range(4)]
@@ -229,7 +230,7 @@ def test_phases_that_have_begun_cannot_change(folder: Path) -> None:
         built(folder, **phases).load_state_dict(position | {"epochs": {"zh": 1}})
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "message"),
     [
         ({"mixtures": ["en:1 fr:1"]}, "the domain 'fr', for which '.*/data/fr.bin' is missing; in the folder are: code, en, zh"),
@@ -244,7 +245,7 @@ def test_bad_mixtures_are_refused_by_name(folder: Path, options: dict[str, Any],
         data(folder, **options)
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "message"),
     [
         ({"steps": [3]}, "trainer.max_steps is 4, the data's phases have 3 steps: add a phase"),
@@ -304,7 +305,7 @@ def test_schedules_follow_each_other() -> None:
     assert factors == pytest.approx([1, 0.875, 0.75, 0.625, 0.125, 0.25, 0.25, 0.25, 0.25])
 
 
-@pytest.mark.parametrize(
+@every(
     ("text", "message"),
     [
         ("tokens: 3", "is dict, expected a list of phases"),

@@ -2,13 +2,13 @@
 
 import copy
 
-import pytest
 import torch
 
 from nemo_skymoe.patches.cpu_adam import FusedAdam
+from tests.cases import every
 
 
-@pytest.mark.parametrize("step", [None, 0, 3])
+@every("step", [None, 0, 3])
 def test_it_goes_on_from_a_groups_count(step: int | None) -> None:
     """None is what Megatron-Core 0.14 writes to every group before the first step, on its way to load a checkpoint."""
     ours, torchs = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))

@@ -10,6 +10,7 @@ from torch._dynamo import trace_rules
 
 from nemo_skymoe.patches import cpu_runtime, nemo_cpu
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 from tests.patches.tiny_gpt import FORMATS, Case, Run, groups
 
 DENSE, MOE = Case(), Case(experts=4)
@@ -68,7 +69,7 @@ def trajectories() -> dict[str, list[tuple[float, float]]]:
     return {"dense": reference[0], "moe": reference[1], **dict(zip(map(str, LAYOUTS), layouts, strict=True))}
 
 
-@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+@every("case", LAYOUTS, ids=str)
 def test_two_ranks_follow_one(case: Case, trajectories: dict[str, list[tuple[float, float]]]) -> None:
     # Adam's updates carry a wrong gradient into the next loss; the norm shows one that is only scaled.
     reference = trajectories["moe" if case.experts else "dense"]
@@ -123,7 +124,7 @@ def differences() -> dict[int, list[dict[int, list[str]]]]:
         return {ranks: run_ranks(_resumes, ranks, Path(folder)) for ranks in (1, 2)}
 
 
-@pytest.mark.parametrize("index", range(len(RESUMES)), ids=["-".join(map(str, row)) for row in RESUMES])
+@every("index", range(len(RESUMES)), ids=["-".join(map(str, row)) for row in RESUMES])
 def test_resume_is_exact(index: int, differences: dict[int, list[dict[int, list[str]]]]) -> None:
     ranks = RESUMES[index][0]
     assert [rank[index] for rank in differences[ranks]] == [[]] * ranks

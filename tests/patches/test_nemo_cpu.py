@@ -28,6 +28,7 @@ from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
 from nemo_skymoe.patches import cpu_runtime, nemo_cpu, optimizer_arguments, tensorstore_import
 from nemo_skymoe.ranks import RankFailed, run_ranks
+from tests.cases import every
 from tests.waiting import HANG
 
 VOCABULARY, LENGTH = 128, 32
@@ -246,7 +247,7 @@ FAILURES: list[tuple[str, int, Callable[[], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "ranks", "function", "message"), FAILURES, ids=[row[0] for row in FAILURES])
+@every(("name", "ranks", "function", "message"), FAILURES, ids=[row[0] for row in FAILURES])
 def test_each_failure_is_cured(name: str, ranks: int, function: Callable[[], Any], message: str) -> None:
     if name == "nemo_cpu.local_checkpoints" and nemo_logger.HAVE_RES:
         pytest.skip("nvidia-resiliency-ext is installed: nothing to cure")

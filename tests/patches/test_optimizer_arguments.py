@@ -17,6 +17,7 @@ from nemo.lightning._strategy_lib import setup_megatron_optimizer
 from nemo_skymoe.nemo.learning_rate import is_expert_parameter
 from nemo_skymoe.patches import cpu_runtime, optimizer_arguments
 from nemo_skymoe.ranks import RankFailed, run_ranks
+from tests.cases import every
 from tests.patches.tiny_gpt import VERSION, Case, Run, groups
 
 LR, DECAY, EXPERTS_LR = 1e-2, 0.1, 2.5e-3
@@ -75,15 +76,13 @@ SPARED = {"no_weight_decay_cond": is_embedding}
 
 
 @needs_016
-@pytest.mark.parametrize("arguments", [{}, SCALED], ids=["plain", "experts"])
+@every("arguments", [{}, SCALED], ids=["plain", "experts"])
 def test_nemo_fails_without_the_patch(arguments: dict[str, Any]) -> None:
     with pytest.raises(RankFailed, match="unexpected keyword argument 'no_weight_decay_cond'"):
         run_ranks(nemos_groups, 1, False, False, arguments)
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, SCALED, SPARED, SCALED | SPARED], ids=["plain", "experts", "decay", "both"]
-)
+@every("arguments", [{}, SCALED, SPARED, SCALED | SPARED], ids=["plain", "experts", "decay", "both"])
 def test_every_parameter_has_its_rate_and_weight_decay(arguments: dict[str, Any]) -> None:
     [found] = run_ranks(nemos_groups, 1, True, False, arguments)
     by_name = rates(found)
@@ -92,8 +91,8 @@ def test_every_parameter_has_its_rate_and_weight_decay(arguments: dict[str, Any]
     assert [kind for kind in kinds if not any(kind in name for name in by_name)] == []
 
 
-@pytest.mark.parametrize("multiplier", [1.0, 0.25])
-@pytest.mark.parametrize("distributed", [False, True])
+@every("multiplier", [1.0, 0.25])
+@every("distributed", [False, True])
 def test_megatron_can_tell_the_groups_of_a_checkpoint_apart(distributed: bool, multiplier: float) -> None:
     """It finds a saved group by these keys: two groups with the same would load one's parameters for both's."""
     arguments = SCALED | {"lr_mult": multiplier}

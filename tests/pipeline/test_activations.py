@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.pipeline.memory import layer_footprint
 from nemo_skymoe.pipeline.training import Training
+from tests.cases import every
 
 S, H, HEADS, GROUPS, FFN = 48, 64, 4, 2, 176
 DENSE = Architecture(1, H, FFN, HEADS, vocab_size=128, num_query_groups=GROUPS)
@@ -93,7 +93,7 @@ def test_a_dense_layer():
     assert kept_bytes(layer) - RSTD == layer_footprint(DENSE, Training(seq_length=S)).activations
 
 
-@pytest.mark.parametrize("capacity", [None, 1.5])
+@every("capacity", [None, 1.5])
 def test_a_moe_layer(capacity: float | None):
     experts, topk = 4, 2
     model = DENSE.with_experts(experts, topk)

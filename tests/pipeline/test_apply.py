@@ -11,6 +11,7 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.pipeline.apply import apply_layout, apply_recompute
 from nemo_skymoe.ranks import RankFailed, run_ranks
+from tests.cases import every
 from tests.moe.worlds import configuration, groups, in_world
 from tests.pipeline.staged_gpt import LAYERS, Case, Found, Run, mesh, train
 
@@ -38,9 +39,7 @@ PLANNED = {
         "edp": Case(TWO_VIRTUAL, [[1, 2], [0, 1]], edp=2),
     },
 }
-planned = pytest.mark.parametrize(
-    ("ranks", "name"), [(ranks, name) for ranks, cases in PLANNED.items() for name in cases]
-)
+planned = every(("ranks", "name"), [(ranks, name) for ranks, cases in PLANNED.items() for name in cases])
 
 
 def train_all(cases: dict[str, Case]) -> dict[str, Found]:
@@ -250,7 +249,7 @@ def refusal(config: TransformerConfig, layout: str, recompute: Any) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize(("layout", "options", "recompute", "message"), REFUSED)
+@every(("layout", "options", "recompute", "message"), REFUSED)
 def test_what_does_not_fit_is_refused_by_name(
     layout: str, options: dict[str, Any], recompute: Any, message: str
 ) -> None:
@@ -259,7 +258,7 @@ def test_what_does_not_fit_is_refused_by_name(
     assert "\n" not in refusal(dense(**options), layout, recompute)
 
 
-@pytest.mark.parametrize(
+@every(
     ("option", "value"),
     [
         ("overlap_moe_expert_parallel_comm", True),

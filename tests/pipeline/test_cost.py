@@ -14,6 +14,7 @@ from nemo_skymoe.pipeline.flops import causal_attention_flops, model_flops
 from nemo_skymoe.pipeline.hardware import A100_80G, A800_80G, H200, PRESETS, hardware_preset
 from nemo_skymoe.pipeline.training import Training
 from nemo_skymoe.traffic import Exchange
+from tests.cases import every
 
 H, F, L, V = 4608, 12288, 52, 65536
 REPORT = Training(
@@ -41,9 +42,7 @@ def test_flops_of_a_token_of_the_report():
     assert flops.attention_core == 12 * L * H * 8192 == pytest.approx(23.56e9, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("capacity", "gigaflops", "mfu"), [(1.0, 157.9, 0.349), (1.1, 168.5, 0.373), (1.25, 184.4, 0.408)]
-)
+@every(("capacity", "gigaflops", "mfu"), [(1.0, 157.9, 0.349), (1.1, 168.5, 0.373), (1.25, 184.4, 0.408)])
 def test_mfu_of_690_tokens_a_second(capacity: float, gigaflops: float, mfu: float):
     total = model_flops(SKYWORK_MOE_146B, 8192, capacity).total
     assert total / 1e9 == pytest.approx(gigaflops, abs=0.05)
@@ -111,7 +110,7 @@ def test_edp_without_sequence_parallelism_only_combines():
     assert alone.forward - both.forward == pytest.approx(wire + norms_and_residuals + router)
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "dispatcher", "beside"),
     [
         ({}, "alltoall", 5e-4),
@@ -151,7 +150,7 @@ def test_capacity_costs_time_only_where_it_is_padded():
     assert time(capacity_factor=0.5) < time(capacity_factor=1.0) < time(capacity_factor=1.1) < time()
 
 
-@pytest.mark.parametrize("model", [SKYWORK_13B, SKYWORK_MOE_146B])
+@every("model", [SKYWORK_13B, SKYWORK_MOE_146B])
 def test_more_tensor_parallelism_is_faster_but_not_in_proportion(model):
     def time(tensor: int) -> float:
         training = Training(
@@ -213,7 +212,7 @@ def test_presets_are_found_in_any_case():
         hardware_preset("V100")
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "message"),
     [
         (
@@ -254,7 +253,7 @@ def test_inconsistent_sizes_are_refused_by_name(options: dict, message: str):
         replace(REPORT, **options).check(SKYWORK_MOE_146B)
 
 
-@pytest.mark.parametrize("option", ["expert_parallel", "capacity_factor"])
+@every("option", ["expert_parallel", "capacity_factor"])
 def test_options_of_experts_are_refused_for_a_dense_model(option: str):
     with pytest.raises(ConfigurationError, match=f"{option} is 2, expected .*: the model is dense"):
         replace(DENSE, **{option: 2}).check(SKYWORK_13B)

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
@@ -10,6 +9,7 @@ from nemo_skymoe.pipeline.drawing import draw_schedule
 from nemo_skymoe.pipeline.layout import Layout
 from nemo_skymoe.pipeline.problem import Block, PipelineProblem
 from nemo_skymoe.pipeline.simulator import Simulation, simulate
+from tests.cases import every
 
 
 def simulated(stages: int, virtual: int, micro_batches: int, recomputed: int = 0) -> Simulation:
@@ -28,7 +28,7 @@ def boxes(figure: Figure) -> int:
     return sum(len(collection.get_paths()) for collection in figure.axes[0].collections)
 
 
-@pytest.mark.parametrize(("virtual", "recomputed"), [(1, 0), (1, 2), (2, 0)])
+@every(("virtual", "recomputed"), [(1, 0), (1, 2), (2, 0)])
 def test_every_operation_has_a_box_and_a_number(virtual: int, recomputed: int):
     simulation = simulated(3, virtual, 6, recomputed)
     figure = draw_schedule(simulation)
@@ -71,7 +71,7 @@ def test_numbers_stay_out_where_they_would_not_fit():
     assert not figure.axes[0].texts
 
 
-@pytest.mark.parametrize(("ending", "magic"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
+@every(("ending", "magic"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
 def test_can_be_saved(ending: str, magic: bytes, tmp_path: Path):
     file = tmp_path / f"schedule.{ending}"
     draw_schedule(simulated(4, 1, 8)).savefig(file)

@@ -90,7 +90,7 @@ def test_a_recomputed_layer_has_its_activations_back_when_everything_behind_it_i
     assert Chunk((replace(LAYER, activations=20.0), LAYER), 1).peak == 20.5
 
 
-@pytest.mark.parametrize("virtual", [1, 2, 3])
+@every("virtual", [1, 2, 3])
 def test_memory_is_that_of_the_worst_moment(virtual: int):
     """Against a walk through the schedule, block by block."""
     rng = random.Random(virtual)
@@ -125,7 +125,7 @@ def test_even_and_balanced_layouts():
     assert balanced_layout(heavy).to_megatron_layout() == "Et*2|(t*3|)*2L"
 
 
-@pytest.mark.parametrize(
+@every(
     ("cuts", "recomputed", "message"),
     [
         ((0, 2, 6), (0, 0), "3 cuts and 2 recomputed counts, expected 4 and 3"),
@@ -139,7 +139,7 @@ def test_refuses_what_is_no_layout(cuts: tuple[int, ...], recomputed: tuple[int,
         Layout(problem(4, 3), cuts, recomputed)
 
 
-@pytest.mark.parametrize(
+@every(
     ("change", "message"),
     [
         ({"blocks": [LAYER, EMBEDDING, LAYER, HEAD]}, "blocks are out of order"),
@@ -153,7 +153,7 @@ def test_refuses_impossible_problems(change: dict, message: str):
         replace(problem(4, 2), **change)
 
 
-@pytest.mark.parametrize(
+@every(
     ("change", "message"),
     [
         ({"kind": "tail"}, "kind is 'tail'"),

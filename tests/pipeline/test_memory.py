@@ -8,6 +8,7 @@ import pytest
 from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B, Architecture
 from nemo_skymoe.pipeline import memory
 from nemo_skymoe.pipeline.training import Training
+from tests.cases import every
 
 H, F, S = 4608, 12288, 8192
 REPORT = Training(
@@ -23,7 +24,7 @@ REPORT = Training(
 DENSE = Training(pipeline_parallel=2, data_parallel=256, global_batch_size=4096)
 
 
-@pytest.mark.parametrize("model", [SKYWORK_13B, SKYWORK_MOE_146B])
+@every("model", [SKYWORK_13B, SKYWORK_MOE_146B])
 def test_parameters_on_one_gpu_without_parallelism_are_the_models(model: Architecture):
     model = replace(model, vocab_size=65536)
     dense, expert = memory.layer_parameters(model, Training())
@@ -31,7 +32,7 @@ def test_parameters_on_one_gpu_without_parallelism_are_the_models(model: Archite
     assert total + model.hidden_size == model.parameters
 
 
-@pytest.mark.parametrize(("tensor", "rows"), [(1, 65536), (2, 65536), (8, 65536), (3, 65664)])
+@every(("tensor", "rows"), [(1, 65536), (2, 65536), (8, 65536), (3, 65664)])
 def test_the_vocabulary_is_padded_as_megatron_does(tensor: int, rows: int):
     assert memory.padded_vocabulary(SKYWORK_13B, Training(tensor_parallel=tensor)) == rows
 
@@ -42,16 +43,14 @@ def test_a_layer_of_the_report_holds_four_experts_a_gpu():
     assert dense + expert == pytest.approx(0.7007e9, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("layers", "gradient_bytes", "gigabytes"), [(4, 4, 17.9), (5, 4, 22.3), (4, 2, 12.3), (5, 2, 15.3)]
-)
+@every(("layers", "gradient_bytes", "gigabytes"), [(4, 4, 17.9), (5, 4, 22.3), (4, 2, 12.3), (5, 2, 15.3)])
 def test_weights_of_the_reports_stages(layers: int, gradient_bytes: int, gigabytes: float):
     training = replace(REPORT, gradient_bytes=gradient_bytes)
     weights = layers * memory.layer_footprint(SKYWORK_MOE_146B, training).weights
     assert weights / 1e9 == pytest.approx(gigabytes, abs=0.06)
 
 
-@pytest.mark.parametrize(("layers", "gigabytes"), [(4, 50.5), (5, 63.1)])
+@every(("layers", "gigabytes"), [(4, 50.5), (5, 63.1)])
 def test_weights_of_the_reports_stages_without_a_distributed_optimizer(layers: int, gigabytes: float):
     training = replace(REPORT, distributed_optimizer=False)
     weights = layers * memory.layer_footprint(SKYWORK_MOE_146B, training).weights
@@ -83,7 +82,7 @@ def test_tensor_parallelism_splits_all_activations_only_with_sequence_parallelis
     assert (alone.checkpoint, both.checkpoint) == (2 * H * 4096, 2 * H * 4096 / 4)
 
 
-@pytest.mark.parametrize("capacity", [1.0, 1.25])
+@every("capacity", [1.0, 1.25])
 def test_activations_of_an_moe_layer(capacity: float):
     training = replace(REPORT, capacity_factor=capacity)
     attention = S * (16 * H + 4 * 36) / 4
@@ -107,8 +106,8 @@ def test_recomputation_keeps_a_sixteenth_of_a_layer():
     assert layer.checkpoint == 2 * H * 4096 < layer.activations / 15
 
 
-@pytest.mark.parametrize("model", [SKYWORK_13B, SKYWORK_MOE_146B])
-@pytest.mark.parametrize("block", [memory.embedding_footprint, memory.layer_footprint, memory.head_footprint])
+@every("model", [SKYWORK_13B, SKYWORK_MOE_146B])
+@every("block", [memory.embedding_footprint, memory.layer_footprint, memory.head_footprint])
 def test_more_tensor_parallelism_never_takes_more_memory(model: Architecture, block):
     experts = 4 if model.num_moe_experts else 1
     found = [

@@ -13,6 +13,7 @@ from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B, Architecture
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.pipeline import plan
 from nemo_skymoe.pipeline.hardware import A800_80G, H200
+from tests.cases import every
 
 REPORT: dict[str, Any] = {
     "model": "skywork-moe-146b",
@@ -134,7 +135,7 @@ def test_a_given_layout_recomputes_only_until_it_fits():
         report(layers=[41] + [1] * 11)
 
 
-@pytest.mark.parametrize("layers", [[4] * 12, [52], [5, 5, 5, 5, 4, 4, 4, 4, 4, 4, 4, 5]])
+@every("layers", [[4] * 12, [52], [5, 5, 5, 5, 4, 4, 4, 4, 4, 4, 4, 5]])
 def test_a_given_layout_has_to_add_up(layers: list[int]):
     with pytest.raises(ConfigurationError, match=r"expected 52 in 12 stages x 1 virtual stages"):
         report(layers=layers)
@@ -203,7 +204,7 @@ def test_a_measured_profile_replaces_what_is_counted():
     assert sum(uneven.stages[0].layers) > sum(uneven.stages[-1].layers)
 
 
-@pytest.mark.parametrize(
+@every(
     ("profile", "message"),
     [
         ({"layers": {}}, r"profile has \['layers'\], expected embedding, layer and head"),
@@ -218,7 +219,7 @@ def test_a_wrong_profile_is_refused(profile: dict, message: str):
         report(profile=profile)
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "message"),
     [
         ({"model": "gpt"}, "model is 'gpt', expected one of skywork-13b, skywork-moe-146b"),

@@ -114,7 +114,7 @@ def test_the_exact_planner_refuses_virtual_stages():
         exact_layout(random_problem(random.Random(0), 4, 2, 8, virtual_stages=2))
 
 
-@pytest.mark.parametrize("few_micro_batches", [False, True])
+@every("few_micro_batches", [False, True])
 def test_the_simulated_step_is_near_the_shortest(few_micro_batches: bool):
     rng, ratios = random.Random(1), []
     for number in range(150):

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import pytest
 from megatron.core.pipeline_parallel.schedules import (
     convert_schedule_table_to_order,
     get_pp_rank_microbatches,
@@ -10,6 +9,7 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 
 from nemo_skymoe.pipeline.schedule import in_flight, stage_order, warm_up_length
+from tests.cases import every
 
 SHAPES = [
     (stages, virtual, groups * stages)
@@ -28,7 +28,7 @@ def megatron_warm_up(stage: int, stages: int, virtual: int, micro_batches: int) 
     return warm_up
 
 
-@pytest.mark.parametrize(("stages", "virtual", "micro_batches"), SHAPES)
+@every(("stages", "virtual", "micro_batches"), SHAPES)
 def test_is_the_order_of_megatron(stages: int, virtual: int, micro_batches: int):
     for stage in range(stages):
         warm_up = megatron_warm_up(stage, stages, virtual, micro_batches)
@@ -56,7 +56,7 @@ def test_every_backward_follows_its_forward():
                     assert order.index(operation._replace(kind="forward")) < order.index(operation)
 
 
-@pytest.mark.parametrize(("stages", "micro_batches"), [(4, 1), (4, 3), (4, 4), (12, 100)])
+@every(("stages", "micro_batches"), [(4, 1), (4, 3), (4, 4), (12, 100)])
 def test_micro_batches_in_flight_with_1f1b(stages: int, micro_batches: int):
     for stage in range(stages):
         ((held, running),) = in_flight(stage, stages, 1, micro_batches)

@@ -7,6 +7,7 @@ from PIL import Image
 from nemo_skymoe.report import drawing
 from nemo_skymoe.report.curves import Curve, LossCurve
 from nemo_skymoe.report.figures import FIGURE_TITLES, LAYER_FIGURES, draw_figures
+from tests.cases import every
 
 METRICS = [panel.metric for figure in LAYER_FIGURES for panel in figure.panels]
 
@@ -37,7 +38,7 @@ def test_every_figure_is_drawn_once_in_order():
         assert np.count_nonzero(np.ptp(image, axis=2) > 60) > 300, picture.name
 
 
-@pytest.mark.parametrize("figure", LAYER_FIGURES, ids=lambda figure: figure.name)
+@every("figure", LAYER_FIGURES, ids=lambda figure: figure.name)
 def test_each_panel_shows_its_own_metric(figure):
     for panel in figure.panels:
         base = {panel.metric: 1.0 for panel in figure.panels}
@@ -103,7 +104,7 @@ def test_values_that_are_not_finite_are_counted_in_the_caption():
         assert "2 logged value(s) that are not finite are left out." in picture.caption
 
 
-@pytest.mark.parametrize("points", [{0: 2.0}, {5: 0.0, 6: 0.0}])
+@every("points", [{0: 2.0}, {5: 0.0, 6: 0.0}])
 def test_a_single_step_and_a_constant_are_drawn(points):
     curve = Curve.from_points(points)
     pictures = draw_figures([LossCurve("a", curve)], {f"moe/{metric}_layer_1": curve for metric in METRICS})
