@@ -130,7 +130,7 @@ def build(setting: Setting) -> Any:
         edp_dispatcher="auto" if setting.stock else setting.dispatcher,
     )
     spec: Any = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
-    layer = (MoELayer if setting.stock else SkyworkMoELayer)(config, spec.submodules.mlp.submodules)
+    layer: Any = (MoELayer if setting.stock else SkyworkMoELayer)(config, spec.submodules.mlp.submodules)
     pieces = [routing(setting, rank) for rank in range(RANKS)]
     layer.router = pieces[distributed.get_rank()]
     if not setting.split:

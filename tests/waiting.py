@@ -9,7 +9,9 @@ HANG = 600.0
 Found = TypeVar("Found")
 
 
-def wait_until(what: str, condition: Callable[[], Found], hang: float = HANG, pause: float = 0.02) -> Found:
+def wait_until(
+    what: str, condition: Callable[[], Found | None], hang: float = HANG, pause: float = 0.02
+) -> Found:
     """Return what `condition` answers as soon as that is true.
 
     Args:

@@ -3,7 +3,7 @@
 import json
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def folder_of(*names: str) -> Callable[[Path], Path]:
     return make
 
 
-def model_with(*, config: dict[str, Any] | None = None, **files: bytes) -> Callable[[Path], Path]:
+def model_with(config: Mapping[str, Any] | None = None, /, **files: bytes) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         made = model(folder / "made", **(config or {}))
         for name, content in files.items():
@@ -148,7 +148,7 @@ def zipped(folder: Path) -> Path:
 
 
 def quantised(method: str, **more: Any) -> Callable[[Path], Path]:
-    return model_with(config={"quantization_config": {"quant_method": method, **more}})
+    return model_with({"quantization_config": {"quant_method": method, **more}})
 
 
 PAGE = b"<!DOCTYPE html><html>Access denied</html>"
@@ -266,7 +266,7 @@ EXAMPLES: list[tuple[Callable[[Path], Path], str]] = [
         )
     ),
     (cast(torch.int8), "_proj.weight' in .* is int8, as of a quantiser: .*bfloat16"),
-    (model_with(config={"quantization": {"bits": 4}}), r"quantization is \{'bits': 4\}, expected none"),
+    (model_with({"quantization": {"bits": 4}}), r"quantization is \{'bits': 4\}, expected none"),
     *(
         (folder_of("config.json", name), "another framework's|architectures is None")
         for name in (

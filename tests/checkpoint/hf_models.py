@@ -49,7 +49,9 @@ SKYWORK_MOE: dict[str, Any] = {
 def llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> LlamaForCausalLM:
     """Save a Llama by transformers itself; `config` changes SIZES (`num_key_value_heads=2`, ...)."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(SIZES | config))).to(dtype)
+    sizes: dict[str, Any] = SIZES | config
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes))
+    model = model.to(dtype)
     model.save_pretrained(folder, max_shard_size="100KB")
     return model.eval()
 
@@ -59,8 +61,9 @@ def mistral(
 ) -> MistralForCausalLM:
     """Save a Mistral by transformers itself: grouped-query attention, no sliding window."""
     torch.manual_seed(seed)
-    sizes = SIZES | {"num_key_value_heads": 2, "sliding_window": None}
-    model = MistralForCausalLM(MistralConfig(**(sizes | config))).to(dtype)
+    sizes: dict[str, Any] = SIZES | {"num_key_value_heads": 2, "sliding_window": None} | config
+    model: Any = MistralForCausalLM(MistralConfig(**sizes))
+    model = model.to(dtype)
     model.save_pretrained(folder, max_shard_size="100KB")
     return model.eval()
 

@@ -53,9 +53,10 @@ def separate(architecture: Architecture) -> list[Chunk]:
 def stacked(architecture: Architecture) -> list[Chunk]:
     """Experts and layers stacked, gate and up fused, the vocabulary padded."""
     chunks = []
-    layers, experts = architecture.num_layers, architecture.num_moe_experts
+    layers, experts = architecture.num_layers, architecture.num_moe_experts or 0
     for key in model_keys(architecture):
         shape = key_shape(architecture, key)
+        place = key.layer or 0, key.expert or 0
         if key.kind in ("embedding", "output"):
             parts = (*whole(key, shape[0]), Part(None, 0, PADDED - shape[0]))
             chunks.append(Chunk(f"module.{key.kind}", (PADDED, shape[1]), parts))
@@ -63,11 +64,11 @@ def stacked(architecture: Architecture) -> list[Chunk]:
             up = Key("up", key.layer, key.expert)
             shape = (layers, experts, 2 * shape[0], shape[1])
             parts = (*whole(key, shape[2] // 2), *whole(up, shape[2] // 2))
-            chunks.append(Chunk("module.layers.experts.fc1", shape, parts, (key.layer, key.expert)))
+            chunks.append(Chunk("module.layers.experts.fc1", shape, parts, place))
         elif key.expert is not None and key.kind == "down":
             parts = whole(key, shape[0])
             shape = (layers, experts, *shape)
-            chunks.append(Chunk("module.layers.experts.fc2", shape, parts, (key.layer, key.expert)))
+            chunks.append(Chunk("module.layers.experts.fc2", shape, parts, place))
         elif key.layer is not None and key.expert is None:
             parts = whole(key, shape[0])
             chunks.append(Chunk(f"module.layers.{key.kind}", (layers, *shape), parts, (key.layer,)))

@@ -28,7 +28,7 @@ def read(output: Path, domain: str = "text") -> list[str]:
     made = AutoTokenizer.from_pretrained(output / "tokenizer")
     dataset = IndexedDataset(str(output / domain))
     assert np.array_equal(dataset.document_indices, np.arange(len(dataset) + 1))
-    documents = [dataset[number] for number in range(len(dataset))]
+    documents: list[Any] = [dataset[number] for number in range(len(dataset))]
     assert all(document[-1] == 2 and (document[:-1] > 2).all() for document in documents)
     return [made.decode(document[:-1]) for document in documents]
 

@@ -39,11 +39,9 @@ class Adaptive:
         self.controller = AuxLossController(self.training.chunks)
         self.optimizer: Any = Optimizer()
         self.controller.attach(self.optimizer)
-        self.routers = {
-            module.layer_number: module
-            for chunk in self.training.chunks
-            for module in chunk.modules()
-            if hasattr(module, "aux_loss_coefficient")
+        modules: list[Any] = [module for chunk in self.training.chunks for module in chunk.modules()]
+        self.routers: dict[int, Any] = {
+            module.layer_number: module for module in modules if hasattr(module, "aux_loss_coefficient")
         }
         self.seen: dict[int, list[torch.Tensor]] = defaultdict(list)
         self.in_force: dict[int, list[float]] = defaultdict(list)

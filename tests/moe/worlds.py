@@ -80,7 +80,8 @@ def in_world(function: Callable[..., Any], *args: Any) -> Any:
 @contextmanager
 def groups(layout: Layout = Layout()) -> Iterator[None]:
     """Megatron's process groups and a clean slate of its global state."""
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    scaler: Any = MoEAuxLossAutoScaler
+    scaler.main_loss_backward_scale = None
     get_moe_layer_wise_logging_tracker().clear()
     parallel_state.initialize_model_parallel(
         layout.tp,
@@ -146,7 +147,7 @@ def build(config: SkyworkTransformerConfig) -> list[GPTModel]:
 
 def model_chunk(config: SkyworkTransformerConfig, stage: int | None = None) -> GPTModel:
     """One (virtual) pipeline stage as Megatron initialises it."""
-    spec = get_skywork_block_spec(config, stage)
+    spec: Any = get_skywork_block_spec(config, stage)
     for layer in spec.layer_specs or ():
         submodules: Any = layer.submodules
         submodules.input_layernorm = submodules.self_attention = IdentityOp
@@ -170,7 +171,9 @@ def fresh_router(config: SkyworkTransformerConfig, router_class: type[TopKRouter
     if hasattr(moe_utils, "get_default_pg_collection"):
         router: Any = router_class(config, pg_collection=moe_utils.get_default_pg_collection())
     else:  # Megatron 0.14
-        router = router_class(config, model_comm_pgs=moe_utils.get_default_model_comm_pgs())
+        old: Any = moe_utils
+        make: Any = router_class
+        router = make(config, model_comm_pgs=old.get_default_model_comm_pgs())
     router.set_layer_number(1)
     return router
 
@@ -190,7 +193,7 @@ class Training:
         self.config = configuration(layout, **options)
         self.chunks = build(self.config)
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
-        self.wrapped = [DistributedDataParallel(self.config, ddp, chunk) for chunk in self.chunks]
+        self.wrapped: list[Any] = [DistributedDataParallel(self.config, ddp, chunk) for chunk in self.chunks]
         self.config.finalize_model_grads_func = finalize_model_grads
         self.micro_batches = micro_batches
 
@@ -282,22 +285,22 @@ def parameters(chunks: list[GPTModel]) -> dict[str, Any]:
                 parts[place] = str(chunk.decoder.layers[int(parts[place])].layer_number)
             if "local_experts" in parts:
                 place = parts.index("local_experts") + 1
-                count = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
-                parts[place] = str(
-                    int(parts[place]) + count * parallel_state.get_expert_model_parallel_rank()
-                )
+                experts: Any = chunk.config.num_moe_experts
+                count = experts // parallel_state.get_expert_model_parallel_world_size()
+                first = count * parallel_state.get_expert_model_parallel_rank()
+                parts[place] = str(first + int(parts[place]))
             named[".".join(parts)] = parameter
     return named
 
 
-def rank_within(name: str) -> int:
+def rank_within(name: str) -> Any:
     """This rank's place among those that a parameter of that name is split over."""
     if ".local_experts." in name:
         return parallel_state.get_expert_tensor_parallel_rank()
     return parallel_state.get_tensor_model_parallel_rank()
 
 
-def size_within(name: str) -> int:
+def size_within(name: str) -> Any:
     """How many ranks a parameter of that name is split over, if it is."""
     if ".local_experts." in name:
         return parallel_state.get_expert_tensor_parallel_world_size()

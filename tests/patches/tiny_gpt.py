@@ -81,7 +81,7 @@ class Run:
             overlap_param_gather=case.overlap and case.distributed,
         )
         chunks = range(case.vpp or 1)
-        self.chunks = [
+        self.chunks: list[Any] = [
             DistributedDataParallel(self.config, ddp, _model(self.config, stage if case.vpp else None))
             for stage in chunks
         ]
@@ -107,7 +107,7 @@ class Run:
         ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         batch = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(number))
         mine = batch[rank::ranks]
-        losses = get_forward_backward_func()(
+        losses: Any = get_forward_backward_func()(
             forward_step_func=_forward,
             data_iterator=[iter(mine.split(1)) for _ in self.chunks],
             model=self.chunks,
@@ -116,7 +116,8 @@ class Run:
             micro_batch_size=1,
             forward_only=False,
         )
-        succeeded, norm, _ = self.optimizer.step()
+        stepped: Any = self.optimizer.step()
+        succeeded, norm, _ = stepped
         assert succeeded
         loss = torch.tensor([sum(float(loss["loss"]) for loss in losses) / BATCH])
         torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
@@ -148,12 +149,13 @@ class Run:
         dist_checkpointing.save(self.state(False, sharding), str(folder))
 
     def load(self, folder: Path, sharding: str) -> None:
-        state = dist_checkpointing.load(self.state(True, sharding), str(folder))
+        state: Any = dist_checkpointing.load(self.state(True, sharding), str(folder))
         self.load_model_state(state)
         self.optimizer.load_state_dict(state["optimizer"])
 
     def load_model(self, folder: Path) -> None:
-        self.load_model_state(dist_checkpointing.load(self._model_state(), str(folder)))
+        state: Any = dist_checkpointing.load(self._model_state(), str(folder))
+        self.load_model_state(state)
         self.optimizer.reload_model_params()
 
     def load_model_state(self, state: dict[str, Any]) -> None:
@@ -189,10 +191,12 @@ def _model(config: TransformerConfig, stage: int | None) -> GPTModel:
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layers = get_num_layers_to_build(config, vp_stage=stage)
-    where = dict(ignore_virtual=stage is None, vp_stage=stage)
+    where: dict[str, Any] = {"ignore_virtual": stage is None, "vp_stage": stage}
+    norm: Any = RMSNorm
+    block: Any = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
     return GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm),
+        block,
         VOCABULARY,
         LENGTH,
         pre_process=parallel_state.is_pipeline_first_stage(**where),

@@ -105,7 +105,7 @@ class Run:
         for name, parameter in self.parameters.items():
             parameter.data.copy_(local_part(name, parameter, weight(name, global_shape(name, parameter))))
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
-        self.chunks = [DistributedDataParallel(self.config, ddp, model) for model in self.models]
+        self.chunks: list[Any] = [DistributedDataParallel(self.config, ddp, model) for model in self.models]
         if case.recompute is not None:
             apply_recompute(self.chunks, case.recompute)
         self.sums: dict[int, list[float]] = {}
@@ -186,12 +186,13 @@ def model_config(case: Case) -> Any:
     return configuration(replace(mesh(case), vpp=None), moe_edp=case.edp > 1, **settings)
 
 
-def build(config: Any, stage: int | None) -> GPTModel:
+def build(config: Any, stage: int | None) -> Any:
     """One (virtual) stage of a Llama with untied head, dense or MoE by its configuration."""
-    where = {"ignore_virtual": False, "vp_stage": stage}
+    where: dict[str, Any] = {"ignore_virtual": False, "vp_stage": stage}
+    spec: Any = get_skywork_block_spec(config, stage)
     return GPTModel(
         config,
-        get_skywork_block_spec(config, stage),
+        spec,
         VOCABULARY,
         LENGTH,
         pre_process=parallel_state.is_pipeline_first_stage(**where),
