@@ -5,11 +5,13 @@ same slices of the sequence, as if each were a rank. With "edp" it is the plain 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from nemo_skymoe.ranks import run_ranks
+from tests.cases import every
 from tests.moe import edp_worlds
 from tests.moe.edp_compare import gradient_errors, logit_error
 from tests.moe.edp_worlds import Case, Outcome
@@ -58,8 +60,8 @@ def launch(size: int, cases: list[Case]) -> list[list[Outcome]]:
     return run_ranks(edp_worlds.run_cases, size, cases)
 
 
-def each(cases: list[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+def each(cases: list[Case]) -> Callable[..., Any]:
+    return every("case", cases, ids=lambda case: case.name)
 
 
 @each(CASES[2] + CASES[4] + CONTEXT)

@@ -113,6 +113,7 @@ def split_experts() -> None:
     cpu_runtime.apply()
     distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel(2, expert_model_parallel_size=1)
+    distributed.barrier()  # the first rank serves the store, without which the other's groups are not made
     pair: Any = parallel_state.get_tensor_model_parallel_group()
     with pytest.raises(ConfigurationError, match="expert_tensor_parallel_size=1, unset it is"):
         check_edp_groups(pair, pair)

@@ -80,28 +80,31 @@ def test_two_ranks_follow_one(case: Case, trajectories: dict[str, list[tuple[flo
 
 
 PLAIN = "plain"
-RESUMES = [
-    (1, Case(), PLAIN),
-    (1, Case(distributed=True), "dp_reshardable"),
-    (1, Case(distributed=True), "fully_reshardable"),
-    (1, Case(distributed=True), "fully_sharded_model_space"),
-    (2, Case(tp=2), PLAIN),
-    (2, Case(distributed=True), "dp_reshardable"),
-    (2, Case(distributed=True), "fully_reshardable"),
-    (2, Case(pp=2, vpp=2, distributed=True), "fully_reshardable"),
-    (2, Case(tp=2, sequence_parallel=True, distributed=True), "fully_sharded_model_space"),
-    (2, Case(experts=4, ep=2, distributed=True), "dp_reshardable"),
+ALONE = [
+    (Case(), PLAIN),
+    (Case(distributed=True), "dp_reshardable"),
+    (Case(distributed=True), "fully_reshardable"),
+    (Case(distributed=True), "fully_sharded_model_space"),
 ]
-RESUMES = [row for row in RESUMES if row[2] in FORMATS | {PLAIN}]
+ON_TWO = [
+    (Case(pp=2, vpp=2, distributed=True), "fully_reshardable"),
+    (Case(tp=2, sequence_parallel=True, distributed=True), "fully_sharded_model_space"),
+    (Case(experts=4, ep=2, distributed=True), "dp_reshardable"),
+]
+MORE_ON_TWO = [
+    (Case(tp=2), PLAIN),
+    (Case(distributed=True), "dp_reshardable"),
+    (Case(distributed=True), "fully_reshardable"),
+]
 
 
-def _resumes(folder: Path) -> dict[int, list[str]]:
-    """What differs after a resume, by index of those cases that have this world's size."""
+def _resumes(rows: list[tuple[Case, str]], folder: Path) -> dict[str, list[str]]:
+    """What a resumed run does not have in common with the other, by case."""
     cpu_runtime.apply()
     torch.distributed.init_process_group("gloo")
     differences = {}
-    for index, (ranks, case, sharding) in enumerate(RESUMES):
-        if ranks != torch.distributed.get_world_size():
+    for index, (case, sharding) in enumerate(rows):
+        if sharding not in FORMATS | {PLAIN}:
             continue
         with groups(case):
             straight = Run(case)
@@ -113,21 +116,28 @@ def _resumes(folder: Path) -> dict[int, list[str]]:
             different = [] if resumed.train(2, 3) == expected else ["loss"]
             after, wanted = resumed.parameters(), straight.parameters()
             different += [name for name in wanted if not torch.equal(after[name], wanted[name])]
-            differences[index] = different
+            differences[f"{case} {sharding}"] = different
     return differences
 
 
-@pytest.fixture(scope="module")
-def differences() -> dict[int, list[dict[int, list[str]]]]:
-    """By world size, rank and case: the names of what a resumed run does not have in common with the other."""
-    with tempfile.TemporaryDirectory() as folder:
-        return {ranks: run_ranks(_resumes, ranks, Path(folder)) for ranks in (1, 2)}
+def resumes_are_exact(ranks: int, rows: list[tuple[Case, str]], folder: Path) -> None:
+    found = run_ranks(_resumes, ranks, rows, folder)
+    assert all(found) and found == [{case: [] for case in rank} for rank in found]
 
 
-@every("index", range(len(RESUMES)), ids=["-".join(map(str, row)) for row in RESUMES])
-def test_resume_is_exact(index: int, differences: dict[int, list[dict[int, list[str]]]]) -> None:
-    ranks = RESUMES[index][0]
-    assert [rank[index] for rank in differences[ranks]] == [[]] * ranks
+def test_resume_is_exact(tmp_path: Path) -> None:
+    resumes_are_exact(1, ALONE[:2], tmp_path)
+
+
+def test_resume_is_exact_on_two_ranks(tmp_path: Path) -> None:
+    resumes_are_exact(2, ON_TWO, tmp_path)
+
+
+@pytest.mark.long
+def test_resume_is_exact_in_the_other_formats_and_layouts(tmp_path: Path) -> None:
+    for ranks, rows in ((1, ALONE[2:]), (2, MORE_ON_TWO)):
+        (tmp_path / str(ranks)).mkdir()
+        resumes_are_exact(ranks, rows, tmp_path / str(ranks))
 
 
 def test_nothing_is_touched_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,7 +226,7 @@ def test_beats_what_people_use_without_a_planner():
     [
         (52, 12, 16),
         (52, 12, 256),
-        (200, 64, 128),
+        pytest.param(200, 64, 128, marks=pytest.mark.long),
         pytest.param(200, 64, 1024, marks=pytest.mark.long),
     ],
 )
