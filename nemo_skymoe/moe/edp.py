@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.dispatchers import DISPATCHERS, fitting
 from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
-from nemo_skymoe.moe.mesh import check_edp_groups
+from nemo_skymoe.moe.mesh import check_edp_groups, edp_device_meshes
 from nemo_skymoe.traffic import Exchange, per_token
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def install(layer: MoELayer, dispatcher: type[EdpTokenDispatcher] | None = None)
         raise ConfigurationError(f"{chosen.__name__} is of the kind {entry.name!r}: {reason}")
     # The group of attention and that of the experts have the same ranks. Attention's saves a communicator, and has the
     # timeout that was asked for, which Megatron does not pass on to the expert-parallel group.
-    tensor = layer.attn_tp_group
+    tensor = expert_group(layer)
     # Megatron passes a class of its own here, which has another name in 0.14.
     groups = SimpleNamespace(ep=tensor, expt_tp=stock.tp_group, tp_ep=tensor)
     layer.token_dispatcher = chosen(config, groups, layer.router)
@@ -51,6 +51,17 @@ def install(layer: MoELayer, dispatcher: type[EdpTokenDispatcher] | None = None)
         layer.attn_tp_group = stock.tp_group
     elif config.moe_capacity_scope == "edp":
         leave_dropping_to_the_dispatcher(layer.router)
+
+
+def expert_group(layer: MoELayer) -> Any:
+    """Return the group over which a layer dispatches: that of the device mesh, or the one that the layer was given.
+
+    A layer is given a tensor-parallel group of its own by `pg_collection`; else it has Megatron's.
+    """
+    if layer.attn_tp_group is not parallel_state.get_tensor_model_parallel_group(check_initialized=False):
+        return layer.attn_tp_group
+    attention, _ = edp_device_meshes()
+    return attention.get_group("tp")
 
 
 def resolve_dispatcher(config: Any) -> str:

@@ -5,7 +5,8 @@ Expert Data Parallelism: the expert-parallel group is the tensor-parallel group.
 Megatron calls MoE Parallel Folding.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -74,64 +75,65 @@ def check_edp_groups(
 def edp_device_meshes(device_type: str | None = None) -> tuple[DeviceMesh, DeviceMesh]:
     """Return the attention mesh [pp, dp, tp] and the expert mesh [pp, dp, ep] over Megatron's own groups.
 
-    Every rank has to call this. It creates no communicator. The axis dp contains context parallelism, as do the groups
-    over which Megatron averages gradients.
+    They are built once per process, from the ranks of this rank's own groups: no collective runs, and no communicator
+    is created. The axis dp contains context parallelism, as do the groups over which Megatron averages gradients.
 
     Args:
         device_type: "cuda" or "cpu"; None for "cuda" if it is available, else "cpu".
 
     Raises:
-        ConfigurationError: The groups are not EDP's.
+        ConfigurationError: The groups are not EDP's, or they do not lie in the world as the axes of a mesh.
     """
     check_edp_groups()
-    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    rows = edp_mesh_rows()
     stages = parallel_state.get_pipeline_model_parallel_group()
-    attention = [
+    attention = (
         stages,
         parallel_state.get_data_parallel_group(with_context_parallel=True),
         parallel_state.get_tensor_model_parallel_group(),
-    ]
-    experts = [
+    )
+    experts = (
         stages,
         parallel_state.get_expert_data_parallel_group(),
         parallel_state.get_expert_model_parallel_group(),
-    ]
-    return (
-        _mesh(rows, attention, device_type, ATTENTION, ("pp", "dp", "tp")),
-        _mesh(rows, experts, device_type, EXPERTS, ("pp", "expert dp", "ep")),
     )
+    return _meshes(attention, experts, device_type or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _mesh(
-    rows: Iterable[Mapping[str, int]],
-    groups: Sequence[Any],
-    device_type: str,
-    names: tuple[str, ...],
-    columns: tuple[str, ...],
-) -> DeviceMesh:
-    ranks = torch.full([group.size() for group in groups], -1, dtype=torch.int)
-    for row in rows:
-        ranks[tuple(row[column] for column in columns)] = row["rank"]
+@functools.lru_cache(maxsize=1)  # a process has one world at a time
+def _meshes(
+    attention: tuple[Any, ...], experts: tuple[Any, ...], device_type: str
+) -> tuple[DeviceMesh, DeviceMesh]:
+    return _mesh(attention, device_type, ATTENTION), _mesh(experts, device_type, EXPERTS)
+
+
+def _mesh(groups: tuple[Any, ...], device_type: str, names: tuple[str, ...]) -> DeviceMesh:
+    """Make the mesh in which every axis looks for all ranks as `groups` look for this one."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    axes = [
+        torch.tensor(torch.distributed.get_process_group_ranks(group), dtype=torch.int) - rank
+        for group in groups
+    ]
+    ranks = rank + axes[0][:, None, None] + axes[1][None, :, None] + axes[2][None, None, :]
+    if sorted(ranks.flatten().tolist()) != [*range(world)]:
+        raise ConfigurationError(
+            f"moe_edp needs process groups that are the axes of a mesh over all {world} ranks, on rank {rank} the axes"
+            f" {', '.join(names)} make {ranks.tolist()}: use Megatron's initialize_model_parallel"
+        )
     return DeviceMesh.from_group(list(groups), device_type, mesh=ranks, mesh_dim_names=names)
 
 
 def edp_mesh_rows() -> list[dict[str, int]]:
-    """Return each rank's place in the attention mesh [pp, dp, tp] and in the expert mesh [pp, expert dp, ep].
+    """Return each rank's place in the attention mesh [pp, dp, tp] and in the expert mesh [pp, expert dp, ep]."""
+    attention, experts = (_places(mesh.mesh) for mesh in edp_device_meshes())
+    return [
+        {"rank": rank, "pp": pp, "dp": dp, "tp": tp, "expert dp": expert_dp, "ep": ep}
+        for rank, ((pp, dp, tp), (_, expert_dp, ep)) in enumerate(zip(attention, experts, strict=True))
+    ]
 
-    The rows are gathered over the world, so every rank has to call this.
-    """
-    place = {
-        "rank": torch.distributed.get_rank(),
-        "pp": parallel_state.get_pipeline_model_parallel_rank(),
-        "dp": parallel_state.get_data_parallel_rank(with_context_parallel=True),
-        "tp": parallel_state.get_tensor_model_parallel_rank(),
-        "expert dp": parallel_state.get_expert_data_parallel_rank(),
-        "ep": parallel_state.get_expert_model_parallel_rank(),
-    }
-    rows: list[dict[str, int]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(rows, place)
-    return rows
+
+def _places(ranks: torch.Tensor) -> list[list[int]]:
+    """Return the coordinates of each rank in a mesh of ranks, in the order of the ranks."""
+    return ranks.ne(-1).nonzero()[ranks.flatten().argsort()].tolist()
 
 
 def report_mesh_rows(pipeline: int, data: int, tensor: int) -> list[dict[str, int]]:

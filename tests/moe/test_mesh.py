@@ -73,6 +73,7 @@ def observe() -> dict[str, Any]:
             experts.get_group("ep") is parallel_state.get_expert_model_parallel_group(),
             experts.get_group("dp") is parallel_state.get_expert_data_parallel_group(),
         ],
+        "built once": edp_device_meshes("cpu")[0] is attention,
         "place": (attention.get_coordinate(), experts.get_coordinate()),
         "rows": edp_mesh_rows(),
     }
@@ -88,7 +89,7 @@ def test_meshes_are_views_of_megatrons_groups(seen: list[dict[str, Any]], name: 
     for rank, here in enumerate(found[name] for found in seen):
         assert here["new groups"] == 0
         assert here["names"] == (("pp", "dp", "tp"), ("pp", "dp", "ep"))
-        assert all(here["same groups"])
+        assert all(here["same groups"]) and here["built once"]
         assert here["meshes"][0] == here["meshes"][1]
         pp, dp, tp = here["place"][0]
         assert here["meshes"][0][pp][dp][tp] == rank
@@ -107,6 +108,37 @@ def test_other_layouts_are_refused_on_every_rank(seen: list[dict[str, Any]], nam
     for rank, found in enumerate(seen):
         assert REFUSED[name] in found[name]["refused"]
         assert f"on rank {rank}" in found[name]["refused"]
+
+
+def without_collectives() -> list[dict[str, int]]:
+    """Meshes where no rank waits for another: every collective is refused."""
+    cpu_runtime.apply()
+    distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(2, expert_model_parallel_size=2, expert_tensor_parallel_size=1)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a collective")
+
+    for name in (
+        "all_gather_object",
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_reduce",
+        "broadcast",
+        "barrier",
+    ):
+        setattr(distributed, name, refuse)
+        setattr(distributed.distributed_c10d, name, refuse)
+    edp_device_meshes("cpu")
+    return edp_mesh_rows()
+
+
+def test_meshes_are_built_without_a_collective() -> None:
+    expected = [
+        {"rank": rank, "pp": 0, "dp": rank // 2, "tp": rank % 2, "expert dp": rank // 2, "ep": rank % 2}
+        for rank in range(4)
+    ]
+    assert run_ranks(without_collectives, 4) == [expected] * 4
 
 
 def split_experts() -> None:
