@@ -8,6 +8,7 @@ that `torchrun` would give them.
 import os
 import pickle
 import random
+import signal
 import socket
 import sys
 import time
@@ -97,9 +98,11 @@ def _receive(reader: Connection, process: BaseProcess) -> _Report:
 
 
 def _report(writer: Connection, function: Callable[..., Any], args: tuple) -> None:
+    succeeded = False
     try:
         # Plain pickle: torch would hand tensors over in shared memory that dies with this process.
         message = pickle.dumps(_Report(True, function(*args)))
+        succeeded = True
     except BaseException:
         moment = time.monotonic()  # before the traceback is put together, which reads files
         message = pickle.dumps(_Report(False, f"failed:\n{traceback.format_exc()}", moment))
@@ -107,6 +110,9 @@ def _report(writer: Connection, function: Callable[..., Any], args: tuple) -> No
     sys.stdout.flush()
     sys.stderr.flush()
     writer.send_bytes(message)
+    # Rank 0 keeps the store at which slower ranks still meet, so the parent ends all of them together.
+    while succeeded:
+        signal.pause()
 
 
 def _torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

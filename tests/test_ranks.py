@@ -57,13 +57,33 @@ def recorded_pids(directory: Path, count: int) -> list[int]:
     return wait_until(f"{count} ranks", pids)
 
 
-def test_results_come_in_rank_order_whoever_ends_first(tmp_path: Path):
-    def square(base: int, directory: Path) -> int:
-        wait_until("the end of the next rank", lambda: rank() == 3 or ended(directory, rank() + 1))
-        record_pid(directory)
-        return base + rank() ** 2
+def test_a_rank_that_is_done_keeps_what_the_others_still_need(tmp_path: Path) -> None:
+    """Rank 0 holds the store: without it what rank 1 asks for last ends in "reset by peer"."""
 
-    assert run_ranks(square, 4, 10, tmp_path) == [10, 11, 14, 19]
+    def ask_late() -> bytes:
+        torch.distributed.init_process_group("gloo")
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if rank() == 0:
+            (tmp_path / "done").touch()
+            return b""
+        wait_until("rank 0", (tmp_path / "done").exists)
+        time.sleep(1.0)
+        store.set("late", "value")
+        return store.get("late")
+
+    assert run_ranks(ask_late, 2) == [b"", b"value"]
+
+
+def test_results_come_in_rank_order_whoever_ends_first(monkeypatch: pytest.MonkeyPatch):
+    wait = ranks.wait
+
+    def last_rank_first(pipes, timeout):
+        while len(ready := wait(pipes, timeout)) < len(pipes):
+            pass
+        return sorted(ready, key=pipes.index, reverse=True)
+
+    monkeypatch.setattr(ranks, "wait", last_rank_first)
+    assert run_ranks(lambda base: base + rank() ** 2, 4, 10) == [10, 11, 14, 19]
 
 
 def test_environment_is_what_torchrun_gives():
