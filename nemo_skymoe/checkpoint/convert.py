@@ -80,6 +80,7 @@ class Plan:
     def run(
         self,
         output: Path,
+        *,
         workers: int = 1,
         progress: Callable[[int, int, str], None] | None = None,
         allow_nonfinite: bool = False,

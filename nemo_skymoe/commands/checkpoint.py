@@ -116,7 +116,12 @@ def _run(plan: "Plan", output: Path, options: WritingOptions) -> None:
     with checkpoint_output.progress(plan.job["command"], quiet=as_json) as progress:
         start = time.monotonic()
         receipt = plan.run(
-            output, options.workers, progress, options.allow_nonfinite, options.repair, on_damage
+            output,
+            workers=options.workers,
+            progress=progress,
+            allow_nonfinite=options.allow_nonfinite,
+            repair=options.repair,
+            on_damage=on_damage,
         )
     seconds = None if done else time.monotonic() - start
     checkpoint_output.show_receipt(receipt, output, seconds, list(repaired), as_json)

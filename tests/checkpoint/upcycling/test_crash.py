@@ -43,7 +43,7 @@ def upcycling(
     def run() -> None:
         opened = {name: open_source(source) for name, source in sources.items()}
         target = TargetOptions(to, shard_bytes=100_000)
-        convert.plan(opened, target, Upcycling(4, seed=1, **options)).run(output, workers)
+        convert.plan(opened, target, Upcycling(4, seed=1, **options)).run(output, workers=workers)
 
     return run, output, sources
 
