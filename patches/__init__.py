@@ -1,1 +1,1 @@
-"""Cures for upstream defects and missing platforms. Nothing here acts on import; callers apply."""
+"""Cures for upstream defects and missing platforms. Nothing in this package acts on import; callers apply it."""

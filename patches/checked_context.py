@@ -12,7 +12,7 @@ from typing import Any
 
 
 def apply(check: Callable[[Path], None]) -> bool:
-    """Call `check` with the path of every context before NeMo reads it; says whether that was not done yet."""
+    """Call `check` with the path of every context before NeMo reads it, and say whether that was not done yet."""
     from nemo.lightning import io
     from nemo.lightning.io import api, mixin
 

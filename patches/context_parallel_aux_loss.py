@@ -11,7 +11,7 @@ from typing import Any
 
 
 def apply() -> bool:
-    """Make up for the average; says whether that was needed and not done yet."""
+    """Make up for the average, and say whether that was needed and not done yet."""
     from megatron.core import package_info
     from megatron.core.pipeline_parallel import schedules
 

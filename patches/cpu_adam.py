@@ -23,22 +23,22 @@ class FusedAdam(torch.optim.Adam):
 
     Args:
         params: Parameters or parameter groups.
-        adam_w_mode: Decoupled weight decay (AdamW), else L2 regularisation.
-        kwargs: As for `torch.optim.Adam` (2.7 or later).
+        adam_w_mode: Whether weight decay is decoupled (AdamW). Otherwise it is L2 regularisation.
+        kwargs: Further arguments of `torch.optim.Adam` (2.7 or later).
     """
 
     def __init__(self, params: Iterable[Any], adam_w_mode: bool = True, **kwargs: Any) -> None:
         super().__init__(params, decoupled_weight_decay=adam_w_mode, **kwargs)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         self._lend_steps(self.param_groups, self.state)
         loss = super().step(closure)
         self._take_steps_back()
         return loss
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also takes over the state of torch's own AdamW, with its steps."""
+        """Take over a state, also that of torch's own AdamW, with its steps."""
         self._lend_steps(state["param_groups"], state["state"])
         super().__setstate__(state)
         self._take_steps_back()

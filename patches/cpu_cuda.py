@@ -8,7 +8,7 @@ import torch
 
 
 class Stream:
-    """Inert stand-in for a CUDA stream: on the CPU work is finished when its call returns."""
+    """Inert stand-in for a CUDA stream: on the CPU, work is finished when its call returns."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = torch.device("cpu")
@@ -34,7 +34,7 @@ class Stream:
 
 
 class Event(Stream):
-    """Likewise for an event."""
+    """Inert stand-in for a CUDA event."""
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def streams() -> None:
 
 
 def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
-    """The state of the CPU generator, whatever device is asked for."""
+    """Return the state of the CPU generator, whatever device is asked for."""
     return torch.get_rng_state()
 
 

@@ -1,4 +1,4 @@
-"""What Megatron-Core itself takes for granted and a CPU does not have."""
+"""Replace what Megatron-Core itself takes for granted and a CPU does not have."""
 
 import logging
 import multiprocessing

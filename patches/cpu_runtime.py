@@ -1,4 +1,4 @@
-"""Megatron-Core on a CPU over gloo. Nothing acts on import, and nothing where CUDA is available."""
+"""Megatron-Core on a CPU over gloo. Nothing acts on import, and nothing acts if CUDA is available."""
 
 from collections.abc import Callable
 
@@ -25,12 +25,12 @@ def apply() -> list[str]:
 
 
 def applied() -> list[str]:
-    """Names of the substitutions in place in this process."""
+    """Return the names of the substitutions in place in this process."""
     return list(_applied)
 
 
 def substitutions() -> dict[str, Callable[[], None]]:
-    """Every substitution by name; its docstring says what upstream assumes, and where."""
+    """Return every substitution by name. Its docstring says what upstream assumes, and where."""
     from . import cpu_cuda, cpu_megatron, cpu_tensors
 
     return {

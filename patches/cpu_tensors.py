@@ -1,8 +1,8 @@
-"""Tensor creation and movement: what asks for "cuda" gets the CPU.
+"""Tensor creation and movement that asks for "cuda" gets the CPU.
 
-Factories are wrapped one by one. A `torch.overrides.TorchFunctionMode` would be shorter, but it
-adds 1 to 2 microseconds to every torch call (`.shape` included) and ends with its thread; a
-wrapped factory costs nothing elsewhere and holds in every thread and fork.
+Factories are wrapped one by one. A `torch.overrides.TorchFunctionMode` would be shorter, but it adds 1 to 2
+microseconds to every torch call (`.shape` included) and ends with its thread. A wrapped factory costs nothing
+elsewhere, and holds in every thread and fork.
 """
 
 import functools
@@ -19,7 +19,7 @@ _LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "r
 
 
 def names_cuda(device: Any) -> bool:
-    """Whether `device` (a name, an index, a `torch.device` or None) means a CUDA device."""
+    """Say whether `device` (a name, an index, a `torch.device` or None) means a CUDA device."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda"))

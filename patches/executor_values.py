@@ -1,4 +1,4 @@
-"""What a user gives an executor arrives byte for byte in SLURM's script and in the processes of this machine.
+"""Values that a user gives an executor arrive byte for byte in SLURM's script and in the processes of this machine.
 
 Upstream: nemo_run/core/execution/slurm.py and nemo_run/run/torchx_backend, NeMo-Run 0.6 to 0.11: environment variables
 reach the script unquoted and with their names in capitals, words of srun unquoted; `/nemo_run` and `$$` are replaced in
@@ -16,7 +16,7 @@ from nemo_skymoe.shell import sbatch_word, word
 
 
 def apply() -> bool:
-    """Quote what NeMo-Run does not; says whether that was needed and not done yet."""
+    """Quote what NeMo-Run does not, and say whether that was needed and not done yet."""
     from nemo_run.run.torchx_backend.schedulers import local, slurm
 
     if "'a b'" in _upstream_script(slurm.SlurmBatchRequest):
@@ -52,7 +52,7 @@ class _Words:
         return f"SKYMOEWORD{len(self._values) - 1}X"
 
     def code(self, value: str) -> str:
-        """The same for lines of bash, which are not to be quoted."""
+        """Return a stand-in for lines of bash, which must not be quoted."""
         self._code.add(len(self._values))
         return self(value)
 
@@ -60,7 +60,7 @@ class _Words:
         return {self(name): self(str(value)) for name, value in variables.items()}
 
     def executor(self, executor: Any) -> Any:
-        """A copy with a stand-in for every value; its variables are left to `environment`."""
+        """Return a copy of the executor with a stand-in for every value. `environment` handles its variables."""
         made = copy.copy(executor)
         for name in (*executor.SBATCH_FLAGS, "container_image"):
             if isinstance(value := getattr(executor, name, None), str):
@@ -90,7 +90,7 @@ class _Words:
         return start + self(rest) if rest else start
 
     def filled(self, script: str) -> str:
-        """The script with the values in place of the stand-ins, each quoted for who reads its line."""
+        """Return the script with the values in place of the stand-ins, each quoted for the program that reads it."""
         return "\n".join(self._line(line) for line in script.split("\n"))
 
     def _line(self, line: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def apply() -> bool:
-    """Let such a configuration be; says whether that was needed and not done yet."""
+    """Allow such a configuration, and say whether that was needed and not done yet."""
     from megatron.core import model_parallel_config, package_info
 
     if [package_info.MAJOR, package_info.MINOR] < [0, 15]:
@@ -23,7 +23,7 @@ def apply() -> bool:
 
 
 def _allow(config_class: Any) -> bool:
-    """Hide the experts' parallelism from the check, which is all there that looks at it."""
+    """Hide the experts' parallelism from the check, which looks at nothing else."""
     check = config_class.__post_init__
     if hasattr(check, "__wrapped__"):
         return False

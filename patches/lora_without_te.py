@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 
 def apply() -> bool:
-    """Let NeMo know what is absent; says whether that was needed."""
+    """Tell NeMo what is absent, and say whether that was needed."""
     from nemo.collections.llm.peft import lora, module_matcher, utils
 
     if lora.HAVE_TE:

@@ -21,10 +21,10 @@ _applied: list[str] = []
 
 
 def apply() -> list[str]:
-    """Substitute what Megatron-Core and NeMo (2.5 to 2.7) need of CUDA; harmless to call again.
+    """Substitute what Megatron-Core and NeMo (2.5 to 2.7) need of CUDA. It may be called again.
 
     Returns:
-        The names of the substitutions in place: none where CUDA is available.
+        The names of the substitutions in place, none if CUDA is available.
     """
     if torch.cuda.is_available():
         return []
@@ -37,12 +37,12 @@ def apply() -> list[str]:
 
 
 def applied() -> list[str]:
-    """Names of the substitutions in place in this process, those of Megatron-Core included."""
+    """Return the names of the substitutions in place in this process, with those of Megatron-Core."""
     return cpu_runtime.applied() + _applied
 
 
 def substitutions() -> dict[str, Callable[[], None]]:
-    """Every substitution by name, beside those of `cpu_runtime`."""
+    """Return every substitution by name, without those of `cpu_runtime`."""
     return {f"nemo_cpu.{substitute.__name__}": substitute for substitute in SUBSTITUTIONS}
 
 

@@ -14,7 +14,7 @@ Condition = Callable[[str, Any], bool]
 
 
 def apply() -> bool:
-    """Let the function take the old arguments too; says whether that was needed and not done yet."""
+    """Let the function take the old arguments too, and say whether that was needed and not done yet."""
     from megatron.core import optimizer
 
     original = optimizer.get_megatron_optimizer
@@ -43,9 +43,9 @@ def apply() -> bool:
 def config_overrides(
     config: Any, no_weight_decay_cond: Condition | None, scale_lr_cond: Condition | None, lr_mult: float
 ) -> dict[Any, Any]:
-    """What megatron-core 0.16 takes in place of the conditions, which are asked with a parameter and its name.
+    """Return what megatron-core 0.16 takes in place of the conditions, which are asked with a parameter and its name.
 
-    Without `no_weight_decay_cond` biases and vectors are not decayed, as Megatron has it by default.
+    Without `no_weight_decay_cond`, biases and vectors are not decayed, which is Megatron's default.
     """
     from megatron.core import optimizer
 

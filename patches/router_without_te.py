@@ -7,7 +7,7 @@ that every router without it ends in a NameError.
 
 
 def apply() -> bool:
-    """Define the missing name as absent; says whether that was needed."""
+    """Define the missing name as absent, and say whether that was needed."""
     from megatron.core.transformer.moe import moe_utils
 
     if hasattr(moe_utils, "te_general_gemm") or not hasattr(moe_utils, "RouterGatingLinearFunction"):

@@ -11,7 +11,7 @@ _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 
 
 def apply() -> bool:
-    """Import there what the failed import left out; says whether that was needed and not done yet."""
+    """Import what the failed import left out, and say whether that was needed and not done yet."""
     from nemo.utils.callbacks import dist_ckpt_io
 
     if dist_ckpt_io.HAVE_MEGATRON_CORE or find_spec(f"{_STRATEGIES}.tensorstore"):

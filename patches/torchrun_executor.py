@@ -13,7 +13,7 @@ CPU_RANKS = 2
 
 
 def apply() -> bool:
-    """Register a factory of the same name that starts `CPU_RANKS` ranks; says whether CUDA's absence called for it."""
+    """Register a factory of that name that starts `CPU_RANKS` ranks, and say whether CUDA's absence called for it."""
     import nemo_run as run
     import torch
 
@@ -22,7 +22,7 @@ def apply() -> bool:
     from nemo.collections.llm.recipes.run import executor
 
     def torchrun(devices: Optional[int] = None) -> run.Config[run.LocalExecutor]:  # noqa: UP045
-        """Local executor using torchrun; ranks on the CPU."""
+        """Make a local executor that uses torchrun, with ranks on the CPU."""
         config = executor.torchrun(devices=devices or CPU_RANKS)
         config.env_vars |= unified_memory.ENVIRONMENT
         return config

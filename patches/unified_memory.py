@@ -11,12 +11,13 @@ from importlib.abc import MetaPathFinder
 from typing import Any
 
 ENVIRONMENT = {"TORCH_CUDA_ARCH_LIST": "8.0", "CUDA_HOME": "/nonexistent"}
-"""The same for a process that imports Megatron before it can call `apply`: the build starts, and fails as expected."""
+"""Does the same for a process that imports Megatron before it can call `apply`: the build starts, and fails as
+expected."""
 _BUILDER = "megatron.core.inference.unified_memory"
 
 
 class _HideToolkit(MetaPathFinder):
-    """Acts at the moment of that import: until then nobody pays for torch, and nothing reaches other processes."""
+    """Acts at the moment of that import. Until then nobody pays for torch, and other processes are not reached."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> None:
         if fullname == _BUILDER:
@@ -28,7 +29,7 @@ class _HideToolkit(MetaPathFinder):
 
 
 def apply() -> bool:
-    """Guard the import; says whether there is anything left to guard, once."""
+    """Guard the import, and say whether there is anything left to guard, once."""
     if _BUILDER in sys.modules or any(isinstance(finder, _HideToolkit) for finder in sys.meta_path):
         return False
     sys.meta_path.insert(0, _HideToolkit())
