@@ -85,7 +85,8 @@ class SkyworkOptions:
                 parent.__post_init__()
             except (AssertionError, ImportError, ValueError) as reason:
                 raise ConfigurationError(str(reason)) from reason
-        # Again, for Megatron turns options into others: `moe_router_topk_limited_devices` into groups of experts.
+        # The check runs again, because Megatron turns options into others: `moe_router_topk_limited_devices` becomes
+        # groups of experts.
         self._check_moe()
         if getattr(self, "num_moe_experts", None):
             self._check_parallelism()

@@ -163,7 +163,7 @@ def _run(
     name: str, model: Any, manager: Any, shots: int | None, limit: int | None, allow_code: bool
 ) -> dict[str, Any]:
     if allow_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric itself asks for
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric itself asks for this
     try:
         found = importlib.import_module("lm_eval.evaluator").simple_evaluate(
             model=model,

@@ -7,14 +7,14 @@ from nemo_skymoe.config import ConfigurationError
 MOST = 10**18
 """This is more than anything here counts to, and small enough for every later product to be finite."""
 _UNITS = {"M": 10**6, "B": 10**9, "T": 10**12}
-# What overflows becomes infinite and what is no number becomes NaN: neither is an exception.
+# A number that overflows becomes infinite, and text that is no number becomes NaN. Neither is an exception.
 _DECIMAL = Context(prec=60, traps=[])
 
 
 def check_positive(**values: float | None) -> None:
     """Refuse by name a value that is not finite, not above 0, or above `MOST`. None stands for a value not given."""
     for name, value in values.items():
-        if value is not None and not 0 < value <= MOST:  # of which NaN is not part
+        if value is not None and not 0 < value <= MOST:  # NaN is not in this range
             kind = "an integer of at least 1" if isinstance(value, int) else "a finite number above 0"
             raise ConfigurationError(f"{name} is {value}, expected {kind} and at most {MOST:.0e}")
 

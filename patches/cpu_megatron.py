@@ -89,7 +89,7 @@ _results_queues: dict[int, Any] = {}
 
 
 def _forked_results_queue() -> Any:
-    # By process: a rank forked from one that has saved already must not share its queue.
+    # Each process has its own: a rank that is forked from one that has saved already must not share its queue.
     process = os.getpid()
     if process not in _results_queues:
         manager = SyncManager(ctx=multiprocessing.get_context("fork"))

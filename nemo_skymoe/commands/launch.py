@@ -59,7 +59,7 @@ def launch(options: LaunchOptions) -> None:
         return
     with redirect_stdout(
         sys.stderr
-    ):  # what libraries log while they load and check is not part of the answer
+    ):  # libraries log while they load and check, which is not part of the answer
         from nemo_skymoe.launch import experiment
 
         made = jobs(composed)

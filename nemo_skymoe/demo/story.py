@@ -84,10 +84,10 @@ def _corpus(story: Story, console: Console) -> Iterator[None]:
     """Build the corpus while the `with` block runs, which keeps one core busy."""
 
     def build() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's, which ends this process
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
         with output_to(story.folder("logs") / "corpus.log"):
             from nemo_skymoe.data.corpus import build_corpus
-        with suppress(Exception):  # said below
+        with suppress(Exception):  # the second call below raises it
             build_corpus(
                 story.folder("corpus"), progress=lambda line: console.print(f"  {line}", highlight=False)
             )
@@ -99,7 +99,7 @@ def _corpus(story: Story, console: Console) -> Iterator[None]:
     builder.join()
     from nemo_skymoe.data.corpus import build_corpus
 
-    story.corpus = build_corpus(story.folder("corpus"))  # there already, unless it cannot be built
+    story.corpus = build_corpus(story.folder("corpus"))  # the corpus is there already, unless it cannot be built
 
 
 def _dense(story: Story, phases: Any, console: Console) -> None:

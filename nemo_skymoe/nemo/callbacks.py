@@ -132,7 +132,7 @@ class SkyworkMoECallback(pl.Callback):
         names = [_LOSSES[kind] for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind in _LOSSES]
         names += ["z_loss"] if config.moe_z_loss_coeff is not None else []
         losses: dict[str, torch.Tensor] = {}
-        # By name on every rank: a stage without an MoE layer has to take part in the reductions.
+        # Every rank asks for the losses by name: a stage without an MoE layer has to take part in the reductions.
         track_moe_metrics(
             loss_scale=1.0 / (get_num_microbatches() or 1),
             iteration=trainer.global_step,

@@ -41,7 +41,7 @@ def load_model(config: Any, checkpoint: Path, vocab_size: int) -> torch.nn.Modul
         if not name.endswith("_extra_state")
     }
     loaded: Any = dist_checkpointing.load(sharded, str(weights_folder(checkpoint)))
-    # Beside the tensors Megatron returns what NeMo saved of the trainer.
+    # Megatron also returns the trainer's state that NeMo saved beside the tensors.
     weights = {name.removeprefix(PREFIX): value for name, value in loaded.items() if name.startswith(PREFIX)}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     left_out = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]

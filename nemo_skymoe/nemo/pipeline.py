@@ -48,7 +48,7 @@ class PipelinePlan:
                 setattr(probe, option.name, getattr(parallelism, option.name))
         apply_layout(probe, self.layout, self.recompute)
         strategy.pipeline_model_parallel_layout = self.layout
-        # From this NeMo counts the chunks that it builds: without it, half of the layers of two would be missing.
+        # NeMo counts the chunks that it builds by this: without it, half of the layers of two chunks would be missing.
         strategy.virtual_pipeline_model_parallel_size = probe.virtual_pipeline_model_parallel_size
         model.config.batch_p2p_comm = probe.batch_p2p_comm
         if self.recompute is not None:

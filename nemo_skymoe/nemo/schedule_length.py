@@ -124,7 +124,7 @@ def _schedulers(made: Any) -> Iterator[Any]:
 
 
 def _put_rates(scheduler: Any) -> None:
-    scheduler._get_lr_called_within_step = True  # else it warns that `get_last_lr` is meant
+    scheduler._get_lr_called_within_step = True  # otherwise it warns that `get_last_lr` is meant
     rates, before = scheduler.get_lr(), scheduler._last_lr
     scheduler._get_lr_called_within_step = False
     if any(abs(rate - old) > 1e-9 * abs(old) for rate, old in zip(rates, before, strict=True)):

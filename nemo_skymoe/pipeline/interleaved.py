@@ -20,7 +20,7 @@ _STEEPNESS = (
     0.3,
     0.5,
     0.8,
-)  # of starting points: light chunks last, or first
+)  # starting points have light chunks last (below 0) or first (above 0)
 _NO_TIME = 1e-30  # seconds: keeps what recomputation saves per second finite
 
 

@@ -58,7 +58,7 @@ def plan(
     gpu = hardware if isinstance(hardware, Hardware) else hardware_preset(hardware)
     how = _training(training, num_gpus, data_parallel)
     how.check(architecture)
-    if architecture.layers_differ:  # of the dense ones tensor parallelism splits the MLP
+    if architecture.layers_differ:  # tensor parallelism splits the MLP of dense layers
         alone = replace(how, expert_parallel=1, capacity_factor=None, pad_to_capacity=False)
         alone.check(architecture.of_layers(moe=False))
     limit = gpu.memory if memory_limit is None else memory_limit

@@ -152,7 +152,7 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None
 
 def spread(places: Sequence[float], gap: float, floor: float) -> list[float]:
     """Move ascending `places` as little as possible (least squares), so that they are `gap` apart and above `floor`."""
-    blocks: list[list[float]] = []  # of places less their index times the gap, pooled to their mean
+    blocks: list[list[float]] = []  # places less their index times the gap, pooled to their mean
     for index, place in enumerate(places):
         blocks.append([place - index * gap])
         while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
