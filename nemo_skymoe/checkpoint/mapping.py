@@ -1,4 +1,4 @@
-"""A format is a table: which rows of which tensors by meaning make up each stored tensor. It is read both ways."""
+"""Chunks say which rows of which tensors by meaning make up each stored tensor. They are read in both directions."""
 
 from __future__ import annotations
 

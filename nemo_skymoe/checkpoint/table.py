@@ -68,7 +68,7 @@ def _of_layer(
         yield from ((line, layer, expert) for line in lines if "{expert}" in line.name)
 
 
-def stacked_shape(architecture: Architecture, parts: Sequence[Part]) -> tuple[int, ...]:
+def shape_of(architecture: Architecture, parts: Sequence[Part]) -> tuple[int, ...]:
     """The shape of parts that lie below each other, the first of which is no padding."""
     assert parts[0].key is not None
     rows = sum(part.stop - part.start for part in parts)

@@ -99,7 +99,9 @@ def _corpus(story: Story, console: Console) -> Iterator[None]:
     builder.join()
     from nemo_skymoe.data.corpus import build_corpus
 
-    story.corpus = build_corpus(story.folder("corpus"))  # the corpus is there already, unless it cannot be built
+    story.corpus = build_corpus(
+        story.folder("corpus")
+    )  # the corpus is there already, unless it cannot be built
 
 
 def _dense(story: Story, phases: Any, console: Console) -> None:

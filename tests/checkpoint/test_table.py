@@ -6,7 +6,7 @@ import torch
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.mapping import Chunk, StoredWeights, assemble
-from nemo_skymoe.checkpoint.table import Line, below, entries, stacked_shape
+from nemo_skymoe.checkpoint.table import Line, below, entries, shape_of
 from nemo_skymoe.checkpoint.tensors import model_keys
 from tests.checkpoint.fakes import DictStorage, random_weights
 
@@ -32,7 +32,7 @@ def chunks(architecture: Architecture, variant: str) -> list[Chunk]:
     for line, layer, expert in entries(TABLE, architecture, variant):
         parts = line.parts(architecture, layer, expert)
         name = line.name.format(layer=layer, expert=expert)
-        found.append(Chunk(name, stacked_shape(architecture, parts), parts))
+        found.append(Chunk(name, shape_of(architecture, parts), parts))
     return found
 
 

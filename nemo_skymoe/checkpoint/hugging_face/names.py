@@ -6,7 +6,7 @@ from typing import Literal
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.mapping import Chunk
-from nemo_skymoe.checkpoint.table import Line, below, entries, stacked_shape
+from nemo_skymoe.checkpoint.table import Line, below, entries, shape_of
 
 Naming = Literal["skywork", "authors"]
 """Experts are named as in the release, or as by the authors' trainer and their later MoE++."""
@@ -49,5 +49,5 @@ def chunks(architecture: Architecture, naming: Naming = "skywork") -> list[Chunk
     for line, layer, expert in entries(TABLE, architecture, naming):
         parts = line.parts(architecture, layer, expert)
         name = line.name.format(layer=layer, expert=expert)
-        found.append(Chunk(name, stacked_shape(architecture, parts), parts))
+        found.append(Chunk(name, shape_of(architecture, parts), parts))
     return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.mapping import Chunk, Part
-from nemo_skymoe.checkpoint.table import Line, below, entries, stacked_shape
+from nemo_skymoe.checkpoint.table import Line, below, entries, shape_of
 from nemo_skymoe.checkpoint.tensors import Key, Storage
 from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 
@@ -100,7 +100,7 @@ def chunks(
         parts = line.parts(architecture, place.layer, place.expert)
         if padding and line.meaning in _PADDED:
             parts = (*parts, Part(None, 0, padding))
-        shape = (*place.stacked, *stacked_shape(architecture, parts))
+        shape = (*place.stacked, *shape_of(architecture, parts))
         found.append(Chunk(place.name, shape, parts, place.index))
     return found
 
