@@ -11,9 +11,8 @@ from typing import Any
 from nemo_skymoe.checkpoint.mapping import listed
 from nemo_skymoe.checkpoint.regions import FileStorage
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.durable.checksums import FileChecksum, check_file, checksum_like
+from nemo_skymoe.durable.checksums import FileChecksum, found_checksums
 from nemo_skymoe.durable.errors import CheckpointError
-from nemo_skymoe.durable.pool import in_threads
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt, same_receipt
 
 Advance = Callable[[int, str], None]
@@ -73,13 +72,9 @@ def _changed(storage: FileStorage, written: Mapping[str, Any], advance: Advance)
     files = {file.relative_to(storage.folder).as_posix(): file for file in storage.files}
     if files.keys() != written.keys():
         return storage.folder / min(files.keys() ^ written.keys())
-
-    def unchanged(name: str) -> bool:
-        claimed = FileChecksum.from_json(written[name])
-        return check_file(files[name], claimed, lambda count: advance(count, files[name].name))
-
-    same = in_threads(unchanged, list(files))
-    return next((files[name] for name in files if not same[name]), None)
+    claimed = {name: FileChecksum.from_json(value) for name, value in written.items()}
+    found = found_checksums(files, claimed, lambda count, name: advance(count, files[name].name))
+    return next((files[name] for name in files if found[name] != claimed[name]), None)
 
 
 def damaged_files(
@@ -98,23 +93,23 @@ def damaged_files(
     written = {name: FileChecksum.from_json(value) for name, value in receipt["files"].items()}
     if written.keys() != set(names):
         raise refused(output, f"its {RECEIPT} lists other files than this command writes")
-
-    def damage(name: str) -> Damage | None:
-        path, claimed = output / name, written[name]
-        found = checksum_like(path, claimed, lambda count: advance(count, name))
-        if found == claimed:
-            return None
-        if not path.is_file():
-            return Damage("is missing")
-        if (size := path.stat().st_size) != claimed.bytes:
-            return Damage(f"is {size:,} bytes, expected {claimed.bytes:,}")
-        return Damage(f"is not the bytes that {RECEIPT} lists", found)
-
-    found = in_threads(damage, list(written))
-    damages = {name: wrong for name, wrong in found.items() if wrong is not None}
+    found = found_checksums({name: output / name for name in written}, written, advance)
+    damages = {
+        name: _damage(output / name, written[name], found[name])
+        for name in written
+        if found[name] != written[name]
+    }
     if own and (output / RECEIPT).read_bytes() != same_receipt(receipt, written):
         damages[RECEIPT] = Damage("is not as it was written")
     return damages
+
+
+def _damage(file: Path, claimed: FileChecksum, found: FileChecksum | None) -> Damage:
+    if not file.is_file():
+        return Damage("is missing")
+    if (size := file.stat().st_size) != claimed.bytes:
+        return Damage(f"is {size:,} bytes, expected {claimed.bytes:,}")
+    return Damage(f"is not the bytes that {RECEIPT} lists", found)
 
 
 def refuse_damaged(output: Path, damages: Mapping[str, Damage]) -> CheckpointError:

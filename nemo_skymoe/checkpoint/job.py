@@ -19,10 +19,9 @@ from nemo_skymoe.checkpoint.target import Target, check_complete
 from nemo_skymoe.checkpoint.tensors import Weights
 from nemo_skymoe.checkpoint.writing import write_files
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.durable.checksums import FileChecksum, check_file
+from nemo_skymoe.durable.checksums import FileChecksum, found_checksums
 from nemo_skymoe.durable.files import sync, write_small
 from nemo_skymoe.durable.journal import JOURNAL, Journal
-from nemo_skymoe.durable.pool import in_threads
 from nemo_skymoe.durable.progress import Progress, ProgressCounter
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt, receipt_bytes
 from nemo_skymoe.durable.unfinished import absolute, check_space, publish, unfinished
@@ -83,7 +82,7 @@ def run(
         if damages and not repair:
             raise refuse_damaged(output, damages)
         _tell(on_damage, damages)
-        return repaired(output, damages, receipt, weights, target, workers, counter.advance)
+        return repaired(output, damages, receipt, weights, target, workers=workers, advance=counter.advance)
     check_complete(target.chunks, weights)
     _check_extras(target)
     with unfinished(output, _identity(job, target)) as journal:
@@ -92,7 +91,15 @@ def run(
         check_space(journal.folder, target.bytes - sum(kept.bytes for kept in journal.files.values()))
         checked = check_sources(sources, journal, allow_nonfinite, counter.advance)
         files = [file for file in target.files() if file.name not in journal.files]
-        write_files(target, files, weights, journal.folder, workers, journal.add_file, counter.advance)
+        write_files(
+            target,
+            files,
+            weights,
+            journal.folder,
+            workers=workers,
+            done=journal.add_file,
+            advance=counter.advance,
+        )
         check_unchanged(sources, journal)
         _finish(target, journal, checked)
         if lost:
@@ -144,13 +151,8 @@ def _keep_finished(journal: Journal, target: Target, counter: ProgressCounter) -
     """Of what earlier attempts left, keep what is complete by its checksum and delete the rest."""
     folder, claimed = journal.folder, dict(journal.files)
     names = [file.name for file in target.files() if file.name in claimed]
-
-    def intact(name: str) -> bool:
-        return check_file(folder / name, claimed[name], lambda count: counter.advance(count, name))
-
-    found = in_threads(intact, names)
-    kept = {name for name in names if found[name]}
-    journal.files = {name: claimed[name] for name in names if name in kept}
+    found = found_checksums({name: folder / name for name in names}, claimed, counter.advance)
+    journal.files = kept = {name: claimed[name] for name in names if found[name] == claimed[name]}
     for path in sorted(folder.rglob("*"), reverse=True):
         name = path.relative_to(folder).as_posix()
         if name in kept or name == JOURNAL:

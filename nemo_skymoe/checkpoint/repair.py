@@ -42,6 +42,7 @@ def repaired(
     receipt: dict[str, Any],
     weights: Weights,
     target: Target,
+    *,
     workers: int,
     advance: Callable[[int, str], None],
 ) -> dict[str, Any]:
@@ -67,7 +68,9 @@ def repaired(
         check_space(output, needed, " for its damaged files")
         written: dict[str, FileChecksum] = {}
         files = [file for file in target.files() if file.name in damages]
-        write_files(target, files, weights, output, workers, written.__setitem__, advance)
+        write_files(
+            target, files, weights, output, workers=workers, done=written.__setitem__, advance=advance
+        )
         for name in small.keys() & damages.keys():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             write_small(output / name, small[name])

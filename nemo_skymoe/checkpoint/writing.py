@@ -28,6 +28,7 @@ def write_files(
     files: Sequence[TargetFile],
     weights: Weights,
     folder: Path,
+    *,
     workers: int,
     done: Done,
     advance: Advance,

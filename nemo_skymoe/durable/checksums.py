@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.durable.errors import CheckpointError
+from nemo_skymoe.durable.pool import in_threads
 from nemo_skymoe.durable.reading import are_sizes, read_into
 
 BLOCK = 1 << 20
@@ -138,6 +139,12 @@ def checksum_like(file: Path, expected: FileChecksum, advance: Callable[[int], N
     return summer.result()
 
 
-def check_file(file: Path, expected: FileChecksum, advance: Callable[[int], None]) -> bool:
-    """Whether a file is there and has this checksum, every byte of it."""
-    return checksum_like(file, expected, advance) == expected
+def found_checksums(
+    files: Mapping[str, Path], expected: Mapping[str, FileChecksum], advance: Callable[[int, str], None]
+) -> dict[str, FileChecksum | None]:
+    """The same for many files by name, on every core."""
+
+    def found(name: str) -> FileChecksum | None:
+        return checksum_like(files[name], expected[name], lambda count: advance(count, name))
+
+    return in_threads(found, list(files))

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint import crash
 from tests.checkpoint.fakes import random_weights
 from tests.checkpoint.simple_formats import TINY, open_folder, write
+from tests.durable import crash
 
 ways = pytest.mark.parametrize("way", [("hf", "torch_dist"), ("torch_dist", "hf")], ids="-to-".join)
 

@@ -17,9 +17,9 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable import output_file
 from nemo_skymoe.durable.journal import JOURNAL
 from nemo_skymoe.durable.receipt import RECEIPT
-from tests.checkpoint import crash
 from tests.checkpoint.fakes import random_weights
 from tests.checkpoint.simple_formats import JOB, TINY, Interrupting, flip, open_folder, target, write
+from tests.durable import crash
 
 kinds = pytest.mark.parametrize("kind", ["hf", "torch_dist"])
 

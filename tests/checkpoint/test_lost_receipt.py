@@ -11,9 +11,9 @@ import pytest
 from nemo_skymoe.checkpoint.job import run
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable.receipt import RECEIPT
-from tests.checkpoint import crash
 from tests.checkpoint.fakes import random_weights
 from tests.checkpoint.simple_formats import JOB, TINY, flip, open_folder, target, write
+from tests.durable import crash
 
 
 @pytest.fixture(params=["hf", "torch_dist"])

@@ -12,9 +12,9 @@ import torch
 from nemo_skymoe.checkpoint.tensors import Key
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt
-from tests.checkpoint import crash
 from tests.checkpoint.fakes import random_weights
 from tests.checkpoint.simple_formats import JOB, TINY, Interrupting, flip, open_folder, write
+from tests.durable import crash
 
 
 def nothing_there(output: Path) -> bool:

@@ -16,8 +16,8 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data import indexed, preprocess
 from nemo_skymoe.data.manifest import Domain, read_manifest
 from nemo_skymoe.data.tokenizer import load
-from tests.checkpoint import crash
 from tests.data.texts import COMPRESS, TEXTS, jsonl, read, run, zstd
+from tests.durable import crash
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)

@@ -7,7 +7,13 @@ from random import Random
 import pytest
 
 from nemo_skymoe.durable import checksums
-from nemo_skymoe.durable.checksums import Checksummer, FileChecksum, TensorChecksum, blocks, check_file
+from nemo_skymoe.durable.checksums import (
+    Checksummer,
+    FileChecksum,
+    TensorChecksum,
+    blocks,
+    found_checksums,
+)
 
 
 def sha256(data: bytes) -> str:
@@ -44,12 +50,17 @@ def test_blocks_end_at_the_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [position for position, _ in found][:7] == [0, 7, 17, 27, 31, 41, 51]
 
 
-def test_a_file_is_checked(tmp_path: Path):
-    file = tmp_path / "file"
-    file.write_bytes(b"abc" * 100)
-    good = FileChecksum(300, sha256(b"abc" * 100))
-    assert check_file(file, good, lambda _: None)
-    assert not check_file(file, FileChecksum(300, sha256(b"abd" * 100)), lambda _: None)
-    assert not check_file(tmp_path / "missing", good, lambda _: None)
-    file.write_bytes(b"abc" * 99)
-    assert not check_file(file, good, lambda _: None)
+def test_files_are_found_as_they_are(tmp_path: Path):
+    contents = {"good": b"abc" * 100, "damaged": b"abd" * 100, "short": b"abc" * 99}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    good, read = FileChecksum.of(contents["good"]), []
+    files = {name: tmp_path / name for name in [*contents, "missing"]}
+    found = found_checksums(files, dict.fromkeys(files, good), lambda *done: read.append(done))
+    assert found == {
+        "good": good,
+        "damaged": FileChecksum.of(contents["damaged"]),
+        "short": None,
+        "missing": None,
+    }
+    assert sorted(read) == [(300, "damaged"), (300, "good")]

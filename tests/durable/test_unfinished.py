@@ -14,7 +14,7 @@ from nemo_skymoe.durable.files import write_small
 from nemo_skymoe.durable.journal import JOURNAL, Journal
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt, receipt_bytes
 from nemo_skymoe.durable.unfinished import absolute, check_space, publish, unfinished
-from tests.checkpoint import crash
+from tests.durable import crash
 
 IDENTITY = {"job": {"command": "copy A B"}}
 FILES = {"a": b"1" * 100, "b": b"2" * 200}

@@ -14,8 +14,9 @@ from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.verifier import verify
-from tests.checkpoint import crash, hf_models
+from tests.checkpoint import hf_models
 from tests.checkpoint.verification.test_recomputed import INITIALISATIONS
+from tests.durable import crash
 
 CHANGING = [options for options in INITIALISATIONS if 0.0 not in options.values()]
 initialisations = pytest.mark.parametrize("options", CHANGING, ids=lambda options: options["init"])
