@@ -85,8 +85,8 @@ def _collect(processes: dict[Connection, BaseProcess], timeout: float) -> list[A
                 failures.append((report.moment, rank, report.value))
         if failures:
             # One rank's fault breaks its partners' collectives: the earliest is the cause.
-            _, rank, ending = min(failures)
-            raise RankFailed(f"rank {rank} of {len(processes)} {ending}")
+            _, rank, how = min(failures)
+            raise RankFailed(f"rank {rank} of {len(processes)} {how}")
     return results
 
 
