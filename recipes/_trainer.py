@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import nemo_run as run
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -16,7 +15,8 @@ from nemo_skymoe.experiments.runs import Demonstration, Finetuning, Pretraining
 
 Training = Pretraining | Demonstration | Finetuning
 """What has a number of steps."""
-Callbacks = Sequence[run.Config[pl.Callback]]
+Callbacks = Sequence[Any]
+"""NeMo-Run configurations of Lightning's callbacks."""
 
 
 def trainer_of(training: Training, callbacks: Callbacks = (), **overlap: bool) -> run.Config[nl.Trainer]:
@@ -61,6 +61,11 @@ def cluster_trainer(
     if communication_overlap:
         shared.append(run.Config(MegatronCommOverlapCallback, tp_comm_overlap=tensor_parallel_overlap))
     return _trainer(training, strategy, precision, [*callbacks, *shared])
+
+
+def overlaps_communication(trainer: Any) -> bool:
+    """Whether a trainer hides the distributed optimizer's messages behind computation."""
+    return any(callback.__fn_or_cls__ is MegatronCommOverlapCallback for callback in trainer.callbacks)
 
 
 def small_trainer(training: Training, callbacks: Callbacks = ()) -> run.Config[nl.Trainer]:

@@ -4,13 +4,13 @@ from typing import Any
 
 import nemo_run as run
 from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
-from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
 from nemo_skymoe.architecture import Architecture, layer_pattern
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import choices
 from nemo_skymoe.nemo.recipe_check import built
 from nemo_skymoe.nemo.run_numbers import check_numbers
+from nemo_skymoe.recipes._trainer import overlaps_communication
 
 _SIZES = (
     "num_layers",
@@ -55,9 +55,7 @@ def planner_options(recipe: Any) -> dict[str, Any]:
         "seq_length": config.seq_length,
         "global_batch_size": data.global_batch_size,
         "micro_batch_size": data.micro_batch_size,
-        "overlap_grad_reduce": any(
-            callback.__fn_or_cls__ is MegatronCommOverlapCallback for callback in recipe.trainer.callbacks
-        ),
+        "overlap_grad_reduce": overlaps_communication(recipe.trainer),
         "gradient_bytes": 4 if getattr(recipe.trainer.plugins, "grad_reduce_in_fp32", True) else 2,
         "distributed_optimizer": strategy.ddp.use_distributed_optimizer,
         **capacity,
