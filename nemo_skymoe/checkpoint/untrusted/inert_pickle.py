@@ -98,9 +98,10 @@ class NotAllowedError(CheckpointError):
 
     def __init__(self, name: str, file: Path):
         self.name, self.file = name, file
-        super().__init__(
-            f"'{file}' refers to '{name}', which has no place in a checkpoint: it was not read further"
-        )
+        super().__init__(name, file)  # what a worker process has to send of it
+
+    def __str__(self) -> str:
+        return f"'{self.file}' refers to '{self.name}', which has no place in a checkpoint: it was not read further"
 
 
 class _RefusedError(Exception):
