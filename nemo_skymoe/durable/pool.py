@@ -120,6 +120,9 @@ def forked(
             process.kill()
         for process in started:
             process.join()
+            process.close()
+        for reader in processes:
+            reader.close()
 
 
 def ending(process: BaseProcess) -> str:

@@ -1,5 +1,6 @@
 """Work that processes share: every task is done once, progress and errors come home, and no worker is left behind."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -108,13 +109,23 @@ def test_what_cannot_be_pickled_is_no_hindrance():
 
 
 def test_nothing_is_left_behind():
+    """Also while somebody still holds the error of a worker."""
+
     def work(tasks: Iterator[int], tell: Callable[..., None]) -> None:
-        tell(len(list(tasks)))
+        for task in tasks:
+            tell(task)
+            if task == 7:
+                raise CheckpointError("'x' is damaged")
 
     told([0, 1], work, 2)
+    gc.collect()  # what other tests have left
     descriptors = os.listdir("/proc/self/fd")
+    errors = []
     for _ in range(3):
         told([0, 1], work, 2)
+        with pytest.raises(CheckpointError) as error:
+            told([6, 7], work, 2)
+        errors.append(error)
     assert len(os.listdir("/proc/self/fd")) == len(descriptors)
     assert multiprocessing.active_children() == []
 
