@@ -99,9 +99,8 @@ def _corpus(story: Story, console: Console) -> Iterator[None]:
     builder.join()
     from nemo_skymoe.data.corpus import build_corpus
 
-    story.corpus = build_corpus(
-        story.folder("corpus")
-    )  # the corpus is there already, unless it cannot be built
+    # The corpus is there already, unless it cannot be built.
+    story.corpus = build_corpus(story.folder("corpus"))
 
 
 def _dense(story: Story, phases: Any, console: Console) -> None:
