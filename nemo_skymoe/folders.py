@@ -11,7 +11,7 @@ LeaveOut = Callable[[Path, str], None]
 
 
 def every_file(folder: Path) -> Iterator[Path]:
-    """Return everything below `folder` that is not a folder, as programs see it that follow links: broken links too.
+    """Yield everything below `folder` that is not a folder, as programs see it that follow links: broken links too.
 
     A folder is entered once, by the path that comes first, so that a circle of links ends. A file with two links to it
     is listed under both.

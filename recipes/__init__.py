@@ -1,1 +1,1 @@
-"""NeMo-Run recipe factories."""
+"""The factories of NeMo-Run recipes."""

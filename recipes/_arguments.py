@@ -1,4 +1,4 @@
-"""The signature of a recipe: the arguments that all take, those of its own, and sizes of its training by their names."""
+"""The signature of a recipe: arguments that all recipes take, arguments of its own, and sizes of its training."""
 
 import functools
 import inspect
@@ -50,7 +50,7 @@ class GivenFinetuning:
 def with_arguments(
     training: TrainingRun, *sizes: str, of: type[Any] = Given, **defaults: Any
 ) -> Callable[[Callable[..., run.Partial]], Callable[..., run.Partial]]:
-    """Make of `function(training, given, own arguments)` a recipe: a function of keywords with a real signature.
+    """Make a recipe of `function(training, given, own arguments)`: a function of keywords with a real signature.
 
     NeMo-Run reads names, annotations and defaults from it. What `function` gets is `training` with the sizes that were
     given, and the rest of the shared arguments as an `of`.
@@ -92,10 +92,10 @@ def with_arguments(
 
 
 def check_renamed(names: Iterable[str], section: str = "") -> None:
-    """Refuse an argument that has another name now; `section` stands before names, such as "training.".
+    """Refuse an argument that has another name now. `section` stands before names, such as "training.".
 
     Raises:
-        ConfigurationError: With the new name.
+        ConfigurationError: The argument was renamed. The message has the new name.
     """
     for old in RENAMED.keys() & set(names):
         new = RENAMED[old]
@@ -120,7 +120,7 @@ def _parameter(name: str, default: Any, hint: Any) -> inspect.Parameter:
 
 
 def one_of(option: str, value: str, table: Mapping[str, Any]) -> str:
-    """`value`, if `table` has it; else a ConfigurationError that names the option."""
+    """Return the entry of `table` for `value`, or raise a ConfigurationError that names the option."""
     if value not in table:
         raise ConfigurationError(f"{option} is {value!r}, expected one of {', '.join(table)}")
     return value

@@ -1,4 +1,7 @@
-"""`mixture=` and `phases=`: what any pretraining recipe is trained on, at once or in phases (section 5)."""
+"""The arguments `mixture=` and `phases=` of pretraining recipes: a mixture of domains, or several phases.
+
+The report trains like this in section 5.
+"""
 
 from pathlib import Path
 from typing import Any, Optional
@@ -13,13 +16,15 @@ from nemo_skymoe.nemo.training_phases import PhasedLearningRate, read_phases
 
 
 def with_data(recipe: Any, corpus: Optional[str], mixture: Optional[str], phases: Optional[str]) -> Any:
-    """`recipe` itself, or on the `mixture` of domains in the folder `corpus`, or through the `phases` of a YAML file.
+    """Return `recipe` itself, or with the `mixture` of domains in the folder `corpus`, or with the `phases` of a file.
 
-    Phases replace the recipe's tokens, mixture and learning rates. All are one run: optimizer, adaptive coefficients
-    and the position in each domain carry over, it resumes inside any phase, and a finished run takes further phases.
+    Phases replace the recipe's tokens, mixture and learning rates. All of them are one run: optimizer, adaptive
+    coefficients and the position in each domain carry over. The run resumes inside any phase, and a finished run takes
+    further phases.
 
     Raises:
-        ConfigurationError: A mixture or a file that makes no sense, both of them, or no `corpus` to take them from.
+        ConfigurationError: A mixture or a file makes no sense, both are given, or there is no `corpus` to take them
+            from.
     """
     if mixture is None and phases is None:
         return recipe

@@ -27,17 +27,17 @@ def finetuning(
     dataset: Optional[str] = None,
     corpus: Optional[str] = None,
 ) -> run.Partial:
-    """The recipe; `peft_scheme` "lora" puts adapters on attention and MLPs, "none" trains everything.
+    """Make the recipe. `peft_scheme` "lora" puts adapters on attention and MLPs, and "none" trains everything.
 
     Args:
-        training: Its sizes, and the name of the run unless another is given.
-        given: What a user gives to any recipe.
+        training: The sizes, and the name of the run unless another is given.
+        given: The arguments that a user gives to any recipe.
         model: NeMo-Run's configuration of the model.
         dataset: A folder with NeMo's `training.jsonl` and `validation.jsonl`; None is SQuAD.
-        corpus: A folder that `skymoe corpus` wrote, which brings its own tokenizer, in place of `dataset`.
+        corpus: A folder that `skymoe corpus` wrote, in place of `dataset`. It brings its own tokenizer.
 
     Raises:
-        ConfigurationError: Another `peft_scheme`.
+        ConfigurationError: `peft_scheme` is another.
     """
     scheme = scheme_of(given)
     if scheme not in ("lora", "none"):
@@ -65,7 +65,7 @@ def finetuning(
 
 
 def scheme_of(given: GivenFinetuning) -> str:
-    """`peft_scheme` in small letters; None is "none"."""
+    """Return `peft_scheme` in small letters. None is "none"."""
     return (given.peft_scheme or "none").lower()
 
 

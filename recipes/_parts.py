@@ -18,12 +18,12 @@ from nemo_skymoe.nemo.model import SkyworkModel, SkyworkMoEModel, skywork_local_
 
 
 def dense_model(config: type[Any], **options: Any) -> Any:
-    """A dense model of a configuration class with these options."""
+    """Configure a dense model of a configuration class with these options."""
     return run.Config(SkyworkModel, config=run.Config(config, **options))
 
 
 def moe_model(config: type[Any], expert_capacity_factor: Optional[float], **options: Any) -> Any:
-    """The same of an MoE."""
+    """Configure an MoE of a configuration class with these options."""
     made = run.Config(config, moe_expert_capacity_factor=expert_capacity_factor, **options)
     return run.Config(SkyworkMoEModel, config=made)
 
@@ -37,7 +37,7 @@ def data(
     vocab_size: int = choices.VOCABULARY,
     seed: int = 1,
 ) -> Any:
-    """The text in a folder of `skymoe corpus` or `skymoe preprocess`; None is NeMo's mock: random tokens, for dry runs."""
+    """Configure the text in a folder of `skymoe corpus` or `skymoe preprocess`; None is NeMo's random tokens."""
     sizes: dict[str, Any] = {
         "seq_length": seq_length,
         "global_batch_size": global_batch_size,
@@ -53,7 +53,7 @@ def data(
 def logger(
     dir: Optional[str], name: str, *, save_every_n_steps: int, keep: int = 1
 ) -> run.Config[nl.NeMoLogger]:
-    """TensorBoard and the last `keep` checkpoints (-1: all) under `dir/name`."""
+    """Configure TensorBoard and the last `keep` checkpoints (-1 for all) under `dir/name`."""
     checkpoint = run.Config(
         nl.ModelCheckpoint,
         every_n_train_steps=save_every_n_steps,
@@ -85,12 +85,12 @@ def adam(
     decay_steps: int = 0,
     expert_lr_multiplier: float = 1.0,
 ) -> run.Config[nl.MegatronOptimizerModule]:
-    """Megatron's Adam with decoupled weight decay; `max_lr` to `min_lr`, then in `decay_steps` steps to zero.
+    """Configure Megatron's Adam with decoupled weight decay, from `max_lr` to `min_lr`, then in `decay_steps` to zero.
 
     The experts' parameters follow the same schedule with `expert_lr_multiplier` times the rate.
 
     Raises:
-        ConfigurationError: A rate out of range, by its name.
+        ConfigurationError: A rate is out of range. The message names it.
     """
     _check_rates(max_lr, min_lr, expert_lr_multiplier)
     beta1, beta2 = choices.ADAM_BETAS
@@ -133,7 +133,7 @@ def _check_rates(max_lr: float, min_lr: float, expert_lr_multiplier: float) -> N
 
 
 def resume_from(checkpoint: Optional[str]) -> run.Config[nl.AutoResume]:
-    """Resume the run's own last checkpoint if there is one, else start from `checkpoint`'s weights, else from scratch."""
+    """Resume the run's own last checkpoint, or start from the weights of `checkpoint`, or from scratch."""
     restore: Any = run.Config(nl.RestoreConfig, path=checkpoint) if checkpoint else None
     return run.Config(
         nl.AutoResume, restore_config=restore, resume_if_exists=True, resume_ignore_no_checkpoint=True
@@ -141,7 +141,7 @@ def resume_from(checkpoint: Optional[str]) -> run.Config[nl.AutoResume]:
 
 
 def with_fusions(model: Any, transformer_engine: Optional[bool], **fusions: Optional[bool]) -> Any:
-    """`model` with a recipe's arguments on its configuration; None leaves what the machine that trains has.
+    """Put a recipe's fusion arguments on the configuration of `model`. None leaves what the training machine has.
 
     Without Transformer Engine's layers there are no grouped experts either, unless they are asked for.
     """

@@ -1,4 +1,4 @@
-"""A pretraining recipe, made of a training in plain values and of what a user gives."""
+"""A pretraining recipe, made of a training in plain values and of a user's arguments."""
 
 from typing import Any
 
@@ -24,17 +24,17 @@ def pretraining(
     callbacks: Callbacks = (),
     **overlap: bool,
 ) -> run.Partial:
-    """The recipe.
+    """Make the recipe.
 
     Args:
-        training: Its sizes, and the name of the run unless another is given.
-        given: What a user gives to any recipe.
+        training: The sizes, and the name of the run unless another is given.
+        given: The arguments that a user gives to any recipe.
         model: NeMo-Run's configuration of the model.
-        callbacks: They come after the one that runs an MoE's adaptive coefficients and logs its router.
+        callbacks: Callbacks after the one that runs an MoE's adaptive coefficients and logs its router.
         overlap: Options of `_trainer.cluster_trainer`.
 
     Raises:
-        ConfigurationError: A value that makes no sense, by its name.
+        ConfigurationError: A value makes no sense. The message names it.
     """
     made = run.Partial(
         pretrain,

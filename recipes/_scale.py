@@ -1,4 +1,4 @@
-"""`scale=`: any recipe at a size that trains on CPU ranks, "toy" to see that it works, "miniature" to learn something."""
+"""The argument `scale=` trains any recipe on CPU ranks: "toy" shows that it works, "miniature" learns something."""
 
 from typing import Any, Optional
 
@@ -15,14 +15,15 @@ CORPUS = "runs/corpus"
 
 
 def at_scale(recipe: Any, scale: Optional[str], corpus: Optional[str] = None) -> Any:
-    """`recipe` itself, or, at a scale of `SCALES`, smaller in width, depth, sequence, batch, vocabulary, steps and devices.
+    """Return `recipe` itself or, at a scale of `SCALES`, a smaller one.
 
-    Model-parallel sizes shrink with the devices: EDP to at most as many ranks, else the pipeline to as many stages,
-    else they are DP ranks. Learning rates stay. The vocabulary is that of the corpus in the folder `corpus`, default
+    Width, depth, sequence, batch, vocabulary, steps and devices are smaller. Model-parallel sizes shrink with the
+    devices: EDP to at most as many ranks, or else the pipeline to as many stages; otherwise the ranks are
+    data-parallel. Learning rates stay. The vocabulary is that of the corpus in the folder `corpus`, by default
     `runs/corpus`.
 
     Raises:
-        ConfigurationError: Another scale.
+        ConfigurationError: There is no such scale.
     """
     if scale is None:
         return recipe

@@ -1,4 +1,4 @@
-"""NeMo's trainer of a run: nodes of GPUs in bf16, or one machine in float32."""
+"""NeMo's trainer of a run, on nodes of GPUs in bf16 or on one machine in float32."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,13 +14,13 @@ from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommO
 from nemo_skymoe.experiments.runs import Demonstration, Finetuning, Pretraining
 
 Training = Pretraining | Demonstration | Finetuning
-"""What has a number of steps."""
+"""A training that has a number of steps."""
 Callbacks = Sequence[Any]
 """NeMo-Run configurations of Lightning's callbacks."""
 
 
 def trainer_of(training: Training, callbacks: Callbacks = (), **overlap: bool) -> run.Config[nl.Trainer]:
-    """The trainer for the precision of `training`; `overlap` are options of `cluster_trainer`."""
+    """Return the trainer for the precision of `training`. `overlap` are options of `cluster_trainer`."""
     if training.precision == "32":
         return small_trainer(training, callbacks)
     return cluster_trainer(training, callbacks, **overlap)
@@ -34,14 +34,15 @@ def cluster_trainer(
     tensor_parallel_overlap: bool = False,
     grad_reduce_in_fp32: bool = True,
 ) -> run.Config[nl.Trainer]:
-    """bf16 with the distributed optimizer.
+    """Configure a trainer in bf16 with the distributed optimizer.
 
     Args:
-        training: Its sizes.
-        callbacks: They come before those that all trainings have.
-        communication_overlap: Hide the distributed optimizer's messages, and pipeline messages between virtual stages,
-            behind computation; NeMo's callback decides which.
-        tensor_parallel_overlap: Hide the messages of tensor parallelism too, which needs Transformer Engine's user buffers.
+        training: The sizes.
+        callbacks: Callbacks before those that all trainings have.
+        communication_overlap: Whether to hide the distributed optimizer's messages, and pipeline messages between
+            virtual stages, behind computation. NeMo's callback decides which.
+        tensor_parallel_overlap: Whether to hide the messages of tensor parallelism too, which needs Transformer
+            Engine's user buffers.
         grad_reduce_in_fp32: False halves the gradients' messages.
     """
     ddp = run.Config(
@@ -69,7 +70,7 @@ def overlaps_communication(trainer: Any) -> bool:
 
 
 def small_trainer(training: Training, callbacks: Callbacks = ()) -> run.Config[nl.Trainer]:
-    """One machine, float32: GPUs where there are any, else CPU ranks over gloo."""
+    """Configure a trainer for one machine in float32, on GPUs if there are any, else on CPU ranks over gloo."""
     ddp = run.Config(DistributedDataParallelConfig, use_distributed_optimizer=True)
     strategy = _strategy(training, ddp, torch.float32, save_in_background=False)
     precision = run.Config(nl.MegatronMixedPrecision, precision="32", autocast_enabled=False)

@@ -1,7 +1,7 @@
-"""What an executor must not be given: what NeMo-Run's scripts cannot quote, and secrets, which its files would keep.
+"""Check the values of an executor: NeMo-Run's scripts cannot quote some of them, and its files would keep secrets.
 
-NeMo-Run writes its folders into commands of the login node, line breaks into #SBATCH lines, and every value into scripts, logs
-and saved configurations.
+NeMo-Run writes its folders into commands of the login node, line breaks into #SBATCH lines, and every value into
+scripts, logs and saved configurations.
 """
 
 import functools
@@ -18,7 +18,7 @@ from nemo_skymoe.shell import check_plain, check_variable, check_word
 
 
 def install() -> None:
-    """Check the executors of this machine and of SLURM where they join an experiment: before anything is written."""
+    """Check the executors of this machine and of SLURM when they join an experiment, before anything is written."""
     for executor in (run.SlurmExecutor, run.LocalExecutor):
         if not hasattr(executor.assign, "__wrapped__"):
             setattr(executor, "assign", _checked(executor.assign))  # noqa: B010
@@ -40,11 +40,11 @@ def check_executor(executor: Any, section: str = "") -> None:
     """Refuse values that cannot be quoted, and secrets.
 
     Args:
-        executor: Of NeMo-Run, built.
-        section: Before the names of its options in messages, such as "cluster.".
+        executor: An executor of NeMo-Run's, built.
+        section: Text before the names of its options in messages, such as "cluster.".
 
     Raises:
-        ConfigurationError: With the name of the option.
+        ConfigurationError: The message names the option.
     """
     credentials.check_variables(f"{section}env_vars", executor.env_vars)
     for name, value in executor.env_vars.items():
@@ -95,7 +95,7 @@ def _check_slurm(executor: Any, section: str) -> None:
 
 
 def slurm_seconds(time: str) -> int:
-    """A time of SLURM's in seconds: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
+    """Return a time of SLURM's in seconds. It has the form MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
 
     Raises:
         ConfigurationError: It has none of these forms.
@@ -123,7 +123,7 @@ def _check_numbers(executor: Any, section: str) -> None:
 
 
 def _plain(executor: Any) -> Iterator[tuple[str, str]]:
-    """What NeMo-Run gives to a shell, of this machine or by ssh, as it is."""
+    """Yield the values that NeMo-Run gives to a shell, of this machine or by ssh, as they are."""
     yield "dependency_type", executor.dependency_type
     yield "job_dir", executor.tunnel.job_dir
     for name in ("host", "user", "identity"):
@@ -142,7 +142,7 @@ def _is_remote(executor: Any) -> bool:
 
 
 def _inherit(executor: Any) -> None:
-    """Variables without a value come from the environment: SLURM and torchrun hand it on, a container has to be told."""
+    """Take variables without a value from the environment, and name them to the container."""
     names = [name for name, value in executor.env_vars.items() if value is None]
     executor.env_vars = {name: value for name, value in executor.env_vars.items() if value is not None}
     if names and getattr(executor, "container_image", None):

@@ -1,4 +1,4 @@
-"""Where recipes run: SLURM nodes of 8 A800, or torchrun here. `run.executor=a800_slurm`, `run.executor=local_torchrun`."""
+"""The executors of recipes: SLURM nodes of 8 A800 (`run.executor=a800_slurm`), or torchrun here (`local_torchrun`)."""
 
 import os
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ executor_checks.install()
 
 PREFIX = "SKYMOE_SLURM_"
 SAVING_SECONDS = 600
-"""Ours. Between the signal and the end: of a 146B checkpoint each of 1536 GPUs writes about 1.3 GB."""
+"""Seconds between the signal and the end. The value is ours: each of 1536 GPUs writes about 1.3 GB of a 146B
+checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ def a800_slurm(
     Account, partition, container_image, container_mounts and time may come from the environment, as
     SKYMOE_SLURM_ACCOUNT, _PARTITION, _IMAGE, _MOUNTS (comma-separated HOST:CONTAINER) and _TIME.
     `container_image=none` runs what is installed on the nodes.
-    `job_dir` holds scripts and logs, default NEMORUN_HOME/experiments. `env_vars` are a site's own, such as
-    NCCL_SOCKET_IFNAME; with None for a value the name alone, whose value every rank gets from the environment of the launch.
-    Everything is quoted in the scripts but `setup_lines`, which are bash.
+    `job_dir` holds scripts and logs, and is NEMORUN_HOME/experiments by default. `env_vars` are a site's own, such as
+    NCCL_SOCKET_IFNAME. If a value is None, every rank gets the variable from the environment of the launch.
+    Everything is quoted in the scripts except `setup_lines`, which are bash.
 
     Raises:
         ConfigurationError: One of them is missing, or is a secret.
@@ -118,7 +119,7 @@ def a800_slurm(
 def local_torchrun(
     gpus_per_node: Optional[int] = None, env_vars: Optional[dict[str, Optional[str]]] = None
 ) -> run.Config[run.LocalExecutor]:
-    """torchrun on this machine: a rank for every GPU, or `gpus_per_node` ranks, on the CPU where there is no GPU.
+    """Use torchrun on this machine, with a rank for every GPU, or with `gpus_per_node` ranks, on CPUs without a GPU.
 
     Raises:
         ConfigurationError: `env_vars` has a name that is none, or a secret.
@@ -139,7 +140,7 @@ EXECUTORS = {"a800_slurm": a800_slurm, "local_torchrun": local_torchrun}
 
 @dataclass(kw_only=True)
 class RequeuePlugin(run.Plugin):
-    """Requeue a job that its time limit or a preemption has stopped: it saved and left with exit code 0, as if it were done.
+    """Requeues a job that its time limit or a preemption has stopped, although it left with exit code 0.
 
     SLURM does so itself only where a preempted job does not end within its grace time. A cancelled job stays cancelled.
     """
@@ -147,7 +148,7 @@ class RequeuePlugin(run.Plugin):
     saving_seconds: int = SAVING_SECONDS
 
     def setup(self, task: Any, executor: run.Executor) -> None:
-        """Add it to the batch script; a run that has reached its last step finds nothing to do and is not requeued again."""
+        """Add it to the batch script. A run that has reached its last step is not requeued."""
         if isinstance(executor, run.SlurmExecutor):
             near = self.saving_seconds + 60  # SLURM sends the signal up to a minute early
             if executor_checks.slurm_seconds(executor.time) <= near:

@@ -23,7 +23,7 @@ CHECKPOINT = "nemo://Skywork/Skywork-13B-base"
 def model(
     seq_length: int = PRETRAINING.seq_length, rotary_base: int = PRETRAINING.rotary_base
 ) -> run.Config[pl.LightningModule]:
-    """13.85B parameters at its vocabulary of 65,519."""
+    """Return the model with 13.85B parameters at its vocabulary of 65,519."""
     return _parts.dense_model(Skywork13BConfig, seq_length=seq_length, rotary_base=rotary_base)
 
 

@@ -22,7 +22,7 @@ MOE = figure_8.MOE.name
 
 @run.cli.factory(name=f"{NAME}_model")
 def model(seq_length: int = DENSE.seq_length, train_only_ffn: bool = False) -> run.Config[pl.LightningModule]:
-    """The dense model; with `train_only_ffn` nothing but its MLPs' weights is trained."""
+    """Return the dense model. With `train_only_ffn` only the weights of its MLPs are trained."""
     return _parts.dense_model(Skywork1p3BConfig, seq_length=seq_length, train_only_ffn=train_only_ffn)
 
 
@@ -31,7 +31,7 @@ def moe_model(
     seq_length: int = figure_8.MOE.seq_length,
     expert_capacity_factor: Optional[float] = figure_8.MOE.expert_capacity_factor,
 ) -> run.Config[pl.LightningModule]:
-    """The same with 8 experts in every layer."""
+    """Return the model with 8 experts in every layer."""
     return _parts.moe_model(SkyworkMoE1p3BX8Config, expert_capacity_factor, seq_length=seq_length)
 
 

@@ -23,7 +23,7 @@ FROM_SCRATCH = figure_1.moe("scratch", "100b")
 
 @run.cli.factory(name=f"{NAME}_model")
 def model(seq_length: int = DENSE.seq_length) -> run.Config[pl.LightningModule]:
-    """The dense model."""
+    """Return the dense model."""
     return _parts.dense_model(Skywork300MConfig, seq_length=seq_length)
 
 
@@ -32,7 +32,7 @@ def moe_model(
     seq_length: int = FROM_SCRATCH.seq_length,
     expert_capacity_factor: Optional[float] = FROM_SCRATCH.expert_capacity_factor,
 ) -> run.Config[pl.LightningModule]:
-    """The same with 8 experts in every layer."""
+    """Return the model with 8 experts in every layer."""
     return _parts.moe_model(SkyworkMoE300MX8Config, expert_capacity_factor, seq_length=seq_length)
 
 

@@ -29,7 +29,7 @@ def model(
     rotary_base: int = PRETRAINING.rotary_base,
     expert_capacity_factor: Optional[float] = PRETRAINING.expert_capacity_factor,
 ) -> run.Config[pl.LightningModule]:
-    """146B parameters, 22B of them active for a token."""
+    """Return the model with 146B parameters, of which a token activates 22B."""
     return _parts.moe_model(
         SkyworkMoE146BConfig, expert_capacity_factor, seq_length=seq_length, rotary_base=rotary_base
     )

@@ -22,7 +22,7 @@ NAME = MOE.name
 def model(
     seq_length: int = MOE.seq_length, expert_capacity_factor: Optional[float] = MOE.expert_capacity_factor
 ) -> run.Config[pl.LightningModule]:
-    """32 experts, top-2."""
+    """Return the model with 32 experts and top-2."""
     return _parts.moe_model(SkyworkMoE1p8BConfig, expert_capacity_factor, seq_length=seq_length)
 
 

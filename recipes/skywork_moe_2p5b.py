@@ -23,7 +23,7 @@ def model(
     seq_length: int = MOE.seq_length,
     expert_capacity_factor: Optional[float] = MOE.expert_capacity_factor,
 ) -> run.Config[pl.LightningModule]:
-    """16 experts; `normalisation` is lambda of eq. (6): off, 0.5, 1 or 2."""
+    """Return the model with 16 experts. `normalisation` is lambda of eq. (6): off, 0.5, 1 or 2."""
     scale = LOGIT_NORM_SCALES[one_of("normalisation", normalisation, LOGIT_NORM_SCALES)]
     return _parts.moe_model(
         SkyworkMoE2p5BConfig, expert_capacity_factor, seq_length=seq_length, moe_router_logit_norm_scale=scale

@@ -30,7 +30,7 @@ NAME = MOE.name
 def model(
     seq_length: int = MOE.seq_length, expert_capacity_factor: Optional[float] = MOE.expert_capacity_factor
 ) -> run.Config[pl.LightningModule]:
-    """16 experts, top-2, an MoE in every layer; normalised gate, adaptive auxiliary loss, EDP."""
+    """Return the model: 16 experts, top-2, an MoE in every layer, normalised gate, adaptive auxiliary loss, EDP."""
     return _parts.moe_model(SkyworkMoETinyConfig, expert_capacity_factor, seq_length=seq_length)
 
 

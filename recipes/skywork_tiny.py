@@ -20,7 +20,7 @@ NAME = DENSE.name
 
 @run.cli.factory(name=f"{NAME}_model")
 def model(seq_length: int = DENSE.seq_length) -> run.Config[pl.LightningModule]:
-    """The dense model."""
+    """Return the dense model."""
     return _parts.dense_model(SkyworkTinyConfig, seq_length=seq_length)
 
 

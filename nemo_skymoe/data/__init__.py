@@ -1,1 +1,1 @@
-"""Text into Megatron's indexed datasets, and what a mixture of them is; no NeMo."""
+"""Turn text into Megatron's indexed datasets, and describe mixtures of them, without NeMo."""

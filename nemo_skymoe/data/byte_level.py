@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained on text, in Hugging Face's form."""
+"""A byte-level BPE tokenizer that is trained on text, in Hugging Face's form."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from nemo_skymoe.config import ConfigurationError
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
-"""Ids 0, 1 and 2, as in the tokenizer of the released Skywork models."""
+"""Special tokens with the ids 0, 1 and 2, as in the tokenizer of the released Skywork models."""
 END_OF_DOCUMENT = SPECIAL_TOKENS.index("</s>")
 SMALLEST = len(SPECIAL_TOKENS) + 256
-"""Tokens of a vocabulary that spells everything."""
+"""Number of tokens in the smallest vocabulary that spells everything."""
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train on `texts`, to exactly `vocab_size` tokens.
 
     Raises:
-        ConfigurationError: There is not text enough for so many.
+        ConfigurationError: There is not enough text for so many tokens.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]

@@ -58,7 +58,7 @@ class Corpus:
 
     @property
     def train_prefix(self) -> Path:
-        """Megatron's path prefix of the training split: `.bin` and `.idx` follow."""
+        """Megatron's path prefix of the training split, which `.bin` and `.idx` follow."""
         return self.directory / "train_text_document"
 
     @property
@@ -82,14 +82,14 @@ def build_corpus(
 ) -> Corpus:
     """Write the corpus into `directory`, or return the one that is there if it is the one asked for.
 
-    In CPython 3.11.7 it has 606 files of 9.9 MB, 30 of them (0.35 MB) held out; Debian's 3.11 without its optional
-    packages has 8.7 MB, CPython 3.12 9.3 MB. The byte-level BPE is trained on the whole training split and never sees the held-out one. `corpus.json` is
-    written last: a directory without it does not load.
+    In CPython 3.11.7 it has 606 files of 9.9 MB, of which 30 (0.35 MB) are held out. Debian's 3.11 without its optional
+    packages has 8.7 MB, and CPython 3.12 has 9.3 MB. The byte-level BPE is trained on the whole training split and
+    never sees the held-out one. `corpus.json` is written last, because a folder without it does not load.
 
     Args:
-        directory: Created if missing; only files of the corpus are written there.
-        vocab_size: Tokens including the three special ones; 259 to 65536.
-        valid_fraction: Expected share of *files* to hold out, between 0 and 1; the share of bytes differs.
+        directory: The folder, which is made if it does not exist. Only files of the corpus are written there.
+        vocab_size: Number of tokens, including the three special ones: 259 to 65536.
+        valid_fraction: Expected share of *files* to hold out, between 0 and 1. The share of bytes differs.
         progress: Called with one line before each step.
         files: Names relative to the standard library instead of all of it, of any size (for tests).
 
@@ -131,7 +131,7 @@ def load_corpus(directory: Path) -> Corpus:
 
 
 def is_held_out(name: str, valid_fraction: float) -> bool:
-    """Whether the file `name` (relative, with `/`) belongs to the held-out split: the same on every machine."""
+    """Say whether the file `name` (relative, with `/`) belongs to the held-out split, the same on every machine."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < valid_fraction * 2**64
 
@@ -139,7 +139,7 @@ def is_held_out(name: str, valid_fraction: float) -> bool:
 def validation_batches(
     corpus: Corpus, seq_length: int, batch_size: int, count: int
 ) -> Iterator[dict[str, torch.Tensor | None]]:
-    """Yield the first `count` batches of the held-out text, read as one stream in file order: no shuffling, no NeMo.
+    """Return the first `count` batches of the held-out text, read as one stream in file order, without NeMo.
 
     Batch tensors are [batch_size, seq_length]: int64 `tokens`, `labels` (the next tokens) and `position_ids`,
     float32 `loss_mask` of ones; `attention_mask` is None, the causal mask is left to the model.
@@ -191,7 +191,7 @@ def _split(texts: dict[str, str], valid_fraction: float) -> tuple[list[str], lis
 
 
 def _finished(directory: Path, fingerprint: str) -> Corpus | None:
-    """The corpus of this fingerprint, if it is there already; another one is refused."""
+    """Return the corpus of this fingerprint if it is there already, and refuse another one."""
     finished = _read_manifest(directory)
     if finished is not None and finished.fingerprint != fingerprint:
         raise ConfigurationError(
@@ -237,7 +237,7 @@ def _write_corpus(
 
 
 def _read_manifest(directory: Path) -> Corpus | None:
-    """The corpus in `directory`, or None if its manifest or a file it counts is missing or of another size."""
+    """Return the corpus in `directory`, or None if its manifest or a file is missing, or a size is wrong."""
     try:
         corpus = Corpus(**json.loads((directory / MANIFEST).read_text()) | {"directory": directory})
         splits = ((corpus.train_prefix, corpus.train_tokens), (corpus.valid_prefix, corpus.valid_tokens))

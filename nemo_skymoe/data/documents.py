@@ -1,4 +1,4 @@
-"""Documents of a piece of a file, each with its number there; what is none comes with the reason."""
+"""Read the documents of a piece of a file, each with its number there. Anything else comes with the reason."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ EMPTY, UNDECODABLE = "empty", "undecodable"
 
 @dataclass(frozen=True)
 class Piece:
-    """Of input number `input`, what begins at `start` and before `stop`.
+    """The part of input number `input` that begins at `start` and before `stop`.
 
-    Bytes; row groups of a parquet file. A compressed file, or one that is a document, is one piece.
+    These are bytes, or row groups of a parquet file. A compressed file, or one that is a document, is one piece.
     """
 
     input: int
     start: int
     stop: int
     bytes: int
-    """Of work, for the progress."""
+    """Bytes of work, for the progress."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """`number` is its line, row or 1, counted in its piece; without text, `rejected` says why."""
+    """A document. `number` is its line, row or 1, counted in its piece. Without text, `rejected` says why."""
 
     number: int
     text: str
@@ -36,7 +36,7 @@ class Document:
 
 
 def read(found: Input, piece: Piece, text_key: str) -> Iterator[Document]:
-    """Every document of a piece.
+    """Yield every document of a piece.
 
     Raises:
         CheckpointError: The file cannot be read to its end.
@@ -78,7 +78,7 @@ def _whole(found: Input) -> Iterator[Any]:
 
 
 def _lines(found: Input, piece: Piece, text_key: str) -> Iterator[Any]:
-    """Of the lines that begin in the piece."""
+    """Yield the documents of the lines that begin in the piece."""
     with open_bytes(found.path) as file:
         position = piece.start
         if position:
@@ -128,7 +128,7 @@ def _json(line: str, text_key: str) -> Any:
 
 
 def first_document(inputs: Sequence[Input], text_key: str) -> Document | None:
-    """The first document of `inputs`; where there is none, the first that was rejected, or None.
+    """Return the first document of `inputs`, or the first that was rejected, or None.
 
     Raises:
         CheckpointError: A file cannot be read, as far as it was.
@@ -146,9 +146,9 @@ def first_document(inputs: Sequence[Input], text_key: str) -> Document | None:
 
 
 def split(inputs: list[Input], shard_bytes: int) -> list[list[Piece]]:
-    """Cut the inputs into shards of at least `shard_bytes` bytes, where their domain has as many.
+    """Cut the inputs into shards of at least `shard_bytes` bytes, if their domain has as many.
 
-    Depends on nothing but the files: any number of workers writes the same bytes.
+    The shards depend on nothing but the files, so any number of workers writes the same bytes.
     """
     shards: list[list[Piece]] = []
     room, domain = 0, ""

@@ -1,4 +1,4 @@
-"""Megatron's indexed datasets: documents written, and many datasets joined in bounded memory."""
+"""Write documents as Megatron's indexed datasets, and join many datasets in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _FIXED_HEADER = 18
 
 
 def token_type(size: int) -> Any:
-    """The smallest type of Megatron's that holds ids below `size`."""
+    """Return the smallest type of Megatron's that holds ids below `size`."""
     return np.uint16 if size <= 1 << 16 else np.int32
 
 
 def files(prefix: Path) -> tuple[Path, Path]:
-    """A dataset's data and index."""
+    """Return a dataset's data file and index file."""
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
 
 
@@ -33,7 +33,7 @@ def write_documents(tokenizer: TextTokenizer, texts: Iterable[str], prefix: Path
     """Write one document per text, each closed by the end of document.
 
     Returns:
-        Documents and tokens, of which one a document is its end.
+        The numbers of documents and of tokens. One token of each document is its end.
     """
     data, index = files(prefix)
     builder = IndexedDatasetBuilder(str(data), dtype=token_type(tokenizer.size))
@@ -64,7 +64,7 @@ def join(prefixes: Sequence[Path], target: Path) -> None:
 
 
 def _write_index(file: Any, prefixes: Sequence[Path]) -> None:
-    """Section by section; each is the concatenation of the datasets' own, with what came before added."""
+    """Write the index section by section. Each joins the datasets' sections, with earlier counts added."""
     counts = [(len(each.sequence_lengths), len(each.document_indices) - 1) for each in _open(prefixes)]
     with files(prefixes[0])[1].open("rb") as first:
         file.write(first.read(_FIXED_HEADER))

@@ -1,4 +1,4 @@
-"""The files of a data preparation: found, typed and checked before any work; what is left out is told with its reason."""
+"""Find, type and check the files of a data preparation before any work. Those left out come with the reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.folders import LeaveOut, again, file_identity, files_below
 
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text"}
-"""By suffix, after that of a compression. `lines`, a document a line, has to be asked for."""
+"""Format by suffix, after that of a compression. `lines`, with one document per line, has to be asked for."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _KNOWN = f"{', '.join(FORMATS)} (perhaps with {', '.join(COMPRESSIONS)})"
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*")
@@ -32,15 +32,15 @@ class Input:
     path: Path
     domain: str
     format: str
-    """`jsonl`, `parquet`, `text` (the file is a document) or `lines` (every line is one)."""
+    """`jsonl`, `parquet`, `text` (the file is one document) or `lines` (every line is one document)."""
 
     size: int
-    """Bytes when it was found, and `modified`, nanoseconds: a file that changes later is another one."""
+    """Bytes when the file was found, and `modified`, nanoseconds. A file that changes later counts as another one."""
     modified: int
 
     @property
     def compressed(self) -> bool:
-        """Whether it has to be read from its beginning."""
+        """Whether the file has to be read from its beginning."""
         return self.path.suffix.lower() in COMPRESSIONS
 
     @property
@@ -65,9 +65,9 @@ def find_inputs(
             unknown suffix in a folder, or reached a second time by a link.
 
     Raises:
-        ConfigurationError: A path without files, a file twice, an unknown format, a key or column that is not there, or a
-            domain whose files are all empty.
-        CheckpointError: A file that cannot be read.
+        ConfigurationError: A path has no files, a file is there twice, a format is unknown, a key or column is missing,
+            or all files of a domain are empty.
+        CheckpointError: A file cannot be read.
     """
     by_domain = _formats(formats)
     named = [_domain(text) for text in texts]
@@ -94,7 +94,7 @@ def find_inputs(
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """A file's bytes, decompressed to its very end: what follows a compressed stream is another one, or an OSError."""
+    """Open a file's bytes, decompressed to the very end: after a compressed stream comes another, or an OSError."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     if compression is None:
         return path.open("rb")
@@ -107,14 +107,18 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def read_errors() -> tuple[type[Exception], ...]:
-    """What reading a damaged file raises, whatever its format and compression."""
+    """Return the exceptions that reading a damaged file raises, whatever its format and compression."""
     from pyarrow.lib import ArrowException
 
     return (OSError, EOFError, zlib.error, ArrowException)
 
 
 def parse_record(line: str) -> Any:
-    """A line of JSON. ValueError: it is none, or nested too deeply to be read."""
+    """Parse a line of JSON.
+
+    Raises:
+        ValueError: It is not JSON, or nested too deeply to be read.
+    """
     line = line.removeprefix("\ufeff")  # files that each begin with a mark, one after the other
     try:
         return json.loads(line)
@@ -127,7 +131,7 @@ def parse_record(line: str) -> Any:
 
 
 def _formats(texts: Sequence[str]) -> dict[str, str]:
-    """By domain; under "" that of all others."""
+    """Return the formats by domain; under "" is that of all others."""
     formats: dict[str, str] = {}
     for text in texts:
         domain, _, format = text.rpartition("=")
@@ -140,7 +144,7 @@ def _formats(texts: Sequence[str]) -> dict[str, str]:
 
 
 def _domain(text: str) -> tuple[str, str]:
-    """Domain and path of an argument."""
+    """Return the domain and the path of an argument."""
     domain, equals, place = text.partition("=")
     if not equals or "/" in domain or Path(text).exists():
         return "text", text
@@ -177,7 +181,7 @@ def _of_folder(folder: Path, format: str | None, leave_out: LeaveOut) -> list[Pa
 
 
 def _of_pattern(pattern: str, format: str | None, leave_out: LeaveOut) -> list[Path]:
-    """Files, and those in folders, that it matches, each once; `**` is any number of folders."""
+    """Return the files that a pattern matches, and those in matching folders, each once. `**` is any folders."""
     found: dict[object, Path] = {}
     for path in _matches(pattern, leave_out):
         for file in _of_folder(path, format, leave_out) if path.is_dir() else [path]:
@@ -221,7 +225,12 @@ def _known_format(path: Path) -> str:
 
 
 def _holds_something(found: Input, text_key: str, leave_out: LeaveOut) -> bool:
-    """Whether the file has any content. ConfigurationError: it cannot be read, or its first record has no such key."""
+    """Say whether the file has any content.
+
+    Raises:
+        ConfigurationError: The first record has no such key.
+        CheckpointError: The file cannot be read.
+    """
     if found.size == 0:
         leave_out(found.path, NOTHING)
         return False
@@ -244,7 +253,7 @@ def _holds_something(found: Input, text_key: str, leave_out: LeaveOut) -> bool:
 
 
 def _check_key(path: Path, first: bytes, text_key: str) -> None:
-    """Only a record that is whole tells; the others are counted when they are read."""
+    """Check the first record if it is whole. Records that are not are counted when they are read."""
     try:
         record = parse_record(first.decode("utf-8-sig"))
     except ValueError:
@@ -256,7 +265,7 @@ def _check_key(path: Path, first: bytes, text_key: str) -> None:
 
 
 def _check_column(path: Path, text_key: str) -> int:
-    """Rows of the file, which has the column."""
+    """Return the number of rows of the file, which has to have the column."""
     import pyarrow
     from pyarrow import parquet
 

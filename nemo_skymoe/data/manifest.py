@@ -1,4 +1,4 @@
-"""`dataset.json`: what the dataset of each domain in a prepared folder holds, and by which tokenizer."""
+"""`dataset.json` says what the dataset of each domain in a prepared folder holds, and which tokenizer made it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MANIFEST = "dataset.json"
 
 @dataclass(frozen=True)
 class Domain:
-    """What the dataset of a domain holds; `empty` and `undecodable` documents are not in it."""
+    """The contents of a domain's dataset. The `empty` and `undecodable` documents are not in it."""
 
     files: int
     documents: int
@@ -29,10 +29,10 @@ class Domain:
 
 
 def read_manifest(folder: Path) -> dict[str, Domain]:
-    """The domains of a prepared folder.
+    """Return the domains of a prepared folder.
 
     Raises:
-        CheckpointError: It is none.
+        CheckpointError: The folder is not one.
     """
     try:
         values = json.loads((folder / MANIFEST).read_bytes())
@@ -42,7 +42,7 @@ def read_manifest(folder: Path) -> dict[str, Domain]:
 
 
 def manifest_bytes(work: Work, domains: Mapping[str, Domain]) -> bytes:
-    """The file's content."""
+    """Return the content of the file."""
     values = {
         "version": __version__,
         "tokenizer": work.tokenizer_checksum,
@@ -55,7 +55,7 @@ def manifest_bytes(work: Work, domains: Mapping[str, Domain]) -> bytes:
 
 
 def summary(work: Work, name: str, records: Sequence[Record]) -> Domain:
-    """The domain `name`, whose shards have these records."""
+    """Return the domain `name`, whose shards have these records."""
     reasons = [reason for record in records for *_, reason in record.rejected]
     return Domain(
         files=sum(found.domain == name for found in work.inputs),

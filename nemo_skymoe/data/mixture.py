@@ -1,6 +1,6 @@
-"""Mixtures of domains and their phases: which sample of which domain is next, as a function of the sample's number.
+"""Mixtures of domains and their phases. The number of a sample alone says which sample of which domain it is.
 
-Nothing is drawn at random and nothing is stored for a sample: a run finds its place from a number alone, and phases
+Nothing is drawn at random, and nothing is stored for a sample. A run finds its place from a number alone, and phases
 that are added later leave the earlier ones as they were.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from nemo_skymoe.config import ConfigurationError
 
 DEFAULT = "en:7 zh:2 code:1"
-"""The report's (section 5)."""
+"""The report's mixture (section 5)."""
 _LONGEST_PERIOD = 100_000
 
 
@@ -26,15 +26,15 @@ _LONGEST_PERIOD = 100_000
 class Mixture:
     """Domains by their weights, which are whole numbers without a common divisor.
 
-    The order repeats after `period` samples. A domain's samples are spread evenly over it: the k-th of its w is at
-    (k + 1/2) / w of the way.
+    The order repeats after `period` samples. A domain's samples are spread evenly over it: the k-th of its w samples is
+    at (k + 1/2) / w of the way.
     """
 
     weights: tuple[tuple[str, int], ...]
 
     @property
     def period(self) -> int:
-        """Samples after which every domain has had its share exactly."""
+        """Number of samples after which every domain has had exactly its share."""
         return sum(weight for _, weight in self.weights)
 
     @cached_property
@@ -46,20 +46,20 @@ class Mixture:
 
     @cached_property
     def ranks(self) -> np.ndarray:
-        """[period]: how many slots before each belong to the same domain."""
+        """[period]: the number of slots before each that belong to the same domain."""
         ranks = np.empty(self.period, dtype=np.int64)
         for number, (_, weight) in enumerate(self.weights):
             ranks[self.order == number] = np.arange(weight)
         return ranks
 
     def locate(self, sample: int) -> tuple[str, int]:
-        """The domain of a sample, and how many of the domain's come before it."""
+        """Return the domain of a sample, and the number of the domain's samples before it."""
         periods, slot = divmod(sample, self.period)
         domain, weight = self.weights[self.order[slot]]
         return domain, periods * weight + int(self.ranks[slot])
 
     def taken(self, samples: int) -> dict[str, int]:
-        """How many of the first `samples` samples are of each domain."""
+        """Return how many of the first `samples` samples are of each domain."""
         periods, rest = divmod(samples, self.period)
         begun = np.bincount(self.order[:rest], minlength=len(self.weights))
         return {
@@ -72,10 +72,11 @@ class Mixture:
 
 
 def parse(mixture: str | Mapping[str, float]) -> Mixture:
-    """Read `en:7 zh:2 code:1`, or a dictionary; only the weights' proportions count.
+    """Read `en:7 zh:2 code:1`, or a dictionary. Only the proportions of the weights count.
 
     Raises:
-        ConfigurationError: No domain, one twice, or a weight that is no positive number of few digits.
+        ConfigurationError: There is no domain, a domain is there twice, or a weight is not a positive number of few
+            digits.
     """
     if isinstance(mixture, str):
         pairs = [part.rpartition(":")[::2] for part in mixture.split()]
@@ -114,10 +115,10 @@ def _weight(domain: str, text: str, mixture: object) -> Fraction:
 
 
 class Blend:
-    """Phases one after the other, each with a mixture; a domain goes on where the phases before have left it.
+    """Phases one after the other, each with a mixture. A domain continues where the phases before have left it.
 
     Args:
-        phases: Mixture and number of samples of each.
+        phases: Mixture and number of samples of each phase.
     """
 
     def __init__(self, phases: Sequence[tuple[Mixture, int]]):
@@ -134,11 +135,11 @@ class Blend:
 
     @property
     def taken(self) -> dict[str, int]:
-        """Samples of each domain in all."""
+        """Number of samples of each domain in all phases."""
         return self._before[-1]
 
     def locate(self, sample: int) -> tuple[str, int]:
-        """The domain of a sample, and how many of the domain's come before it in all phases."""
+        """Return the domain of a sample, and the number of the domain's samples before it in all phases."""
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
         phase = bisect_right(self._starts, sample) - 1
@@ -146,7 +147,7 @@ class Blend:
         return domain, self._before[phase].get(domain, 0) + position
 
     def history(self, samples: int) -> list[list[str | int]]:
-        """What the first `samples` samples were made of: mixture and number, phase by phase."""
+        """Return what the first `samples` samples were made of: mixture and number, phase by phase."""
         begun = [
             [str(mixture), min(count, samples - start)]
             for (mixture, count), start in zip(self.phases, self._starts, strict=False)

@@ -1,7 +1,7 @@
-"""Files of text into one indexed dataset a domain; it can be killed at any moment and continued by the same command.
+"""Turn files of text into one indexed dataset per domain. The same command continues a job that was killed.
 
-Finished work is never deleted by a refusal. A shard is named by what it is made of, so that a command with some of its
-inputs corrected goes on with all shards of the others.
+A refusal never deletes finished work. A shard is named by its contents, so that a command with some of its inputs
+corrected continues with all shards of the others.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REJECTED, TOKENIZER = "rejected.txt", "tokenizer"
 _SHARDS = "shards"
 SHARD_BYTES = 16 << 20
 _NAMED = 3
-"""Left-out files named in a line; all of them are in `rejected.txt`."""
+"""Number of left-out files that a line names. All of them are in `rejected.txt`."""
 
 
 def preprocess(
@@ -94,7 +94,7 @@ def _check(output: Path, workers: int) -> None:
 
 
 def _check_domains(inputs: Sequence[Input], text_key: str) -> None:
-    """Every domain has a document: found out before anything is tokenised."""
+    """Check that every domain has a document, before anything is tokenised."""
     for name in dict.fromkeys(found.domain for found in inputs):
         own = [found for found in inputs if found.domain == name]
         first = first_document(own, text_key)
@@ -107,7 +107,7 @@ def _check_domains(inputs: Sequence[Input], text_key: str) -> None:
 
 
 def _tell(left_out: Sequence[tuple[Path, str]], say: Callable[[str], None]) -> None:
-    """A line a reason: how many, of which suffixes, and the first of them by name."""
+    """Print a line for each reason: how many files, with which suffixes, and the first of them by name."""
     by_reason: dict[str, list[Path]] = {}
     for path, reason in left_out:
         by_reason.setdefault(reason.partition(" (")[0], []).append(path)
@@ -120,7 +120,7 @@ def _tell(left_out: Sequence[tuple[Path, str]], say: Callable[[str], None]) -> N
 
 
 def _is_written(folder: Path, work: Work) -> bool:
-    """Whether the last attempt ended between its last steps.
+    """Say whether the last attempt ended between its last steps.
 
     Raises:
         JobError: It did, with other inputs.
@@ -135,7 +135,7 @@ def _is_written(folder: Path, work: Work) -> bool:
 
 
 def _something_is_finished(folder: Path) -> bool:
-    """Whether an unfinished folder has something to go on from."""
+    """Say whether an unfinished folder has something to continue from."""
     return (folder / RECEIPT).exists() or any((folder / _SHARDS).glob("*.json"))
 
 
@@ -163,7 +163,7 @@ def _write(work: Work, folder: Path, workers: int, counter: ProgressCounter) -> 
 
 
 def _keep_finished(folder: Path, prefixes: Sequence[Path]) -> list[int]:
-    """Delete all but complete shards, also those that these inputs do not need; the numbers of shards to write."""
+    """Delete all but complete shards, also those that these inputs do not need, and return the shards to write."""
     (folder / _SHARDS).mkdir(exist_ok=True)
     complete = {
         prefix
@@ -178,7 +178,7 @@ def _keep_finished(folder: Path, prefixes: Sequence[Path]) -> list[int]:
 
 
 def _refuse_empty(domains: dict[str, Domain]) -> None:
-    """The same as `_check_domains`, should a file have lost its documents since."""
+    """Make the check of `_check_domains` again, because a file may have lost its documents since."""
     for name, domain in domains.items():
         if not domain.documents:
             raise ConfigurationError(
@@ -189,7 +189,7 @@ def _refuse_empty(domains: dict[str, Domain]) -> None:
 
 
 def _rejected(work: Work, records: Sequence[shard.Record]) -> Iterator[bytes]:
-    """`file: not read, reason`; then `file:line: reason`, where a line is counted in its file."""
+    """Yield `file: not read, reason`, and then `file:line: reason`, where a line is counted in its file."""
     for path, reason in work.left_out:
         yield f"{path}: not read, {reason}\n".encode(errors="replace")
     before = [0] * len(work.inputs)
@@ -205,7 +205,7 @@ def _rejected(work: Work, records: Sequence[shard.Record]) -> Iterator[bytes]:
 
 
 def _copy_tokenizer(work: Work, folder: Path) -> None:
-    """What loads it: its own file, under the usual name, and the settings beside it."""
+    """Copy what loads the tokenizer: its own file, under the usual name, and the settings beside it."""
     file = work.tokenizer_file
     folder.mkdir(exist_ok=True)
     usual = tokenizers.TOKENIZER_JSON if file.suffix == ".json" else tokenizers.SENTENCEPIECE

@@ -1,4 +1,4 @@
-"""One shard of a data preparation: its documents as an indexed dataset, and a record of what they were."""
+"""One shard of a data preparation: its documents as an indexed dataset, and a record of them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _REPORT_BYTES = 1 << 20
 
 @dataclass
 class Record:
-    """What a shard holds. It is written after the shard's data: a shard with a record is complete."""
+    """The contents of a shard. It is written after the shard's data, so a shard with a record is complete."""
 
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
     read: list[int] = field(default_factory=list)
-    """Lines, rows or files of each piece."""
+    """Number of lines, rows or files of each piece."""
     rejected: list[tuple[int, int, str]] = field(default_factory=list)
-    """Piece, number in it, reason."""
+    """Piece, number in it, and reason."""
     files: list[int] = field(default_factory=list)
     """Bytes of data and index."""
 
 
 def write(prefix: Path, pieces: Sequence[Piece], work: Work, advance: Callable[[int], None]) -> None:
-    """Tokenise `pieces` into the dataset at `prefix`; `advance` is told of bytes now and then."""
+    """Tokenise `pieces` into the dataset at `prefix`. `advance` is called with bytes from time to time."""
     record = Record()
     temporary = prefix.with_name(prefix.name + TEMPORARY)
     texts = _texts(pieces, work, record, advance)
@@ -52,7 +52,7 @@ def write(prefix: Path, pieces: Sequence[Piece], work: Work, advance: Callable[[
 
 
 def finished(prefix: Path) -> Record | None:
-    """The record of a shard that is complete."""
+    """Return the record of a shard that is complete."""
     try:
         values: dict[str, Any] = json.loads(_record_file(prefix).read_bytes())
         values["rejected"] = [tuple(each) for each in values["rejected"]]
@@ -64,7 +64,7 @@ def finished(prefix: Path) -> Record | None:
 
 
 def files(prefix: Path) -> tuple[Path, ...]:
-    """Everything that a complete shard has."""
+    """Return the files of a complete shard."""
     return (*indexed.files(prefix), _record_file(prefix))
 
 

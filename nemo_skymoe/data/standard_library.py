@@ -15,7 +15,7 @@ LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-")
 
 
 def read_sources(files: Sequence[str] | None = None) -> dict[str, str]:
-    """Texts by relative name, sorted by name; a source that is empty or not UTF-8 is left out.
+    """Return texts by relative name, sorted by name. A source that is empty or not UTF-8 is left out.
 
     Args:
         files: Names relative to the standard library; None is all of it but test suites, installed packages, the

@@ -16,16 +16,16 @@ _ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>")
 
 
 class TextTokenizer(Protocol):
-    """What writing documents needs."""
+    """The attributes and methods that writing documents needs."""
 
     size: int
     """One more than the largest id."""
     end_of_document: int
     end_token: str
-    """What the end of document is called."""
+    """Name of the token that ends documents."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; special tokens that it spells are text."""
+        """Return the ids of each text. Special tokens that it spells are text."""
         ...
 
 
@@ -42,7 +42,7 @@ class HuggingFaceTokenizer:
         self.size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Return the ids of each text."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
@@ -56,12 +56,12 @@ class SentencePieceTokenizer:
         self.size = processor.get_piece_size()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Return the ids of each text."""
         return self._processor.encode(list(texts), num_threads=1)
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The file that `path` names, or has in it.
+    """Return the file that `path` names, or that lies in it.
 
     Raises:
         ConfigurationError: There is none.
@@ -79,12 +79,12 @@ def load(path: Path, end_of_document: str | None = None) -> TextTokenizer:
     """Load the tokenizer of a folder or file.
 
     Args:
-        path: A folder, a `*.json` of Hugging Face's form or a SentencePiece `*.model`.
-        end_of_document: The token that ends documents; None takes the tokenizer's own end of sequence.
+        path: A folder, a `*.json` of Hugging Face's form, or a SentencePiece `*.model`.
+        end_of_document: The token that ends documents. None takes the tokenizer's own end of sequence.
 
     Raises:
-        ConfigurationError: No such file, or one without that token.
-        CheckpointError: A damaged file.
+        ConfigurationError: There is no such file, or it does not have that token.
+        CheckpointError: The file is damaged.
     """
     file = tokenizer_file(path)
     try:

@@ -1,4 +1,4 @@
-"""What one data preparation does: its files, cut into shards that are named by what they are made of."""
+"""The work of one data preparation: its files, cut into shards that are named by their contents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_skymoe.data.tokenizer import TextTokenizer
 
 @dataclass(frozen=True)
 class Work:
-    """The files of a command, the pieces of each shard, and what was found and is not read, with the reason."""
+    """The files of a command, the pieces of each shard, and the files that are not read, with the reason."""
 
     inputs: list[Input]
     shards: list[list[Piece]]
@@ -28,22 +28,22 @@ class Work:
 
     @property
     def bytes(self) -> int:
-        """Of all shards, for the progress."""
+        """Bytes of all shards, for the progress."""
         return sum(map(self.shard_bytes, range(len(self.shards))))
 
     def shard_bytes(self, number: int) -> int:
-        """Of one shard."""
+        """Return the bytes of one shard."""
         return sum(piece.bytes for piece in self.shards[number])
 
     def domains(self) -> dict[str, list[int]]:
-        """Numbers of each domain's shards."""
+        """Return the numbers of each domain's shards."""
         domains: dict[str, list[int]] = {found.domain: [] for found in self.inputs}
         for number, pieces in enumerate(self.shards):
             domains[self.inputs[pieces[0].input].domain].append(number)
         return domains
 
     def shard_names(self) -> list[str]:
-        """A name for each shard: equal for the same pieces of the same files."""
+        """Return a name for each shard, which is equal for the same pieces of the same files."""
         return [
             _checksum([[*_signature(self.inputs[piece.input]), piece.start, piece.stop] for piece in pieces])[
                 :16
@@ -52,16 +52,16 @@ class Work:
         ]
 
     def inputs_checksum(self) -> str:
-        """Equal for the same files in the same domains."""
+        """Return a checksum that is equal for the same files in the same domains."""
         return _checksum([[found.domain, *_signature(found)] for found in self.inputs])
 
     @cached_property
     def tokenizer_checksum(self) -> str:
-        """The sha256 of the tokenizer's file."""
+        """Return the sha256 of the tokenizer's file."""
         return hashlib.sha256(self.tokenizer_file.read_bytes()).hexdigest()
 
     def identity(self, shard_bytes: int) -> dict[str, Any]:
-        """What has to be equal for a shard to be of use; its inputs are in its name."""
+        """Return what has to be equal for a shard to be of use. Its inputs are in its name."""
         return {
             "command": "preprocess",
             "version": __version__,

@@ -1,1 +1,1 @@
-"""What survives a kill: atomic files, checksums, the journal and the receipt of a job, its processes and its errors."""
+"""Everything that survives a kill: atomic files, checksums, and a job's journal, receipt, processes and errors."""

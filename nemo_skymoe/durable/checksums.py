@@ -1,4 +1,4 @@
-"""Checksums of files: every byte is covered once, a tensor's by its own, the rest by the file's."""
+"""Checksums of files. Every byte is covered once: those of a tensor by its own checksum, and the rest by the file's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HEXADECIMAL = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class TensorChecksum:
-    """Of `bytes` bytes from `start` of the file on."""
+    """Checksum of the `bytes` bytes from `start` of the file on."""
 
     start: int
     bytes: int
@@ -29,7 +29,10 @@ class TensorChecksum:
 
 @dataclass(frozen=True)
 class FileChecksum:
-    """Of a file of `bytes` bytes; `sha256` is of those outside its `tensors`: without any, the usual checksum."""
+    """Checksum of a file of `bytes` bytes. `sha256` covers the bytes outside its `tensors`.
+
+    Without tensors it is the usual checksum of the file.
+    """
 
     bytes: int
     sha256: str
@@ -37,17 +40,17 @@ class FileChecksum:
 
     @staticmethod
     def of(data: bytes) -> FileChecksum:
-        """That of a whole file's content."""
+        """Return the checksum of a whole file's content."""
         return FileChecksum(len(data), hashlib.sha256(data).hexdigest())
 
     def to_json(self) -> dict[str, Any]:
-        """As a receipt and a journal have it."""
+        """Return the checksum as a receipt and a journal have it."""
         tensors = {name: [part.start, part.bytes, part.sha256] for name, part in self.tensors.items()}
         return {"bytes": self.bytes, "sha256": self.sha256} | ({"tensors": tensors} if tensors else {})
 
     @staticmethod
     def from_json(value: Any) -> FileChecksum:
-        """Raises ValueError for anything that `to_json` did not make."""
+        """Read what `to_json` made, and raise ValueError for anything else."""
         try:
             tensors = {str(name): TensorChecksum(*part) for name, part in value.get("tensors", {}).items()}
             checksum = FileChecksum(value["bytes"], value["sha256"], tensors)
@@ -65,14 +68,14 @@ class FileChecksum:
 
 
 def is_sha256(value: object) -> bool:
-    """64 hexadecimal digits, in lower case."""
+    """Say whether a text is 64 hexadecimal digits in lower case."""
     return isinstance(value, str) and _HEXADECIMAL.fullmatch(value) is not None
 
 
 class Checksummer:
-    """Takes a file's bytes in order and makes its checksum. `tensors`: name, start and bytes of each.
+    """Takes a file's bytes in order and makes its checksum. `tensors` has the name, start and bytes of each tensor.
 
-    `position` is the first byte's, where it is not the file's.
+    `position` is that of the first byte, if it is not the file's.
     """
 
     def __init__(self, tensors: Sequence[tuple[str, int, int]] = (), position: int = 0):
@@ -82,7 +85,7 @@ class Checksummer:
         self._position, self._next = position, 0
 
     def update(self, data: memoryview) -> None:
-        """The next bytes."""
+        """Take the next bytes."""
         while data:
             if self._next == len(self._tensors):
                 digest, room = self._rest, math.inf
@@ -100,7 +103,7 @@ class Checksummer:
             data = data[len(part) :]
 
     def result(self) -> FileChecksum:
-        """Of everything so far."""
+        """Return the checksum of everything so far."""
         tensors = {
             name: TensorChecksum(start, size, digest.hexdigest())
             for (name, start, size), digest in zip(self._tensors, self._digests, strict=True)
@@ -111,9 +114,9 @@ class Checksummer:
 def blocks(
     file: Path, cuts: Sequence[int] = (), section: tuple[int, int] | None = None
 ) -> Iterator[tuple[int, memoryview]]:
-    """A file, or a section of it, in blocks with their positions; a block ends at each of `cuts`.
+    """Yield a file, or a section of it, in blocks with their positions. A block ends at each of `cuts`.
 
-    The memory is used again.
+    The next block uses the same memory.
     """
     buffer = memoryview(bytearray(BLOCK))
     position, stop = section or (0, file.stat().st_size)
@@ -126,7 +129,7 @@ def blocks(
 
 
 def checksum_like(file: Path, expected: FileChecksum, advance: Callable[[int], None]) -> FileChecksum | None:
-    """A file's own checksum, in the parts that `expected` has; None where it cannot be read or has another size."""
+    """Return a file's own checksum in the parts that `expected` has; None if it is unreadable or of another size."""
     if not file.is_file() or file.stat().st_size != expected.bytes:
         return None
     summer = Checksummer([(name, part.start, part.bytes) for name, part in expected.tensors.items()])

@@ -36,7 +36,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """The name of a file until it is complete; what fails leaves nothing."""
+    """Give a file another name until it is complete. If writing fails, nothing is left."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         yield temporary
@@ -47,7 +47,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def move(file: Path, place: Path) -> None:
-    """Move a file, to another disk too: at its new place it is whole or not there."""
+    """Move a file, also to another disk. At its new place it is whole or not there."""
     try:
         os.replace(file, place)
     except OSError as reason:

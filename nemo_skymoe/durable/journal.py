@@ -1,4 +1,4 @@
-"""The folder of an unfinished job: one process at a time, and a record of what is done."""
+"""The folder of an unfinished job. One process at a time works in it, and a journal records what is done."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ JOURNAL = ".journal"
 
 
 class Journal:
-    """A job's folder, locked, with what earlier attempts finished. Lines of JSON, appended; a torn last one is cut.
+    """A job's folder, locked, with a record of what earlier attempts finished.
 
-    Entries are claims, to be checked against the files: they need not reach the disk in any order.
+    The record is lines of JSON that are appended; a torn last one is cut off. Its entries are claims that have to be
+    checked against the files, so they may reach the disk in any order.
 
     Args:
-        folder: Made if it is not there.
-        identity: What makes two jobs the same; anything JSON can hold.
+        folder: The folder, which is made if it does not exist.
+        identity: The values that make two jobs the same; anything that JSON can hold.
 
     Raises:
         JobError: Another process works in the folder, or it is not this job's.
@@ -52,17 +53,17 @@ class Journal:
             raise
 
     def add_source(self, file: str, signature: list[int], found: dict[str, Any]) -> None:
-        """A file of the source was read, when it had this signature."""
+        """Record that a file of the source was read, when it had this signature."""
         self.sources[file] = (signature, found)
         self._append({"source": file, "signature": signature, "found": found})
 
     def add_file(self, name: str, checksum: FileChecksum) -> None:
-        """A file of the target is complete."""
+        """Record that a file of the target is complete."""
         self.files[name] = checksum
         self._append({"file": name, "checksum": checksum.to_json()})
 
     def remove(self) -> None:
-        """The job is done: the folder is now like any other."""
+        """Remove the journal, because the job is done: the folder is now like any other."""
         os.unlink(self.folder / JOURNAL)
 
     def close(self) -> None:
@@ -70,7 +71,7 @@ class Journal:
         os.close(self._descriptor)
 
     def _open(self, receipt: dict[str, Any] | None, others: bool) -> None:
-        """Take over what is there, which is this job's or refused."""
+        """Take over what is there if it is this job's, and refuse it otherwise."""
         size = os.fstat(self._descriptor).st_size
         entries, intact = _entries(os.pread(self._descriptor, size, 0))
         begun = entries[0] if entries else None
@@ -118,7 +119,7 @@ def lock(descriptor: int, file: Path) -> None:
 
 
 def _entries(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines that were written to their end, and the bytes they take."""
+    """Return the lines that were written to their end, and the bytes that they take."""
     entries, intact = [], 0
     for line in data.splitlines(keepends=True):
         try:

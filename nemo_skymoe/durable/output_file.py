@@ -1,4 +1,4 @@
-"""Files written once from start to end, under another name until they are complete and on the disk."""
+"""Files that are written once from start to end, under another name until they are complete and on the disk."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from nemo_skymoe.durable.files import TEMPORARY
 
 _STAGE = 8 << 20
 _STAGES = 4
-"""That many stages wait for the disk while the next tensor is being read."""
+"""Number of stages that wait for the disk while the next tensor is being read."""
 _DIRECT = 1 << 20
-"""Shorter writes go through the page cache; longer ones past it, which costs half the processor's time."""
+"""Shorter writes go through the page cache. Longer ones go past it, which costs half the processor's time."""
 _ALIGNMENT = 4096
 
 
@@ -44,21 +44,21 @@ class Pipeline:
             pool.shutdown(cancel_futures=True)
 
     def sha256(self, data: memoryview) -> Future[str]:
-        """Of a tensor's memory, which must not change until the result is there."""
+        """Hash a tensor's memory, which must not change until the result is there."""
         if self._hashed is not None:
             wait([self._hashed])
         self._hashed = self._hashing.submit(lambda: hashlib.sha256(data).hexdigest())
         return self._hashed
 
     def stage(self) -> memoryview:
-        """Memory to fill and to hand to `write`; the stages take turns."""
+        """Return memory to fill and to hand to `write`. The stages take turns."""
         written = self._written[self._turn]
         if written is not None:
             wait([written])
         return self._stages[self._turn]
 
     def write(self, descriptor: int, size: int) -> Future[None]:
-        """The first `size` bytes of the current stage go to a file, after those before it."""
+        """Write the first `size` bytes of the current stage to a file, after those before it."""
         future = self._writing.submit(_write_out, descriptor, self._stages[self._turn][:size])
         self._written[self._turn] = future
         self._turn = (self._turn + 1) % _STAGES
@@ -73,9 +73,10 @@ class OutputFile:
     """A file for `torch.save` or anything else that writes from start to end.
 
     Args:
-        path: Appears when everything is written and synced; until then there is `path` with ".tmp".
-        pipeline: Shared by the files that a process writes one after the other.
-        advance: Told now and then how many more bytes were taken.
+        path: The path at which the file appears when everything is written and synced. Until then it has the suffix
+            ".tmp".
+        pipeline: The pipeline, which is shared by the files that a process writes one after the other.
+        advance: Called from time to time with the number of further bytes that were taken.
     """
 
     def __init__(self, path: Path, pipeline: Pipeline, advance: Callable[[int], None]):
@@ -88,17 +89,17 @@ class OutputFile:
         self._size, self._filled = 0, 0
 
     def write(self, data: Any) -> int:
-        """Bytes that are no tensor's."""
+        """Write bytes that do not belong to a tensor."""
         view = memoryview(data).cast("B")
         self._rest.update(view)
         self._append(view)
         return len(view)
 
     def flush(self) -> None:
-        """Nothing: `finish` does."""
+        """Do nothing, because `finish` does it."""
 
     def write_tensor(self, name: str, data: memoryview) -> None:
-        """A tensor's bytes, which get their own checksum under this name."""
+        """Write a tensor's bytes, which get a checksum of their own under this name."""
         self._tensors[name] = (self._size, len(data), self._pipeline.sha256(data))
         self._append(data)
 
@@ -109,7 +110,7 @@ class OutputFile:
         return self._pipeline.sync(self._finish)
 
     def abandon(self) -> None:
-        """Something failed: leave nothing."""
+        """Leave nothing behind, because something failed."""
         wait(self._writes)
         os.close(self._descriptor)
         self._temporary.unlink(missing_ok=True)
@@ -178,14 +179,14 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 
 def _through_cache(descriptor: int) -> bool:
-    """Leave direct mode; whether the file was in it."""
+    """Leave direct mode, and say whether the file was in it."""
     flags, direct = fcntl.fcntl(descriptor, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
     return bool(flags & direct)
 
 
 def new_memory(size: int) -> mmap.mmap:
-    """Memory that begins at a page and is this process's own: forked writers must not share what was kept."""
+    """Return memory that begins at a page and is this process's own: forked writers must not share kept memory."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # a fault for every 2 MB, not for every 4 KB
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -1,4 +1,4 @@
-"""Work on every core: threads of this process, or processes forked from it, none of which outlives it."""
+"""Work on every core, in threads of this process or in processes that are forked from it. None of them outlives it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Result = TypeVar("Result")
 
 
 def available_processors() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> dict[Item, Result]:
-    """The function's result for each item, on every core; for functions that mostly read or hash."""
+    """Return the function's result for each item, on every core. This is for functions that mostly read or hash."""
     with ThreadPoolExecutor(available_processors()) as pool:
         return dict(zip(items, pool.map(function, items), strict=True))
 
@@ -38,7 +38,7 @@ def share(
     workers: int,
     tell: Callable[..., None],
 ) -> None:
-    """Let up to `workers` processes do `tasks`, each of which takes the next task when it is free.
+    """Let up to `workers` processes do `tasks`. Each of them takes the next task when it is free.
 
     This is not `ProcessPoolExecutor`: there a task ends before the next begins, so that no disk can be waited for
     meanwhile, nothing is heard of a task before its end, and a worker that dies while it speaks blocks the pipe of all.
@@ -85,7 +85,7 @@ def share(
 
 
 def _received(reader: Connection, process: BaseProcess) -> tuple[Any, ...] | None:
-    """What a worker tells next; None when it has ended."""
+    """Return what a worker says next, or None when it has ended."""
     try:
         message = reader.recv()
     except (EOFError, OSError):
@@ -103,7 +103,8 @@ def forked(
 ) -> Iterator[dict[Connection, BaseProcess]]:
     """Call `function(number, writer)` in `count` forks of this process, which are killed at the end of the context.
 
-    Gives the pipes to read from, in the order of the numbers. Functions and their arguments are inherited, not pickled.
+    It yields the pipes to read from, in the order of the numbers. Functions and their arguments are inherited, not
+    pickled.
     """
     fork = multiprocessing.get_context("fork")
     processes: dict[Connection, BaseProcess] = {}
@@ -126,7 +127,7 @@ def forked(
 
 
 def ending(process: BaseProcess) -> str:
-    """How a process that has closed its pipe ended: the signal or the exit code."""
+    """Say how a process that has closed its pipe ended: by which signal, or with which exit code."""
     process.join(timeout=60.0)  # a busy machine lets it end later
     code = process.exitcode
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"

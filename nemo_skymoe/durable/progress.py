@@ -1,4 +1,4 @@
-"""How far a job has come."""
+"""Count and report how far a job has come."""
 
 import threading
 from collections.abc import Callable
@@ -8,14 +8,14 @@ Progress = Callable[[int, int, str], None]
 
 
 class ProgressCounter:
-    """Counts bytes done of `total`, from any thread, and tells `progress` of them."""
+    """Counts the bytes done of `total`, from any thread, and reports them to `progress`."""
 
     def __init__(self, total: int, progress: Progress | None):
         self._done, self._total, self._progress = 0, total, progress
         self._turn = threading.Lock()
 
     def advance(self, count: int, name: str) -> None:
-        """Add the bytes that were done of `name`."""
+        """Add bytes that were done of `name`."""
         with self._turn:
             self._done += count
             if self._progress is not None:

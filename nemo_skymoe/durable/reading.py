@@ -1,4 +1,4 @@
-"""Regions of files, read without mapping them; whatever is wrong is refused by the file's name."""
+"""Read regions of files without mapping them. If something is wrong, the message names the file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from nemo_skymoe.durable.stand_in import BEGINNING, refuse_stand_in
 
 
 def member(folder: Path, name: object, named_by: Path) -> Path:
-    """The regular file `name` of `folder`, as `named_by` calls it; a name that leads elsewhere is refused.
+    """Return the regular file `name` of `folder`, which `named_by` names, and refuse a name that leads elsewhere.
 
-    What is read decides on names, so a name never leaves the folder. Whoever made the folder decides on its links,
-    which may lead anywhere: to the blobs of the Hugging Face cache, or to another disk.
+    The contents of files decide on names, so a name never leaves the folder. Whoever made the folder decides on its
+    links, which may lead anywhere: to the blobs of the Hugging Face cache, or to another disk.
     """
     if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name or name == "..":
         raise CheckpointError(f"'{named_by}' names the file {name!r}, expected a file in the same folder")
@@ -53,14 +53,14 @@ def read_into(path: Path, start: int, target: memoryview) -> None:
 
 
 def read_bytes(path: Path, start: int, size: int) -> bytes:
-    """`size` bytes of a file; the caller has checked that the file is that long."""
+    """Return `size` bytes of a file. The caller has checked that the file is that long."""
     data = bytearray(size)
     read_into(path, start, memoryview(data))
     return bytes(data)
 
 
 def are_sizes(values: Any) -> TypeGuard[Sequence[int]]:
-    """Whether something read from a file is a list of sizes or offsets that a tensor can have."""
+    """Say whether something read from a file is a list of sizes or offsets that a tensor can have."""
     return (
         isinstance(values, list | tuple)
         and len(values) <= 16

@@ -1,4 +1,4 @@
-"""The receipt in the output of a job: from what, by which command, and the checksum of every tensor."""
+"""The receipt in the output of a job: its sources, its command, and the checksum of every tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LONGEST = 1 << 28
 def receipt_bytes(
     identity: Mapping[str, Any], sources: Sequence[Mapping[str, Any]], files: Mapping[str, FileChecksum]
 ) -> bytes:
-    """The file itself: nothing in it depends on when, or in how many attempts, the job was done."""
+    """Return the content of the file. It does not depend on when, or in how many attempts, the job was done."""
     receipt = {
         "receipt": VERSION,
         **identity,
@@ -31,16 +31,17 @@ def receipt_bytes(
 
 
 def same_receipt(receipt: Mapping[str, Any], files: Mapping[str, FileChecksum]) -> bytes:
-    """The file of a receipt that was read, as it was written; `files` may have other checksums."""
+    """Return the content of a receipt that was read, as it was written. `files` may have other checksums."""
     identity = {key: value for key, value in receipt.items() if key not in ("receipt", "sources", "files")}
     return receipt_bytes(identity, receipt["sources"], files)
 
 
 def read_receipt(folder: Path) -> dict[str, Any] | None:
-    """A folder's receipt; None without one.
+    """Read a folder's receipt, or return None if it has none.
 
-    Keys: `job` as it was given to `job.run`; `sources`, a list of `folder` and `files`; `files`, by path in the folder.
-    A checksum has `bytes`, `sha256`, and perhaps `tensors` by chunk, each [start, bytes, sha256], and `nonfinite`.
+    Its keys are `job`, as it was given to `job.run`; `sources`, a list of `folder` and `files`; and `files`, by path in
+    the folder. A checksum has `bytes`, `sha256`, and perhaps `tensors` by chunk, each [start, bytes, sha256], and
+    `nonfinite`.
 
     Raises:
         CheckpointError: There is something else in its place.

@@ -1,4 +1,4 @@
-"""What lies in a file's place and is not the file: what git-lfs or a failed download left, and links that lead nowhere."""
+"""Refuse things that stand in a file's place: what git-lfs or a failed download left, and links that lead nowhere."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from nemo_skymoe.durable.errors import CheckpointError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 BEGINNING = 64
-"""Bytes that tell."""
+"""Number of bytes at the beginning that are enough to tell."""
 _WEB_PAGE = re.compile(rb"\s*<(!doctype html|html|\?xml)", re.IGNORECASE)
 
 
 def refuse_stand_in(file: Path, begin: bytes) -> None:
-    """Refuse a git-lfs pointer, and a web page that a server sent; `begin` is how the file begins.
+    """Refuse a git-lfs pointer, and a web page that a server sent. `begin` is the beginning of the file.
 
     Raises:
-        CheckpointError: It is one, with what to do.
+        CheckpointError: It is one of these. The message says what to do.
     """
     if begin.startswith(LFS_POINTER):
         raise CheckpointError(
@@ -31,7 +31,7 @@ def refuse_stand_in(file: Path, begin: bytes) -> None:
 
 
 def refuse_pointer(file: Path) -> None:
-    """The same for a file that may be a page of text itself: refuse what git-lfs left in its place."""
+    """Refuse what git-lfs left in place of a file that may be a page of text itself."""
     with file.open("rb") as opened:
         begin = opened.read(len(LFS_POINTER))
     if begin == LFS_POINTER:
@@ -39,7 +39,7 @@ def refuse_pointer(file: Path) -> None:
 
 
 def refuse_pointers(folder: Path, *names: str) -> None:
-    """Refuse what git-lfs left in place of those of these files that are there."""
+    """Refuse what git-lfs left in place of those of these files that exist."""
     for name in names:
         if (folder / name).is_file():
             refuse_pointer(folder / name)

@@ -18,7 +18,7 @@ UNFINISHED = ".unfinished"
 
 
 def absolute(output: Path) -> Path:
-    """The same place by whichever path it is named. The last name is not followed if it is a link."""
+    """Return the same place for every path that leads to it. The last name is not followed if it is a link."""
     whole = Path(os.path.realpath(output))
     return whole if output.name in ("", "..") else Path(os.path.realpath(output.parent)) / output.name
 
@@ -31,14 +31,14 @@ def _more_than_a_journal(folder: Path) -> bool:
 def unfinished(
     output: Path, identity: Mapping[str, Any], keep: Callable[[Path], bool] = _more_than_a_journal
 ) -> Iterator[Journal]:
-    """The journal of the job that makes `output`, locked in the folder `<output>.unfinished`; `publish` ends the job.
+    """Yield the journal of the job that makes `output`, locked in `<output>.unfinished`. `publish` ends the job.
 
-    Whatever ends it earlier, the folder stays and the same job continues in it.
+    If anything ends it earlier, the folder stays, and the same job continues in it.
 
     Args:
-        output: As `absolute` gives it.
-        identity: What makes two jobs the same: see `Journal`.
-        keep: Whether a folder holds something to go on from. Where it does not, a refusal removes the folder.
+        output: The output, as `absolute` returns it.
+        identity: The values that make two jobs the same: see `Journal`.
+        keep: Says whether a folder holds something to continue from. If it does not, a refusal removes the folder.
 
     Raises:
         JobError: The operating system refuses something, another process is at work, or the folder is another job's.
@@ -57,7 +57,7 @@ def unfinished(
 
 
 def publish(journal: Journal, output: Path) -> None:
-    """Give the folder of a job, in which everything is complete and synced, its name."""
+    """Give the folder of a job its name, when everything in it is complete and synced."""
     journal.remove()
     sync(journal.folder)
     os.rename(journal.folder, output)
@@ -79,7 +79,7 @@ def plain_errors(folder: Path) -> Iterator[None]:
 
 
 def check_space(folder: Path, needed: int, what: str = "") -> None:
-    """Refuse to begin what cannot end: `needed` bytes, for `what`, where the disk has fewer."""
+    """Refuse to begin a job that cannot end: `what` needs `needed` bytes, and the disk has fewer."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise JobError(

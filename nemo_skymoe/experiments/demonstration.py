@@ -1,4 +1,4 @@
-"""The demonstration: Skywork-13B's architecture at about 2M parameters, upcycled to 16 experts. Every number is ours."""
+"""The demonstration: Skywork-13B's architecture at 2M parameters, upcycled to 16 experts. All numbers are ours."""
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.experiments.runs import Demonstration, Finetuning
@@ -6,7 +6,7 @@ from nemo_skymoe.experiments.runs import Demonstration, Finetuning
 SKYWORK_TINY = Architecture(
     num_layers=4, hidden_size=160, ffn_hidden_size=432, num_attention_heads=4, vocab_size=2048
 )
-"""At the vocabulary that `skymoe corpus` makes by default."""
+"""The dense model, with the vocabulary that `skymoe corpus` makes by default."""
 SKYWORK_MOE_TINY = SKYWORK_TINY.with_experts(16)
 SEQUENCE, BATCH = 256, 8
 
@@ -45,7 +45,7 @@ MOE = Demonstration(
 
 
 def finetuning_of(of: Demonstration) -> Finetuning:
-    """The finetuning of a demonstration's model, on one rank."""
+    """Return the finetuning of a demonstration's model, on one rank."""
     return Finetuning(
         name=f"{of.name}_finetune",
         architecture=of.architecture,

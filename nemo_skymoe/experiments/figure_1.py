@@ -1,4 +1,4 @@
-"""Figure 1: a dense model of 0.3B parameters, upcycled to 8 experts at two ages, against training from scratch (section 3)."""
+"""Figure 1: a dense 0.3B model, upcycled to 8 experts at two ages, against training from scratch (section 3)."""
 
 from dataclasses import dataclass, replace
 
@@ -13,9 +13,10 @@ SKYWORK_300M = Architecture(
     num_attention_heads=14,
     vocab_size=choices.VOCABULARY,
 )
-"""Ours: 0.3B parameters at Skywork-13B's proportions (FFN 8/3 of the hidden size, heads of 64)."""
+"""The dense model with 0.3B parameters. Its sizes are ours, at Skywork-13B's proportions (FFN 8/3 of the hidden size,
+heads of 64)."""
 SKYWORK_MOE_300M_X8 = SKYWORK_300M.with_experts(8)
-"""Section 3: the dense model with 8 experts in every layer."""
+"""The dense model with 8 experts in every layer (section 3)."""
 
 DENSE = Pretraining(
     name="skywork_300m",
@@ -36,16 +37,16 @@ DENSE = Pretraining(
 
 @dataclass(frozen=True)
 class Start:
-    """What an MoE of Figure 1 starts from, and at which learning rate; all end at the dense model's last one."""
+    """A start of Figure 1's MoE, with its learning rate. All of them end at the dense model's last one."""
 
     max_lr: float
     lr_shape: str
     checkpoint: str
-    """In words; empty from scratch."""
+    """The checkpoint in words, empty from scratch."""
 
     @property
     def warmup_steps(self) -> int:
-        """Optimizer steps from near zero to `max_lr`; the report gives none."""
+        """Optimizer steps from near zero to `max_lr`. The report gives none."""
         return choices.UPCYCLED_WARMUP_STEPS if self.checkpoint else choices.WARMUP_STEPS
 
 
@@ -55,13 +56,13 @@ STARTS = {
     "300b": Start(3e-4, "constant", "skywork_300m after 300B tokens"),
     "300b_high_lr": Start(1.2e-3, "cosine", "skywork_300m after 300B tokens"),
 }
-"""Section 3. The legend calls the last one 3xLR; 1.2e-3 is four times 3e-4."""
+"""The starts of section 3. The legend calls the last one 3xLR; 1.2e-3 is four times 3e-4."""
 BUDGETS = {"100b": 100e9, "300b": 300e9}
-"""Section 3: tokens of the MoE's training; 2/3 and 2 times what the dense model cost."""
+"""Tokens of the MoE's training (section 3), which cost 2/3 and 2 times what the dense model cost."""
 
 
 def moe(start: str, budget: str) -> Pretraining:
-    """The MoE that begins at `start` of STARTS and sees the `budget` of BUDGETS."""
+    """Return the MoE that begins at `start` of STARTS and sees the `budget` of BUDGETS."""
     chosen = STARTS[start]
     return replace(
         DENSE,

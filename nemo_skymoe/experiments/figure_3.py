@@ -5,10 +5,11 @@ from nemo_skymoe.experiments.figure_1 import DENSE, SKYWORK_300M
 from nemo_skymoe.experiments.runs import Pretraining
 
 SKYWORK_MOE_2P5B = SKYWORK_300M.with_experts(16)
-"""Section 4.1: 2.5B parameters, 16 experts. Ours: Figure 1's dense model gives that number."""
+"""The MoE with 2.5B parameters and 16 experts (section 4.1). Our choice is Figure 1's dense model, which gives that
+number."""
 
 LOGIT_NORM_SCALES = {"off": None, "0.5": 0.5, "1": 1.0, "2": 2.0}
-"""Section 4.1: lambda of eq. (6)."""
+"""Values of lambda in eq. (6) (section 4.1)."""
 
 MOE = Pretraining(
     name="skywork_moe_2p5b",

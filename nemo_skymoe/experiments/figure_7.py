@@ -1,4 +1,4 @@
-"""Figure 7: an MoE of 1.8B parameters at three pairs of learning rates for experts and everything else (appendix C.1)."""
+"""Figure 7: an MoE of 1.8B parameters at three pairs of learning rates, for experts and the rest (appendix C.1)."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,8 @@ SKYWORK_MOE_1P8B = Architecture(
     num_moe_experts=32,
     moe_router_topk=2,
 )
-"""Appendix C.1: 1.8B parameters, 32 experts, top-2. Ours: the sizes that give them at Skywork-13B's proportions."""
+"""The MoE with 1.8B parameters, 32 experts and top-2 (appendix C.1). Its sizes are ours, at Skywork-13B's proportions.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ LEARNING_RATES = {
     "expert": Rates(6e-3, 0.25),
     "all": Rates(1.5e-3, 1.0),
 }
-"""Appendix C.1: 6e-3; 1.5e-3 for the experts, sqrt(topk / experts) = 1/4 of it; 1.5e-3 for all."""
+"""The settings of appendix C.1: 6e-3; 1.5e-3 for the experts, sqrt(topk / experts) = 1/4 of it; 1.5e-3 for all."""
 FINAL_FRACTION = 0.1
-"""Appendix C.1: linear to 10% of the peak."""
+"""The learning rate falls linearly to 10% of the peak (appendix C.1)."""
 
 MOE = Pretraining(
     name="skywork_moe_1p8b",
@@ -52,7 +53,7 @@ MOE = Pretraining(
 
 
 def at_rates(run: Pretraining, rates: Rates) -> Pretraining:
-    """`run` at other learning rates, which end at the same share of their peak."""
+    """Return `run` with other learning rates, which end at the same share of their peak."""
     return replace(
         run,
         max_lr=rates.max_lr,

@@ -1,4 +1,4 @@
-"""Figure 8: an MoE of 8 x 1.3B whose experts come from one dense model, or from four specialised ones (appendix C.2)."""
+"""Figure 8: an MoE of 8 x 1.3B whose experts come from one dense model, or from four special ones (appendix C.2)."""
 
 from dataclasses import replace
 
@@ -14,14 +14,16 @@ SKYWORK_1P3B = Architecture(
     num_attention_heads=16,
     vocab_size=choices.VOCABULARY,
 )
-"""Ours: 1.3B parameters at Skywork-13B's proportions (FFN 8/3 of the hidden size, heads of 128)."""
+"""The dense model with 1.3B parameters. Its sizes are ours, at Skywork-13B's proportions (FFN 8/3 of the hidden size,
+heads of 128)."""
 SKYWORK_MOE_1P3B_X8 = SKYWORK_1P3B.with_experts(8)
-"""Appendix C.2: the dense model with 8 experts in every layer."""
+"""The dense model with 8 experts in every layer (appendix C.2)."""
 
 MICRO_BATCH = 2
-"""Ours: 7B parameters and their gradients on two GPUs leave room for no more."""
+"""This value is ours: 7B parameters and their gradients on two GPUs leave room for no more."""
 SOURCES = (1, 4)
-"""Appendix C.2: one dense model, or three experts each of a Chinese and an English one, one of code and one of the base."""
+"""The sources of appendix C.2: one dense model, or three experts each of a Chinese and an English one, one of code and
+one of the base."""
 
 DENSE = Pretraining(
     name="skywork_1p3b",

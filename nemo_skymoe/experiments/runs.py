@@ -1,4 +1,4 @@
-"""What a training run is, in plain values: a model, the tokens it sees, its learning rates and the ranks it runs on."""
+"""A training run in plain values: a model, its tokens, its learning rates and the ranks that it runs on."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class TrainingRun:
     architecture: Architecture
     rotary_base: int = 10_000
     expert_capacity_factor: float | None = choices.CAPACITY_FACTOR
-    """An expert of an MoE takes this multiple of its fair share of tokens; None drops nothing."""
+    """An expert of an MoE takes this multiple of its fair share of tokens. None drops nothing."""
 
     seq_length: int
     """Tokens of a sequence."""
@@ -28,12 +28,12 @@ class TrainingRun:
     num_nodes: int = 1
     num_gpus_per_node: int = 8
     edp: int = 1
-    """Ranks that share the attention (tensor-parallel) and the experts (appendix B.1); 1 splits neither."""
+    """Number of ranks that share the attention (tensor-parallel) and the experts (appendix B.1). 1 splits neither."""
     pipeline_parallelism: int = 1
     pipeline_layout: str | None = None
-    """Megatron's: which layers are on which pipeline stage; None spreads them evenly."""
+    """Megatron's layout, which says which layers are on which pipeline stage. None spreads them evenly."""
     precision: str = "bf16-mixed"
-    """As Lightning names it; "32" is for CPUs, on one machine."""
+    """Precision as Lightning names it. "32" is for CPUs, on one machine."""
 
     val_check_interval: int = choices.VALIDATION_INTERVAL
     """Steps between two validations."""
@@ -45,25 +45,25 @@ class TrainingRun:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingRun(TrainingRun):
-    """The learning rates of a pretraining of any length, and what is watched and kept of it."""
+    """The learning rates of a pretraining of any length, with its logging and checkpoints."""
 
     max_lr: float
     min_lr: float
     warmup_steps: int = choices.WARMUP_STEPS
     """Optimizer steps from near zero to `max_lr`."""
     lr_shape: str = "cosine"
-    """From `max_lr` to `min_lr`: "cosine", "linear" or "constant"."""
+    """Shape of the learning rate from `max_lr` to `min_lr`: "cosine", "linear" or "constant"."""
     expert_lr_multiplier: float = 1.0
-    """The experts' learning rate as a multiple of that of everything else."""
+    """The experts' learning rate, as a multiple of that of everything else."""
 
     pipeline_recompute: tuple[tuple[int, ...], ...] | None = None
-    """`[stage][virtual stage]`: so many layers of that chunk, from its first, are recomputed in full."""
+    """`[stage][virtual stage]` is the number of layers of that chunk, from its first, that are recomputed in full."""
     kept_checkpoints: int = 1
-    """How many of the last checkpoints are kept; -1 keeps all."""
+    """Number of the last checkpoints that are kept; -1 keeps all."""
     similarity_interval: int = choices.SIMILARITY_INTERVAL
     """Steps between two measurements of the experts' similarity."""
     data_seed: int = 1
-    """Of the order of the samples."""
+    """Seed of the order of the samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Pretraining(PretrainingRun):
 
     @property
     def decay_steps(self) -> int:
-        """Optimizer steps in which the learning rate goes linearly from `min_lr` to zero.
+        """Return the optimizer steps in which the learning rate goes linearly from `min_lr` to zero.
 
         Raises:
             ConfigurationError: A size that is not above 0, by its name.
@@ -88,7 +88,7 @@ class Pretraining(PretrainingRun):
 
     @property
     def max_steps(self) -> int:
-        """Optimizer steps in all.
+        """Return the number of all optimizer steps.
 
         Raises:
             ConfigurationError: A size that is not above 0, by its name.
@@ -97,7 +97,7 @@ class Pretraining(PretrainingRun):
 
     @property
     def save_interval(self) -> int:
-        """Steps between two checkpoints.
+        """Return the number of steps between two checkpoints.
 
         Raises:
             ConfigurationError: A size that is not above 0, by its name.
@@ -134,10 +134,10 @@ class Finetuning(TrainingRun):
 
 
 def steps(tokens: float, seq_length: int, global_batch_size: int) -> int:
-    """Optimizer steps that see at least `tokens` tokens.
+    """Return the number of optimizer steps that see at least `tokens` tokens.
 
     Raises:
-        ConfigurationError: A number that is not above 0, by its name.
+        ConfigurationError: A number is not above 0. The message names it.
     """
     for name, value in (
         ("tokens", tokens),

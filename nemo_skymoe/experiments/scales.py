@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Sizes of model and data; `token_share` of the experiment's tokens, or else so many `steps`."""
+    """Sizes of model and data, with `token_share` of the experiment's tokens, or else `steps` steps."""
 
     layers: int
     hidden_size: int
@@ -21,7 +21,8 @@ class Scale:
     validations: int = 1
     validation_batches: int = 1
     float32: bool = False
-    """bf16 otherwise, as the recipe says; a CPU has float32 faster, and small differences survive in it."""
+    """Whether to train in float32 instead of the recipe's bf16. A CPU computes it faster, and small differences survive
+    in it."""
 
 
 SCALES = {

@@ -1,1 +1,1 @@
-"""`skymoe launch`: hydra groups in `conf/`, translated into recipes, executors and one NeMo-Run experiment."""
+"""`skymoe launch` translates the hydra groups in `conf/` into recipes, executors and one NeMo-Run experiment."""

@@ -1,4 +1,7 @@
-"""A generated job as a person reads it: why a line is there, and long commands on several lines. The same to bash."""
+"""Make a generated script readable for people: comments say why a line is there, and long commands take several lines.
+
+To bash it is the same script.
+"""
 
 import re
 
@@ -22,7 +25,7 @@ _BREAKS = re.compile(rf"(?P<quoted>{_QUOTED})| (?=--|python )|(?<!python) (?=-m 
 
 
 def commented(script: str) -> str:
-    """`script` with a comment above every line that `WHY` knows, no blank lines in a row, and long lines folded."""
+    """Return `script` with a comment above every line that `WHY` knows, single blank lines, and long lines folded."""
     lines: list[str] = []
     for line in re.sub(r"\n{3,}", "\n\n", script).splitlines():
         why = [reason for start, reason in WHY.items() if re.match(rf"{re.escape(start)}\b", line)]
@@ -32,7 +35,7 @@ def commented(script: str) -> str:
 
 
 def _folded(line: str) -> str:
-    """One option a line; what is quoted stays as it is."""
+    """Put one option on each line, and leave quoted text as it is."""
     if len(line) <= _LONG:
         return line
     return _BREAKS.sub(lambda found: found["quoted"] or " \\\n    ", line)

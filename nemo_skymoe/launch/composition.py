@@ -1,4 +1,4 @@
-"""From a command line and folders of YAML to one composed configuration, by hydra; what it means is `jobs`' affair."""
+"""Compose a configuration by hydra from a command line and folders of YAML. `jobs` says what it means."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,18 +19,19 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.names import unknown
 
 JOBS = ("conversion", "upcycle", "plan", "training", "export")
-"""In their order."""
+"""The jobs in their order."""
 GROUPS = ("cluster", "model", "data", *JOBS)
 
 
 def compose_groups(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
     """Compose `conf/`, and `config_dir` after it, under `overrides` in hydra's grammar.
 
-    Keys inside of a group need no `+`, whether the YAML has them or not: it has no values of the recipes.
+    Keys inside a group need no `+`, whether the YAML has them or not, because it does not have the values of the
+    recipes.
 
     Raises:
-        ConfigurationError: An override that cannot be parsed, an unknown group, option or job, a sweep, or a folder
-            that does not exist; the value of a secret.
+        ConfigurationError: An override cannot be parsed, a group, an option or a job is unknown, an override is a
+            sweep, the folder does not exist, or a value looks like a secret.
     """
     parsed = _parse(overrides)
     lines = [_forced(override) for override in parsed]

@@ -1,4 +1,4 @@
-"""Jobs as one NeMo-Run experiment: submitted, or printed as the commands and scripts that would be."""
+"""Run jobs as one NeMo-Run experiment, or print the commands and scripts that would be run."""
 
 import shlex
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ TITLE = "skymoe"
 
 
 def submit(jobs: Sequence[Job]) -> None:
-    """Run the jobs one after the other: on SLURM as dependent jobs, left alone once submitted; here by waiting.
+    """Run the jobs one after the other: on SLURM as dependent jobs that are left alone, here by waiting for each.
 
     Raises:
-        RankFailed: A job that ran here failed, the later ones were not started.
+        RankFailed: A job that ran here failed. The later ones were not started.
     """
     if isinstance(jobs[0].executor, run.SlurmExecutor):
         with run.Experiment(TITLE) as experiment:
@@ -41,7 +41,10 @@ def submit(jobs: Sequence[Job]) -> None:
 
 
 def dry_run(jobs: Sequence[Job]) -> str:
-    """What `submit` would run: a commented script for sbatch, or a torchrun command, for every job. Nothing is left."""
+    """Return what `submit` would run for every job: a commented script for sbatch, or a torchrun command.
+
+    It leaves nothing behind.
+    """
     with redirect_stdout(StringIO()), run.Experiment(TITLE) as experiment:
         _add(experiment, jobs)
         experiment.dryrun(log=False)

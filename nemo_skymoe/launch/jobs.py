@@ -1,5 +1,7 @@
-"""What the jobs of an experiment are: a task, where it runs, and NeMo-Run's plugins. Nothing is decided here that a
-recipe or an executor decides."""
+"""The jobs of an experiment. A job has a task, an executor, and NeMo-Run's plugins.
+
+A recipe or an executor decides everything that is theirs to decide; nothing of it is decided here.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -43,18 +45,18 @@ class Job:
 
 
 def jobs(composed: DictConfig, tasks: Tasks) -> list[Job]:
-    """The jobs of a composed configuration in their order, each checked as far as that is possible where it is launched.
+    """Return the jobs of a composed configuration in their order, each checked as far as that is possible here.
 
-    A job takes up what those before it write: an upcycling and a training a checkpoint, a training its plan, an
-    export the run; unless it is given another.
+    A job reads what the earlier ones write, unless it is given something else: an upcycling and a training read a
+    checkpoint, a training reads its plan, and an export reads the run.
 
     Args:
         composed: The composed groups.
-        tasks: The commands of the jobs that are no training.
+        tasks: The commands of the jobs that are not trainings.
 
     Raises:
-        ConfigurationError: A key, a recipe or an executor that there is not, with the nearest one; a value that is
-            missing or does not fit.
+        ConfigurationError: A key, a recipe or an executor does not exist, and the message proposes the nearest one; or
+            a value is missing or does not fit.
     """
     try:
         values: Any = OmegaConf.to_container(composed, resolve=True)
@@ -80,7 +82,7 @@ def jobs(composed: DictConfig, tasks: Tasks) -> list[Job]:
 
 
 def _command(name: str, command: Callable[..., None], values: dict[str, Any], derived: dict[str, Any]) -> Job:
-    """A command of skymoe in one process; `derived` are its options where its group has no others."""
+    """Make a job of a command of skymoe in one process. `derived` are options that its group may replace."""
     given = {
         option: value for option, value in values[name].items() if option not in derived or value != MISSING
     }
@@ -102,7 +104,7 @@ def _command(name: str, command: Callable[..., None], values: dict[str, Any], de
 
 
 def _as_text(value: Any) -> Any:
-    """The value of an option as it would be given on the command line."""
+    """Return the value of an option as it would be given on the command line."""
     if not isinstance(value, fdl.Buildable):
         return value
     sizes = fdl.ordered_arguments(value).items()
@@ -112,7 +114,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _plan_of(task: run.Partial) -> PipelinePlan | None:
-    """What the job is going to write; None where that takes a profile that is not on this machine."""
+    """Return the plan that the job will write; None if it needs a profile that is not on this machine."""
     options: dict[str, Any] = {str(name): value for name, value in fdl.ordered_arguments(task).items()}
     options["model"] = as_architecture(built(options["model"], "model"))
     del options["output_path"]
@@ -146,7 +148,7 @@ def _training(values: dict[str, Any], recipe: Any, planning: Job | None, checkpo
 
 
 def _executor(cluster: dict[str, Any], nodes: int, gpus_per_node: int | None) -> tuple[Any, list[run.Plugin]]:
-    """Executor and plugins; without `gpus_per_node` one plain process on one node."""
+    """Return the executor and its plugins. Without `gpus_per_node` it is one plain process on one node."""
     section = dict(cluster)
     name = section.pop("executor", MISSING)
     if not isinstance(name, str) or name not in EXECUTORS:

@@ -1,4 +1,4 @@
-"""Paths of a job that runs in a container on another machine: they have to be on something that is mounted there."""
+"""Check the paths of a job that runs in a container on another machine: they have to be mounted there."""
 
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -10,7 +10,7 @@ from nemo_skymoe.config import ConfigurationError
 
 
 def check_paths(job: str, task: Any, executor: Any) -> None:
-    """Refuse a path of `task` that SLURM's nodes would look for in vain, or write to and lose with the container."""
+    """Refuse a path of `task` that SLURM's nodes would not find, or would write to and lose with the container."""
     if not isinstance(executor, run.SlurmExecutor):
         return
     mounts = [PurePosixPath((*mount.split(":"), mount)[1]) for mount in executor.container_mounts]

@@ -1,4 +1,4 @@
-"""What the planner has to be told about a recipe: its model, batch and parallel sizes."""
+"""Derive the planner's options from a recipe: its model, batch and parallel sizes."""
 
 from typing import Any
 
@@ -23,10 +23,10 @@ _EXPERTS = ("num_moe_experts", "moe_router_topk")
 
 
 def planner_options(recipe: Any) -> dict[str, Any]:
-    """What `skymoe plan` has to be told about a recipe: all but the hardware.
+    """Return the options of `skymoe plan` for a recipe, except for the hardware.
 
     Raises:
-        ConfigurationError: A model or a layout that the cost model does not count.
+        ConfigurationError: The cost model does not count the recipe's model or layout.
     """
     check_numbers(recipe.model.config, recipe.trainer, recipe.data)
     config, strategy, data = built(recipe.model.config, "model"), recipe.trainer.strategy, recipe.data
@@ -75,7 +75,7 @@ def _ffn_sizes(config: Any) -> dict[str, Any]:
 
 
 def _vocabulary(data: Any) -> int:
-    """Rows of the embedding: those of the recipe's own tokenizer; another's are not known before it is read."""
+    """Return the rows of the embedding for the recipe's own tokenizer; another's are not known before it is read."""
     tokenizer = getattr(data, "tokenizer", None)
     if isinstance(tokenizer, run.Config) and tokenizer.__fn_or_cls__ is NullTokenizer:
         return tokenizer.vocab_size + 1  # it adds an end of document

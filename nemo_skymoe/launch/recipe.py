@@ -1,4 +1,4 @@
-"""The recipe of a composed configuration, and the checks that a training makes of itself, made where it is launched."""
+"""Make the recipe of a composed configuration, and run the training's own checks where it is launched."""
 
 import importlib
 import inspect
@@ -18,10 +18,10 @@ _RECIPES = {recipe.name: recipe for recipe in RECIPES}
 
 
 def make_recipe(values: dict[str, Any], checkpoint: str | None) -> Any:
-    """The recipe of the groups training, data and model; it starts from `checkpoint`, unless it is given another.
+    """Make the recipe of the groups training, data and model. It starts from `checkpoint`, unless it is given another.
 
     Raises:
-        ConfigurationError: A recipe, an option or a part that there is not, or a value that does not fit.
+        ConfigurationError: A recipe, an option or a part does not exist, or a value does not fit.
     """
     section, data = dict(values["training"]), dict(values["data"])
     name, kind = section.pop("recipe", MISSING), section.pop("task", "pretrain")
@@ -55,18 +55,18 @@ def _factory(name: str, kind: str) -> Callable[..., Any]:
 
 
 def run_folder(recipe: Any) -> str:
-    """Where the run keeps its checkpoints."""
+    """Return the folder where the run keeps its checkpoints."""
     return str(Path(recipe.log.log_dir or "nemo_experiments", recipe.log.name))  # NeMo's default
 
 
 def check_recipe(recipe: Any, plan: PipelinePlan | None) -> str:
-    """Run the checks of the training itself on what the recipe builds; returns its ranks in words.
+    """Run the checks of the training on what the recipe builds, and return its ranks in words.
 
     Args:
-        plan: That of the recipe, as far as it is known: a file may not be written yet.
+        plan: The recipe's pipeline plan, if it is known: a file may not be written yet.
 
     Raises:
-        ConfigurationError: As the training would.
+        ConfigurationError: The training would refuse the recipe.
     """
     trainer = check_made(recipe, plan)
     strategy, world = trainer.strategy, trainer.num_nodes * trainer.num_devices

@@ -1,4 +1,4 @@
-"""A section of a composed configuration, put on the configuration that a Python factory makes: the only bridge between both."""
+"""Put a section of a composed configuration on what a Python factory makes. Nothing else connects the two."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -20,12 +20,13 @@ def configure(section: str, factory: Callable[..., Any], values: Mapping[str, An
     """Call `factory` with the values that are its arguments, and set the others on what it returns.
 
     Args:
-        section: Name in messages.
-        factory: Returns a Fiddle configuration.
-        values: By name; nested ones go into the parts, as in `{"trainer": {"max_steps": 10}}`.
+        section: Name of the section in messages.
+        factory: A function that returns a Fiddle configuration.
+        values: Values by name. Nested ones go into the parts, as in `{"trainer": {"max_steps": 10}}`.
 
     Raises:
-        ConfigurationError: A name that neither has, with the nearest one; a value of another type, or missing.
+        ConfigurationError: Neither has a name, and the message proposes the nearest one; or a value is missing or has
+            another type.
     """
     check_missing(section, values)
     parameters, hints = inspect.signature(factory).parameters, _hints(factory)
@@ -39,7 +40,7 @@ def configure(section: str, factory: Callable[..., Any], values: Mapping[str, An
 
 
 def set_values(section: str, made: Any, values: Mapping[str, Any], also: Iterable[str] = ()) -> None:
-    """Set `values` on a Fiddle configuration, mappings on its parts; `also` are further options that there are."""
+    """Set `values` on a Fiddle configuration, and mappings on its parts. `also` names further options that exist."""
     known, also = parameters(made), {*options(section, made), *also}
     hints = _hints(made.__fn_or_cls__)
     for name, value in values.items():
@@ -58,17 +59,17 @@ def set_values(section: str, made: Any, values: Mapping[str, Any], also: Iterabl
 
 
 def _replaces(hint: Any, value: Any) -> bool:
-    """Whether a plain value may stand where a factory's part is: none where it is optional, a name where one is allowed."""
+    """Say whether a plain value may replace a factory's part: None if it is optional, a name if names are allowed."""
     return type(value) in _kinds(hint)
 
 
 def _kinds(hint: Any) -> set[Any]:
-    """The types of an annotation."""
+    """Return the types of an annotation."""
     return {hint, *get_args(hint)}
 
 
 def check_missing(section: str, value: Any) -> None:
-    """Refuse a value that YAML marks as missing, wherever in the section it is."""
+    """Refuse a value that YAML marks as missing, anywhere in the section."""
     if isinstance(value, Mapping):
         for name, part in value.items():
             check_missing(f"{section}.{name}", part)
@@ -88,7 +89,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _checked(name: str, hint: Any, value: Any) -> Any:
-    """`value`, as `hint` if that is made of plain types."""
+    """Return `value` as `hint` demands, if that is made of plain types."""
     if hint is None:
         return value
     if isinstance(value, bool) and {int, float} & _kinds(hint) and bool not in _kinds(hint):

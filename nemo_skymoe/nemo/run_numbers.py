@@ -50,7 +50,7 @@ def check_numbers(config: Any, trainer: Any, data: Any = None, optim: Any = None
 
 
 def _counts(trainer: Any, strategy: Any, data: Any) -> Iterator[tuple[str, Any]]:
-    """Return the options that have to be at least 1, and their values."""
+    """Yield the options that have to be at least 1, and their values."""
     yield "trainer.num_nodes", getattr(trainer, "num_nodes", 1)
     yield "trainer.devices", getattr(trainer, "num_devices", getattr(trainer, "devices", 1))
     for name in _SIZES:

@@ -116,7 +116,7 @@ _POSITION = ("last_epoch", "_step_count", "_last_lr")
 
 
 def _schedulers(made: Any) -> Iterator[Any]:
-    """Return the schedulers whose rate is a function of the step alone: NeMo's, and ours."""
+    """Yield the schedulers whose rate is a function of the step alone: NeMo's, and ours."""
     config = made.get("lr_scheduler") if isinstance(made, dict) else None
     scheduler = config.get("scheduler") if isinstance(config, dict) else None
     if isinstance(scheduler, LambdaLR) or type(scheduler).__module__ == "nemo.core.optim.lr_scheduler":

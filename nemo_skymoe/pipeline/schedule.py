@@ -46,7 +46,7 @@ def warm_up_length(stage: int, stages: int, virtual_stages: int, micro_batches: 
 
 
 def _units(stages: int, virtual_stages: int, micro_batches: int) -> Iterator[tuple[int, int]]:
-    """Return (micro-batch, chunk) pairs. Groups of `stages` micro-batches go through all chunks of a stage in turn."""
+    """Yield (micro-batch, chunk) pairs. Groups of `stages` micro-batches go through all chunks of a stage in turn."""
     for first in range(0, micro_batches, stages):
         for chunk in range(virtual_stages):
             for micro_batch in range(first, min(first + stages, micro_batches)):
