@@ -85,7 +85,7 @@ def convert(job: dict[str, Any]) -> dict[str, float]:
     """In a child: one conversion, and the bound on its memory. Python's imports come before the clock."""
     import torch.distributed.checkpoint  # noqa: F401
 
-    from nemo_skymoe.checkpoint.tensors import model_keys
+    from nemo_skymoe.checkpoint.tensors.model import model_keys
 
     start, processor = time.perf_counter(), sum(os.times()[:4])
     plan = planned(job)

@@ -20,11 +20,13 @@ ORDER = (
     *(
         "checkpoint",
         "checkpoint.untrusted",
+        "checkpoint.tensors",
         "checkpoint.hugging_face",
         "checkpoint.torch_dist",
         "checkpoint.upcycling",
     ),
     *(
+        "checkpoint.job",
         "checkpoint.formats",
         "checkpoint.sources",
         "checkpoint.convert",

@@ -1,6 +1,7 @@
-"""Checkpoints are converted between formats, upcycled to mixtures of experts, and verified.
+"""Upcycling and conversion of checkpoints.
 
-Each format is a room that knows no other: `hugging_face` and `torch_dist`. The files beside the rooms are what formats share:
-tensors by meaning, tables of names, targets, jobs. `untrusted` reads files that nobody vouches for, `upcycling` computes
-experts, `formats`, `sources`, `convert` and `inspection` join the rooms, and `verification` checks the result by a second path.
+Every format shares `tensors/`. `hugging_face/` and `torch_dist/` are the formats, and do not know each other. `upcycling/`
+computes an MoE while a dense model is read, `job/` writes what may be killed at any byte, `verification/` checks it by a second
+path, and `untrusted/` looks at files before others load them. The files beside the rooms describe a model apart from its
+tensors, and put the rooms together.
 """

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe import __version__
-from nemo_skymoe.checkpoint import job
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import exported_files
 from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
+from nemo_skymoe.checkpoint.job import conversion as job
 from nemo_skymoe.checkpoint.sources import Source
-from nemo_skymoe.checkpoint.target import Target, check_complete, stored_dtypes
-from nemo_skymoe.checkpoint.tensors import TensorInfo, Weights
+from nemo_skymoe.checkpoint.tensors.model import TensorInfo, Weights
+from nemo_skymoe.checkpoint.tensors.target import Target, check_complete, stored_dtypes
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
 from nemo_skymoe.checkpoint.torch_dist.context import context_files
 from nemo_skymoe.checkpoint.torch_dist.names import LAYER_SPECS

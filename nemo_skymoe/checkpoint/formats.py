@@ -16,8 +16,8 @@ from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config
 from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
-from nemo_skymoe.checkpoint.mapping import StoredWeights
-from nemo_skymoe.checkpoint.tensors import Storage
+from nemo_skymoe.checkpoint.tensors.mapping import StoredWeights
+from nemo_skymoe.checkpoint.tensors.model import Storage
 from nemo_skymoe.checkpoint.torch_dist import options
 from nemo_skymoe.checkpoint.torch_dist.names import layout
 from nemo_skymoe.checkpoint.torch_dist.opening import stored_weights

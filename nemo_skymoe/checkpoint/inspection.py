@@ -10,10 +10,10 @@ from typing import Any
 
 from nemo_skymoe.checkpoint.companions import companion_kinds
 from nemo_skymoe.checkpoint.formats import FORMATS, form_of
-from nemo_skymoe.checkpoint.regions import DTYPE_SIZES
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.sources import Source, open_source
-from nemo_skymoe.checkpoint.tensors import Key, Storage, TensorInfo
+from nemo_skymoe.checkpoint.tensors.model import Key, Storage, TensorInfo
+from nemo_skymoe.checkpoint.tensors.regions import DTYPE_SIZES
 from nemo_skymoe.durable.errors import ConfigurationError
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt
 from nemo_skymoe.durable.stand_in import refuse_pointer

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.formats import FORMATS, form_of
-from nemo_skymoe.checkpoint.mapping import StoredWeights
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
+from nemo_skymoe.checkpoint.tensors.mapping import StoredWeights
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.architecture import layer_pattern
-from nemo_skymoe.checkpoint.tensors import TensorInfo
+from nemo_skymoe.checkpoint.tensors.model import TensorInfo
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo.layer_tensors import LAYER, LEAST_OTHER_VOCABULARY, expected_globals, expected_layer

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.tensors import Key, TensorInfo, key_shape, model_keys
+from nemo_skymoe.checkpoint.tensors.model import Key, TensorInfo, key_shape, model_keys
 
 
 def tensor_info(tensor: Tensor) -> TensorInfo:

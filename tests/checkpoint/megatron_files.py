@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.mapping import assemble
-from nemo_skymoe.checkpoint.tensors import Weights
+from nemo_skymoe.checkpoint.tensors.mapping import assemble
+from nemo_skymoe.checkpoint.tensors.model import Weights
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
 from nemo_skymoe.checkpoint.torch_dist.storage import CONFIG, WEIGHTS
 

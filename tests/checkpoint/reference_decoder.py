@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemo_skymoe.checkpoint.tensors import Key, Weights
+from nemo_skymoe.checkpoint.tensors.model import Key, Weights
 
 EPSILON = 1e-6
 

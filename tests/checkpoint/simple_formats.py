@@ -9,11 +9,11 @@ import torch
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
-from nemo_skymoe.checkpoint.job import run
-from nemo_skymoe.checkpoint.mapping import Chunk, Part, StoredWeights
-from nemo_skymoe.checkpoint.regions import FileStorage
-from nemo_skymoe.checkpoint.target import Target, stored_dtypes
-from nemo_skymoe.checkpoint.tensors import Key, Weights, key_shape, model_keys
+from nemo_skymoe.checkpoint.job.conversion import run
+from nemo_skymoe.checkpoint.tensors.mapping import Chunk, Part, StoredWeights
+from nemo_skymoe.checkpoint.tensors.model import Key, Weights, key_shape, model_keys
+from nemo_skymoe.checkpoint.tensors.regions import FileStorage
+from nemo_skymoe.checkpoint.tensors.target import Target, stored_dtypes
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.checkpoint.torch_dist.target import TorchDistTarget
 from tests.checkpoint.fakes import DictWeights

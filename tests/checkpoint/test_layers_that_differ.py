@@ -21,7 +21,7 @@ from nemo_skymoe.checkpoint.hugging_face import exported_files
 from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config
 from nemo_skymoe.checkpoint.sources import open_source
-from nemo_skymoe.checkpoint.tensors import model_keys
+from nemo_skymoe.checkpoint.tensors.model import model_keys
 from nemo_skymoe.checkpoint.torch_dist import context as nemo_context
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling

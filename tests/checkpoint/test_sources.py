@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_skymoe.checkpoint.tensors import Key
+from nemo_skymoe.checkpoint.tensors.model import Key
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt
 from tests.checkpoint.fakes import random_weights
@@ -133,7 +133,7 @@ def test_an_unchanged_source_is_not_read_again(source: Path, monkeypatch: pytest
     interrupting: Any = Interrupting(random_weights(TINY), 8, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         write("torch_dist", interrupting, source.parent / "out", [storage])
-    monkeypatch.setattr("nemo_skymoe.checkpoint.source_check.scan", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("nemo_skymoe.checkpoint.job.source_check.scan", lambda *_: pytest.fail("read again"))
     write("torch_dist", weights, source.parent / "out", [storage])
 
 

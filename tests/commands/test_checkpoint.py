@@ -342,7 +342,7 @@ def test_the_same_command_continues(
         raise ConfigurationError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("nemo_skymoe.checkpoint.job._finish", full)
+        patch.setattr("nemo_skymoe.checkpoint.job.conversion._finish", full)
         assert skymoe(*job).exit_code == 2
     assert not (tmp_path / "moe").exists()
     refused = skymoe(*job, "--seed", 1)

@@ -11,7 +11,7 @@ from nemo.collections.llm.peft import LoRA
 from nemo.lightning.pytorch.callbacks.deepep import DeepEPCallback
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.tensors import TensorInfo
+from nemo_skymoe.checkpoint.tensors.model import TensorInfo
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo import checks
 from nemo_skymoe.nemo.checkpoint import check_architecture, check_sizes

@@ -9,7 +9,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from nemo_skymoe.checkpoint.tensors import TensorInfo
+from nemo_skymoe.checkpoint.tensors.model import TensorInfo
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo.checkpoint import _store_alike, check_sizes
 from nemo_skymoe.nemo.model import SkyworkModel, SkyworkMoEModel, SkyworkMoETinyConfig, SkyworkTinyConfig

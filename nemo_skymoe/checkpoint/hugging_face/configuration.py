@@ -11,7 +11,7 @@ from nemo_skymoe.checkpoint.config_values import ConfigValues, read_json
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import unfamiliar
 from nemo_skymoe.checkpoint.hugging_face.foreign_tensors import check_quantization
-from nemo_skymoe.checkpoint.tensors import ITEM_SIZES
+from nemo_skymoe.checkpoint.tensors.model import ITEM_SIZES
 from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 
 FAMILIES = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemo_skymoe.checkpoint.mapping import listed
-from nemo_skymoe.checkpoint.regions import FileStorage
-from nemo_skymoe.checkpoint.storage_view import StorageView
-from nemo_skymoe.checkpoint.tensors import TensorInfo
+from nemo_skymoe.checkpoint.tensors.mapping import listed
+from nemo_skymoe.checkpoint.tensors.model import TensorInfo
+from nemo_skymoe.checkpoint.tensors.regions import FileStorage
+from nemo_skymoe.checkpoint.tensors.storage_view import StorageView
 from nemo_skymoe.durable.errors import CheckpointError
 
 if TYPE_CHECKING:

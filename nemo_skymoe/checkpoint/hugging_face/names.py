@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.mapping import Chunk
-from nemo_skymoe.checkpoint.table import Line, below, entries, shape_of
+from nemo_skymoe.checkpoint.tensors.mapping import Chunk
+from nemo_skymoe.checkpoint.tensors.table import Line, below, entries, shape_of
 
 Naming = Literal["skywork", "authors"]
 """Experts are named as in the release, or as by the authors' trainer and their later MoE++."""

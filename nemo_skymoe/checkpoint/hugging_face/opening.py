@@ -13,11 +13,11 @@ from nemo_skymoe.checkpoint.hugging_face.foreign_tensors import refuse_foreign_t
 from nemo_skymoe.checkpoint.hugging_face.fp8 import EIGHT_BITS, SCALE, Dequantized
 from nemo_skymoe.checkpoint.hugging_face.names import EMBEDDING, HEAD, chunks
 from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
-from nemo_skymoe.checkpoint.mapping import StoredWeights, listed
-from nemo_skymoe.checkpoint.redundant import one_embedding, without_buffers
-from nemo_skymoe.checkpoint.regions import FileStorage
-from nemo_skymoe.checkpoint.storage_view import StorageView
-from nemo_skymoe.checkpoint.tensors import ITEM_SIZES, TensorInfo
+from nemo_skymoe.checkpoint.tensors.mapping import StoredWeights, listed
+from nemo_skymoe.checkpoint.tensors.model import ITEM_SIZES, TensorInfo
+from nemo_skymoe.checkpoint.tensors.redundant import one_embedding, without_buffers
+from nemo_skymoe.checkpoint.tensors.regions import FileStorage
+from nemo_skymoe.checkpoint.tensors.storage_view import StorageView
 from nemo_skymoe.durable.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

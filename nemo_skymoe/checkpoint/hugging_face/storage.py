@@ -15,10 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_skymoe.checkpoint import foreign
-from nemo_skymoe.checkpoint.buffers import empty
-from nemo_skymoe.checkpoint.mapping import listed
-from nemo_skymoe.checkpoint.regions import DTYPE_SIZES, Extent, box, box_shape, first_element, tensor_bytes
-from nemo_skymoe.checkpoint.tensors import TensorInfo
+from nemo_skymoe.checkpoint.tensors.buffers import empty
+from nemo_skymoe.checkpoint.tensors.mapping import listed
+from nemo_skymoe.checkpoint.tensors.model import TensorInfo
+from nemo_skymoe.checkpoint.tensors.regions import (
+    DTYPE_SIZES,
+    Extent,
+    box,
+    box_shape,
+    first_element,
+    tensor_bytes,
+)
 from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.reading import are_sizes, member, read_bytes, read_into
 

@@ -8,10 +8,10 @@ from functools import cached_property
 from types import MappingProxyType
 
 from nemo_skymoe.checkpoint.hugging_face.storage import DTYPES, INDEX, SINGLE
-from nemo_skymoe.checkpoint.mapping import Chunk, assemble
-from nemo_skymoe.checkpoint.regions import tensor_bytes
-from nemo_skymoe.checkpoint.target import TargetFile, chunk_bytes, contiguous
-from nemo_skymoe.checkpoint.tensors import Weights
+from nemo_skymoe.checkpoint.tensors.mapping import Chunk, assemble
+from nemo_skymoe.checkpoint.tensors.model import Weights
+from nemo_skymoe.checkpoint.tensors.regions import tensor_bytes
+from nemo_skymoe.checkpoint.tensors.target import TargetFile, chunk_bytes, contiguous
 from nemo_skymoe.durable.errors import ConfigurationError
 from nemo_skymoe.durable.output_file import OutputFile
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from nemo_skymoe.checkpoint.regions import tensor_bytes
+from nemo_skymoe.checkpoint.tensors.regions import tensor_bytes
 
 try:
     from zlib_ng.zlib_ng import crc32  # type: ignore[import-not-found]

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.mapping import Chunk, Part
-from nemo_skymoe.checkpoint.table import Line, below, entries, shape_of
-from nemo_skymoe.checkpoint.tensors import Key, Storage
+from nemo_skymoe.checkpoint.tensors.mapping import Chunk, Part
+from nemo_skymoe.checkpoint.tensors.model import Key, Storage
+from nemo_skymoe.checkpoint.tensors.table import Line, below, entries, shape_of
 from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 
 LAYER_SPECS = ("local", "te")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.mapping import StoredWeights
-from nemo_skymoe.checkpoint.redundant import one_embedding, without_buffers
-from nemo_skymoe.checkpoint.regions import FileStorage
+from nemo_skymoe.checkpoint.tensors.mapping import StoredWeights
+from nemo_skymoe.checkpoint.tensors.redundant import one_embedding, without_buffers
+from nemo_skymoe.checkpoint.tensors.regions import FileStorage
 from nemo_skymoe.checkpoint.torch_dist.names import EMBEDDING, HEAD, Layout, chunks
 
 

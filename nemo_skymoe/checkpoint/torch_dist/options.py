@@ -12,7 +12,7 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import tokenizer
 from nemo_skymoe.checkpoint.companions import find_companions
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.tensors import Storage
+from nemo_skymoe.checkpoint.tensors.model import Storage
 from nemo_skymoe.checkpoint.torch_dist import saved_arguments
 from nemo_skymoe.checkpoint.torch_dist.storage import WEIGHTS, weights_folder
 from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.regions import DTYPE_SIZES
+from nemo_skymoe.checkpoint.tensors.regions import DTYPE_SIZES
 from nemo_skymoe.checkpoint.untrusted import inert_pickle
 from nemo_skymoe.checkpoint.untrusted.inert_pickle import Global, Record
 from nemo_skymoe.durable.errors import CheckpointError

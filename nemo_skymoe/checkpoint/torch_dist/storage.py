@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_skymoe.checkpoint.buffers import empty
-from nemo_skymoe.checkpoint.regions import (
+from nemo_skymoe.checkpoint.tensors.buffers import empty
+from nemo_skymoe.checkpoint.tensors.model import TensorInfo
+from nemo_skymoe.checkpoint.tensors.regions import (
     DTYPE_SIZES,
     Box,
     Extent,
@@ -20,7 +21,6 @@ from nemo_skymoe.checkpoint.regions import (
     first_element,
     tensor_bytes,
 )
-from nemo_skymoe.checkpoint.tensors import TensorInfo
 from nemo_skymoe.checkpoint.torch_dist.saved_tensor import SavedTensor, find_tensor
 from nemo_skymoe.checkpoint.untrusted import inert_pickle
 from nemo_skymoe.checkpoint.untrusted.inert_pickle import Global, Record

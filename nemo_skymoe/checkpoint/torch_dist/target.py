@@ -10,9 +10,9 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from nemo_skymoe.checkpoint.mapping import Chunk, assemble
-from nemo_skymoe.checkpoint.target import TargetFile, chunk_bytes, contiguous
-from nemo_skymoe.checkpoint.tensors import Weights
+from nemo_skymoe.checkpoint.tensors.mapping import Chunk, assemble
+from nemo_skymoe.checkpoint.tensors.model import Weights
+from nemo_skymoe.checkpoint.tensors.target import TargetFile, chunk_bytes, contiguous
 from nemo_skymoe.checkpoint.torch_dist.archive import archive
 from nemo_skymoe.checkpoint.torch_dist.storage import CONFIG, METADATA, WEIGHTS
 from nemo_skymoe.durable.output_file import OutputFile

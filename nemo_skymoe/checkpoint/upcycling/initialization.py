@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import floor
 from typing import TYPE_CHECKING, Protocol
 
-from nemo_skymoe.checkpoint.buffers import empty
-from nemo_skymoe.checkpoint.tensors import Key, Weights
+from nemo_skymoe.checkpoint.tensors.buffers import empty
+from nemo_skymoe.checkpoint.tensors.model import Key, Weights
 from nemo_skymoe.checkpoint.upcycling.random_numbers import Stream, add_normal, normal
 from nemo_skymoe.checkpoint.upcycling.statistics import Statistics
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nemo_skymoe.checkpoint.buffers import empty
+from nemo_skymoe.checkpoint.tensors.buffers import empty
 from nemo_skymoe.durable.pool import available_processors
 
 if TYPE_CHECKING:

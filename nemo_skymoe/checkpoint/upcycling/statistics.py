@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nemo_skymoe.checkpoint.tensors import Key
+from nemo_skymoe.checkpoint.tensors.model import Key
 from nemo_skymoe.durable.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from nemo_skymoe.checkpoint.tensors import Key, TensorInfo, Weights, key_shape, model_keys
+from nemo_skymoe.checkpoint.tensors.model import Key, TensorInfo, Weights, key_shape, model_keys
 from nemo_skymoe.checkpoint.upcycling.initialization import (
     Copy,
     Drop,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_skymoe.checkpoint.hugging_face.fp8 import Dequantized
 from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
-from nemo_skymoe.checkpoint.tensors import Key
+from nemo_skymoe.checkpoint.tensors.model import Key
 from nemo_skymoe.config import ConfigurationError
 from tests.checkpoint import hf_models
 from tests.checkpoint.fakes import DictStorage

@@ -14,8 +14,8 @@ from torch import Tensor
 from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B, Architecture
 from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
-from nemo_skymoe.checkpoint.mapping import assemble
-from nemo_skymoe.checkpoint.tensors import Key, key_shape, model_keys
+from nemo_skymoe.checkpoint.tensors.mapping import assemble
+from nemo_skymoe.checkpoint.tensors.model import Key, key_shape, model_keys
 from nemo_skymoe.config import ConfigurationError
 from tests.checkpoint import hf_models
 

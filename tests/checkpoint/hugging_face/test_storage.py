@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_skymoe.checkpoint.hugging_face.storage import INDEX, SINGLE, SafetensorsStorage
-from nemo_skymoe.checkpoint.regions import tensor_bytes
+from nemo_skymoe.checkpoint.tensors.regions import tensor_bytes
 from nemo_skymoe.config import ConfigurationError
 from tests.checkpoint.fuzz import damaged, must_be_read_or_refused
 

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from nemo_skymoe.architecture import SKYWORK_MOE_146B, Architecture
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.tensors import Key, key_shape, model_keys
+from nemo_skymoe.checkpoint.tensors.model import Key, key_shape, model_keys
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
 from nemo_skymoe.checkpoint.verification.gpt_model import gpt_model, one_rank
 from nemo_skymoe.config import ConfigurationError

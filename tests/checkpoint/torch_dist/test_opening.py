@@ -13,7 +13,7 @@ from megatron.core.transformer.enums import AttnBackend
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.formats import open_torch_dist
-from nemo_skymoe.checkpoint.tensors import Key, Weights
+from nemo_skymoe.checkpoint.tensors.model import Key, Weights
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
 from nemo_skymoe.checkpoint.verification.gpt_model import gpt_model
 from nemo_skymoe.config import ConfigurationError

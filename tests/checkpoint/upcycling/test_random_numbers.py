@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.tensors import MLP_KINDS, Key
+from nemo_skymoe.checkpoint.tensors.model import MLP_KINDS, Key
 from nemo_skymoe.checkpoint.upcycling import random_numbers
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.upcycling.random_numbers import BLOCK, Stream, add_normal, normal

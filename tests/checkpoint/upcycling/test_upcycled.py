@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.tensors import MLP_KINDS, Key, Weights, key_shape
+from nemo_skymoe.checkpoint.tensors.model import MLP_KINDS, Key, Weights, key_shape
 from nemo_skymoe.checkpoint.upcycling.initialization import Drop
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling, parse_expert_source
 from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled, check_same_base

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.tensors import MLP_KINDS, Key, Weights
+from nemo_skymoe.checkpoint.tensors.model import MLP_KINDS, Key, Weights
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.upcycling.upcycled import Upcycled
 from nemo_skymoe.checkpoint.verification.bits import different

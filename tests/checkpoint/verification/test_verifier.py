@@ -15,10 +15,10 @@ from torch import Tensor
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import Plan, TargetOptions
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
-from nemo_skymoe.checkpoint.mapping import Chunk, Part
 from nemo_skymoe.checkpoint.sources import open_source
-from nemo_skymoe.checkpoint.target import stored_dtypes
-from nemo_skymoe.checkpoint.tensors import Key, TensorInfo, Weights
+from nemo_skymoe.checkpoint.tensors.mapping import Chunk, Part
+from nemo_skymoe.checkpoint.tensors.model import Key, TensorInfo, Weights
+from nemo_skymoe.checkpoint.tensors.target import stored_dtypes
 from nemo_skymoe.checkpoint.torch_dist.target import TorchDistTarget
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.verifier import verify

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_skymoe.checkpoint.regions import DTYPE_SIZES, Extent
+from nemo_skymoe.checkpoint.tensors.regions import DTYPE_SIZES, Extent
 from nemo_skymoe.durable.checksums import Checksummer, FileChecksum, blocks
 
 _SECTION = 64 << 20

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from nemo_skymoe.checkpoint.tensors import ITEM_SIZES, Storage
+from nemo_skymoe.checkpoint.tensors.model import ITEM_SIZES, Storage
 
 if TYPE_CHECKING:
     from torch import Tensor

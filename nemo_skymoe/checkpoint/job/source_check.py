@@ -10,10 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.known_checksums import Known, known_checksums
-from nemo_skymoe.checkpoint.mapping import listed
-from nemo_skymoe.checkpoint.regions import Extent, FileStorage
-from nemo_skymoe.checkpoint.scanning import SourceFile, joined, scan, sections
+from nemo_skymoe.checkpoint.job.known_checksums import Known, known_checksums
+from nemo_skymoe.checkpoint.job.scanning import SourceFile, joined, scan, sections
+from nemo_skymoe.checkpoint.tensors.mapping import listed
+from nemo_skymoe.checkpoint.tensors.regions import Extent, FileStorage
 from nemo_skymoe.durable.checksums import FileChecksum
 from nemo_skymoe.durable.errors import CheckpointError, JobError
 from nemo_skymoe.durable.journal import Journal

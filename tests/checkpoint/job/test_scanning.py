@@ -7,9 +7,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from nemo_skymoe.checkpoint import scanning
-from nemo_skymoe.checkpoint.regions import Extent
-from nemo_skymoe.checkpoint.scanning import joined, scan, sections
+from nemo_skymoe.checkpoint.job import scanning
+from nemo_skymoe.checkpoint.job.scanning import joined, scan, sections
+from nemo_skymoe.checkpoint.tensors.regions import Extent
 from nemo_skymoe.durable import checksums
 from nemo_skymoe.durable.checksums import Checksummer, FileChecksum
 

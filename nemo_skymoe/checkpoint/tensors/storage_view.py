@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_skymoe.checkpoint.regions import Extent, FileStorage
-from nemo_skymoe.checkpoint.tensors import TensorInfo
+from nemo_skymoe.checkpoint.tensors.model import TensorInfo
+from nemo_skymoe.checkpoint.tensors.regions import Extent, FileStorage
 
 if TYPE_CHECKING:
     from torch import Tensor

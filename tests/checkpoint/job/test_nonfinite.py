@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_skymoe.checkpoint import buffers
-from nemo_skymoe.checkpoint.regions import Extent, tensor_bytes
-from nemo_skymoe.checkpoint.scanning import count_nonfinite, scan
+from nemo_skymoe.checkpoint.job.scanning import count_nonfinite, scan
+from nemo_skymoe.checkpoint.tensors import buffers
+from nemo_skymoe.checkpoint.tensors.regions import Extent, tensor_bytes
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable import checksums
 from tests.checkpoint.fakes import random_weights

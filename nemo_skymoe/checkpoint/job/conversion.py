@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nemo_skymoe.checkpoint.finished import Damage, finished, own_receipt, refuse_damaged
-from nemo_skymoe.checkpoint.lost_receipt import adopt, is_lost
-from nemo_skymoe.checkpoint.regions import FileStorage
-from nemo_skymoe.checkpoint.repair import damaged_output, repaired
-from nemo_skymoe.checkpoint.source_check import check_same_sources, check_sources, check_unchanged
-from nemo_skymoe.checkpoint.target import Target, check_complete
-from nemo_skymoe.checkpoint.tensors import Weights
-from nemo_skymoe.checkpoint.writing import write_files
+from nemo_skymoe.checkpoint.job.finished import Damage, finished, own_receipt, refuse_damaged
+from nemo_skymoe.checkpoint.job.lost_receipt import adopt, is_lost
+from nemo_skymoe.checkpoint.job.repair import damaged_output, repaired
+from nemo_skymoe.checkpoint.job.source_check import check_same_sources, check_sources, check_unchanged
+from nemo_skymoe.checkpoint.job.writing import write_files
+from nemo_skymoe.checkpoint.tensors.model import Weights
+from nemo_skymoe.checkpoint.tensors.regions import FileStorage
+from nemo_skymoe.checkpoint.tensors.target import Target, check_complete
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable.checksums import FileChecksum, found_checksums
 from nemo_skymoe.durable.files import sync, write_small

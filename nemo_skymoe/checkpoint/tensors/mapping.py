@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.buffers import empty
-from nemo_skymoe.checkpoint.tensors import Key, Storage, TensorInfo, Weights, key_shape, model_keys
+from nemo_skymoe.checkpoint.tensors.buffers import empty
+from nemo_skymoe.checkpoint.tensors.model import Key, Storage, TensorInfo, Weights, key_shape, model_keys
 from nemo_skymoe.durable.errors import CheckpointError
 
 if TYPE_CHECKING:  # a --dry-run has less time than importing torch takes

@@ -21,7 +21,7 @@ from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 from nemo_skymoe.checkpoint.hugging_face.exported_files import config_file, to_hf_config
 from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
 from nemo_skymoe.checkpoint.sources import open_source
-from nemo_skymoe.checkpoint.tensors import Key
+from nemo_skymoe.checkpoint.tensors.model import Key
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
 from nemo_skymoe.checkpoint.torch_dist.context import context_files
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling

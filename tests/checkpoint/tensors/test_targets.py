@@ -19,10 +19,10 @@ from transformers import LlamaForCausalLM
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.hugging_face.storage import INDEX, SINGLE, SafetensorsStorage
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
-from nemo_skymoe.checkpoint.job import run
-from nemo_skymoe.checkpoint.mapping import StoredWeights, assemble
-from nemo_skymoe.checkpoint.target import check_complete, stored_dtypes
-from nemo_skymoe.checkpoint.tensors import Key
+from nemo_skymoe.checkpoint.job.conversion import run
+from nemo_skymoe.checkpoint.tensors.mapping import StoredWeights, assemble
+from nemo_skymoe.checkpoint.tensors.model import Key
+from nemo_skymoe.checkpoint.tensors.target import check_complete, stored_dtypes
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import cpu_runtime

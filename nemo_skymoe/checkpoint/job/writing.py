@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
-from nemo_skymoe.checkpoint.target import Target, TargetFile
-from nemo_skymoe.checkpoint.tensors import Weights
+from nemo_skymoe.checkpoint.tensors.model import Weights
+from nemo_skymoe.checkpoint.tensors.target import Target, TargetFile
 from nemo_skymoe.durable.checksums import FileChecksum
 from nemo_skymoe.durable.output_file import OutputFile, Pipeline
 from nemo_skymoe.durable.pool import share

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from nemo_skymoe.checkpoint.finished import Damage, damaged_files, refused
-from nemo_skymoe.checkpoint.mapping import listed
-from nemo_skymoe.checkpoint.target import Target
+from nemo_skymoe.checkpoint.job.finished import Damage, damaged_files, refused
+from nemo_skymoe.checkpoint.tensors.mapping import listed
+from nemo_skymoe.checkpoint.tensors.target import Target
 from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.files import move, sync, write_small
 from nemo_skymoe.durable.receipt import RECEIPT, read_receipt

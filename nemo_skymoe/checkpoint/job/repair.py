@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.finished import Damage, damaged_files
-from nemo_skymoe.checkpoint.target import Target
-from nemo_skymoe.checkpoint.tensors import Weights
-from nemo_skymoe.checkpoint.writing import write_files
+from nemo_skymoe.checkpoint.job.finished import Damage, damaged_files
+from nemo_skymoe.checkpoint.job.writing import write_files
+from nemo_skymoe.checkpoint.tensors.model import Weights
+from nemo_skymoe.checkpoint.tensors.target import Target
 from nemo_skymoe.durable.checksums import FileChecksum
 from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.durable.files import sync, write_small

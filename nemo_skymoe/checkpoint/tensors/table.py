@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.mapping import Part
-from nemo_skymoe.checkpoint.tensors import Key, key_shape
+from nemo_skymoe.checkpoint.tensors.mapping import Part
+from nemo_skymoe.checkpoint.tensors.model import Key, key_shape
 
 Arrangement = Callable[[Architecture, int | None, int | None], Iterator[Part]]
 """The rows of a stored tensor that is made of several, for a layer and an expert."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.job import run
+from nemo_skymoe.checkpoint.job.conversion import run
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable import output_file
 from nemo_skymoe.durable.journal import JOURNAL

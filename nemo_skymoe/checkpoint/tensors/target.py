@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
-from nemo_skymoe.checkpoint.mapping import Chunk, listed
-from nemo_skymoe.checkpoint.regions import DTYPE_SIZES
-from nemo_skymoe.checkpoint.tensors import Key, Weights
+from nemo_skymoe.checkpoint.tensors.mapping import Chunk, listed
+from nemo_skymoe.checkpoint.tensors.model import Key, Weights
+from nemo_skymoe.checkpoint.tensors.regions import DTYPE_SIZES
 from nemo_skymoe.durable.errors import CheckpointError
 
 if TYPE_CHECKING:

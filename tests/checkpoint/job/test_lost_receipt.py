@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemo_skymoe.checkpoint.job import run
+from nemo_skymoe.checkpoint.job.conversion import run
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable.receipt import RECEIPT
 from tests.checkpoint.fakes import random_weights

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from nemo_skymoe.checkpoint.buffers import empty
+from nemo_skymoe.checkpoint.tensors.buffers import empty
 
 
 def taken(value: int) -> list[torch.Tensor]:

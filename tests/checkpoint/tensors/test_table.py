@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint.mapping import Chunk, StoredWeights, assemble
-from nemo_skymoe.checkpoint.table import Line, below, entries, shape_of
-from nemo_skymoe.checkpoint.tensors import model_keys
+from nemo_skymoe.checkpoint.tensors.mapping import Chunk, StoredWeights, assemble
+from nemo_skymoe.checkpoint.tensors.model import model_keys
+from nemo_skymoe.checkpoint.tensors.table import Line, below, entries, shape_of
 from tests.checkpoint.fakes import DictStorage, random_weights
 
 TABLE = (

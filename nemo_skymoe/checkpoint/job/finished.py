@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.checkpoint.mapping import listed
-from nemo_skymoe.checkpoint.regions import FileStorage
+from nemo_skymoe.checkpoint.tensors.mapping import listed
+from nemo_skymoe.checkpoint.tensors.regions import FileStorage
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable.checksums import FileChecksum, found_checksums
 from nemo_skymoe.durable.errors import CheckpointError

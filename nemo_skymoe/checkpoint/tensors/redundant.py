@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from nemo_skymoe.checkpoint.description import Description
-from nemo_skymoe.checkpoint.regions import FileStorage
-from nemo_skymoe.checkpoint.storage_view import Renamed, StorageView
+from nemo_skymoe.checkpoint.tensors.regions import FileStorage
+from nemo_skymoe.checkpoint.tensors.storage_view import Renamed, StorageView
 from nemo_skymoe.durable.errors import CheckpointError
 
 if TYPE_CHECKING:

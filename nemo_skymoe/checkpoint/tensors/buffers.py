@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from nemo_skymoe.checkpoint.regions import DTYPE_SIZES
+from nemo_skymoe.checkpoint.tensors.regions import DTYPE_SIZES
 from nemo_skymoe.durable.output_file import new_memory
 
 if TYPE_CHECKING:
