@@ -41,7 +41,7 @@ _IMPORT = re.compile(r"^\s*from\s+\.(\w*)\s+import\s+([\w ,]+)", re.MULTILINE)
 
 
 def companion_files(folder: Path) -> dict[str, bytes]:
-    """The files of a folder that travel, with their content, by relative path.
+    """Return the files of a folder that travel, with their content, by relative path.
 
     Raises:
         CheckpointError: One cannot be read, is no file, or is a link to a file that has another name.
@@ -50,12 +50,12 @@ def companion_files(folder: Path) -> dict[str, bytes]:
 
 
 def companion_names(folder: Path) -> list[str]:
-    """The relative paths of `companion_files`. Errors as there."""
+    """Return the relative paths of `companion_files`. Errors as there."""
     return sorted(companion_kinds(folder))
 
 
 def companion_kinds(folder: Path) -> dict[str, str]:
-    """The kind of every file that travels, by its relative path; code is of the tokenizer's. Errors as `companion_files`."""
+    """Return the kind of every file that travels, by its relative path. Code counts as the tokenizer's."""
     files = {
         file.relative_to(folder).as_posix(): file for file in (*folder.glob("*"), *folder.glob("*/*.jinja"))
     }
@@ -78,7 +78,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def find_companions(context: Path) -> Path | None:
-    """The folder with these files in a NeMo checkpoint's context, if there are any."""
+    """Return the folder with these files in a NeMo checkpoint's context, if there are any."""
     ours = context / _TOKENIZER
     if ours.is_dir() and companion_names(ours):
         return ours
@@ -91,7 +91,7 @@ def find_companions(context: Path) -> Path | None:
 
 
 def _check_link(file: Path, folder: Path) -> None:
-    """A copy of what lies elsewhere goes into every export: a link must not fetch a secret under another name."""
+    """Refuse a link that would fetch a secret under another name: a copy of its target goes into every export."""
     real, home = Path(os.path.realpath(file)), folder.resolve()
     refuse_broken_link(file)
     if not real.is_file():
@@ -107,7 +107,7 @@ def _check_link(file: Path, folder: Path) -> None:
 
 
 def _code(folder: Path) -> Iterator[Path]:
-    """The modules of a tokenizer that brings its own code."""
+    """Yield the modules of a tokenizer that brings its own code."""
     waiting, seen = list(_named_modules(folder)), set[str]()
     while waiting:
         name = waiting.pop()

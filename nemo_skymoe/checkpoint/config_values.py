@@ -41,14 +41,14 @@ class ConfigValues:
         return default
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A positive integer; with no default it must be there."""
+        """Return a positive integer; with no default it must be there."""
         value = self.value(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < LARGEST:
             raise self.wrong(name, "a positive integer")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive finite number; with no default it must be there."""
+        """Return a positive finite number. Without a default it must be there."""
         value = self.value(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self.wrong(name, "a positive number")
@@ -62,7 +62,7 @@ class ConfigValues:
         return value
 
     def asked(self, name: str) -> bool:
-        """Whether it was read."""
+        """Say whether the value was read."""
         return name in self._asked
 
     def known(self, *names: str) -> None:
@@ -76,12 +76,12 @@ class ConfigValues:
                 logger.warning("%s: %s is %r, which is unknown here and not used", self.place, name, value)
 
     def wrong(self, name: str, expected: str) -> CheckpointError:
-        """The error to raise about a value."""
+        """Return the error to raise about a value."""
         return CheckpointError(f"{self.place}: {name} is {self.raw.get(name)!r}, expected {expected}")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
         CheckpointError: There is no such file, or it holds something else.
@@ -98,7 +98,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_bytes(file: Path) -> bytes:
-    """The content of a file; CheckpointError if it cannot be read."""
+    """Return the content of a file; CheckpointError if it cannot be read."""
     try:
         content = file.read_bytes()
     except OSError as reason:

@@ -160,7 +160,7 @@ def plan(sources: Mapping[str, Source], options: TargetOptions, upcycling: Upcyc
 def hugging_face_target(
     weights: Weights, description: Description, tokenizer_folder: Path | None, options: TargetOptions
 ) -> tuple[HuggingFaceTarget, dict[str, Any]]:
-    """A folder of safetensors, and the options that made it."""
+    """Return a folder of safetensors, and the options that made it."""
     chunks = hugging_face_names.chunks(weights.architecture)
     extras = exported_files.extras(description, tokenizer_folder)
     dtypes = stored_dtypes(chunks, weights)
@@ -171,7 +171,7 @@ def hugging_face_target(
 def nemo_target(
     weights: Weights, description: Description, tokenizer_folder: Path | None, options: TargetOptions
 ) -> tuple[TorchDistTarget, dict[str, Any]]:
-    """A NeMo 2 checkpoint, and the options that made it."""
+    """Return a NeMo 2 checkpoint, and the options that made it."""
     spec = options.layer_spec or ("te" if find_spec("transformer_engine") else "local")
     rows = options.vocab_size or torch_dist_names.padded_vocab_size(weights.architecture.vocab_size)
     chunks = torch_dist_names.chunks(weights.architecture, rows, spec)

@@ -42,7 +42,7 @@ class Format:
 
 
 def form_of(folder: Path) -> str:
-    """The format of a checkpoint folder, one of FORMATS, from the names in it.
+    """Return the format of a checkpoint folder, one of FORMATS, from the names in it.
 
     Raises:
         CheckpointError: None that is known.
@@ -74,7 +74,7 @@ def form_of(folder: Path) -> str:
 
 
 def open_torch_dist(folder: Path, config: Path | None = None) -> tuple[StoredWeights, Description]:
-    """The model in a checkpoint folder of NeMo 2 (`weights/`, `context/`) or of Megatron-LM.
+    """Return the model in a checkpoint folder of NeMo 2 (`weights/`, `context/`) or of Megatron-LM.
 
     Args:
         folder: Saved at any tensor-, pipeline- and expert-parallel size.
@@ -91,7 +91,7 @@ def open_torch_dist(folder: Path, config: Path | None = None) -> tuple[StoredWei
 
 
 def describe_torch_dist(folder: Path, storage: Storage, config: Path | None = None) -> Description:
-    """The model whose tensors are `storage`, from the first of: `config`, a config.json in the context, the options.
+    """Return the model whose tensors are `storage`, from `config`, a config.json in the context, or the options.
 
     Raises:
         CheckpointError: None of them is there, or they describe a model of another kind.
@@ -122,4 +122,5 @@ FORMATS = {
     "nemo": Format("NeMo 2 torch_dist", "weights", TorchDistStorage, open_torch_dist, _in_context),
     "megatron": Format("Megatron-LM torch_dist", ".metadata", TorchDistStorage, open_torch_dist, _in_context),
 }
-"""In the order in which a folder is looked at: "megatron" is a checkpoint of Megatron-LM, without `context/`."""
+"""The formats in the order in which a folder is checked for them. "megatron" is a checkpoint of Megatron-LM, without
+`context/`."""

@@ -76,7 +76,7 @@ def _describe_storage(found: Inspection, storage: Storage) -> None:
 
 
 def _bytes(info: TensorInfo) -> int:
-    """The size of a tensor of any data type, also one that no weights have."""
+    """Return the size of a tensor of any data type, also one that no weights have."""
     count = DTYPE_SIZES[info.dtype]
     for size in info.shape:
         count *= size

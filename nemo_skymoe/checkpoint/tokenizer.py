@@ -13,7 +13,7 @@ SPECIAL = ("bos_token", "eos_token", "pad_token")
 
 
 def size(folder: Path) -> int | None:
-    """One more than the largest id; None where neither `tokenizer.json` nor `tokenizer.model` tells it.
+    """Return one more than the largest id; None where neither `tokenizer.json` nor `tokenizer.model` tells it.
 
     Raises:
         CheckpointError: The file is damaged.

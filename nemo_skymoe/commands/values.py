@@ -1,4 +1,4 @@
-"""Read the options that are more than text and numbers, once, where the command line is."""
+"""Options that are more than text and numbers are read here, once, where the command line is."""
 
 from nemo_skymoe.architecture import as_architecture
 from nemo_skymoe.commands.front_ends import Read

@@ -1,4 +1,4 @@
-"""Hugging Face's config.json as a description of a model: every value read, logged, and refused where it has no place."""
+"""Hugging Face's config.json as a description of a model. Every value is read, logged, or refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MISTRAL_GROUPS, _MISTRAL_WINDOW = 8, 4096
 
 
 def read(folder: Path) -> Description:
-    """The description in a folder's config.json.
+    """Return the description in a folder's config.json.
 
     Raises:
         CheckpointError: It is missing or wrong, or describes a model that has no place here.
@@ -75,7 +75,7 @@ def _family(values: ConfigValues) -> str:
 
 
 def _layers(values: ConfigValues) -> dict[str, Any]:
-    """Which layers are dense, and how large an expert is beside them; the fields are Qwen's."""
+    """Return which layers are dense, and how large an expert is beside them. The fields are Qwen's."""
     dense = values.value("mlp_only_layers", None) or []
     layers = values.size("num_hidden_layers")
     if not isinstance(dense, list) or any(type(one) is not int or not 0 <= one < layers for one in dense):
@@ -139,7 +139,7 @@ def _num_experts(values: ConfigValues) -> int | None:
 
 
 def _gate(values: ConfigValues) -> float | None:
-    """The gate's settings; where the release's config.json is silent, what its serving code does."""
+    """Return the gate's settings; where the release's config.json is silent, what its serving code does."""
     if values.value("moe_expert_interval", 1) != 1:
         raise values.wrong("moe_expert_interval", "1: experts in every layer")
     if values.flag("moe_2layer_gate", False):

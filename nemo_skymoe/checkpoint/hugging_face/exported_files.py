@@ -24,7 +24,7 @@ ARCHITECTURES = {
 
 
 def to_hf_config(description: Description) -> dict[str, Any]:
-    """The config.json of a description: what was read, with the values that no longer hold replaced.
+    """Return the config.json of a description: what was read, with the values that no longer hold replaced.
 
     An MoE has the fields that the release is known to have. A gate trained with the population standard deviation
     is written with the norm that gives the same function under the release's sample standard deviation.
@@ -107,7 +107,7 @@ def _moe_fields(description: Description) -> dict[str, Any]:
 
 
 def extras(description: Description, folder: Path | None) -> dict[str, bytes]:
-    """Every file beside the weights, by relative path: the same bytes for the same arguments.
+    """Return every file beside the weights, by relative path: the same bytes for the same arguments.
 
     Args:
         description: The description of the model that is written.

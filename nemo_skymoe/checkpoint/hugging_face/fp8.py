@@ -39,7 +39,7 @@ class Dequantized(StorageView):
         super().__init__(storage, tensors)
 
     def read(self, name: str, index: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
-        """The same as from the storage itself; an 8-bit tensor is multiplied in float32."""
+        """Return the same as from the storage itself; an 8-bit tensor is multiplied in float32."""
         tensor = super().read(name, index, rows)
         if name not in self._quantized:
             return tensor

@@ -39,7 +39,7 @@ TABLE = (
 
 
 def chunks(architecture: Architecture, naming: Naming = "skywork") -> list[Chunk]:
-    """Every stored tensor of a model: 471 for Skywork-13B, 2863 for Skywork-MoE.
+    """Return every stored tensor of a model: 471 for Skywork-13B, 2863 for Skywork-MoE.
 
     Args:
         architecture: A dense model has Llama's names whatever `naming` is.

@@ -35,7 +35,7 @@ IGNORED = (
 
 
 def open_hugging_face(folder: Path) -> tuple[StoredWeights, Description]:
-    """A checkpoint folder of any layout here, from its headers and its configuration.
+    """Return a checkpoint folder of any layout here, from its headers and its configuration.
 
     Raises:
         CheckpointError: The configuration is refused, or the tensors are not those of its model.
@@ -83,7 +83,7 @@ def _with_stored(description: Description, embedding: TensorInfo, folder: Path) 
 
 
 def _without_ignored(storage: FileStorage) -> FileStorage:
-    """The storage without the tensors that are known and mean nothing here; says what they were."""
+    """Return the storage without the tensors that are known and mean nothing here; says what they were."""
     tensors = storage.tensors
     ignored = Counter(ending for ending in map(_ignored, tensors) if ending)
     for ending, count in ignored.items():

@@ -46,7 +46,7 @@ def check_code(folder: Path) -> bool:
 
 
 def _named(file: Path) -> Iterator[str]:
-    """The classes outside of transformers that a file of the configuration wants to have imported."""
+    """Yield the classes outside of transformers that a file of the configuration wants to have imported."""
     if file.name in _OF_DATA:
         return
     waiting: list[Any] = [read_json(file)]

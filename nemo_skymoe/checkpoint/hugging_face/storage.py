@@ -98,7 +98,7 @@ class SafetensorsStorage:
         }
 
     def extents(self, file: Path) -> list[Extent]:
-        """The tensors of one file by position."""
+        """Return the tensors of one file by position."""
         held = [
             Extent(name, place.dtype, place.start, place.stop)
             for name, place in self._places.items()
@@ -117,7 +117,7 @@ class SafetensorsStorage:
 
 
 def read_header(file: Path) -> dict[str, _Place]:
-    """The tensors of one safetensors file, of which every byte is checked to be accounted for."""
+    """Return the tensors of one safetensors file, of which every byte is checked to be accounted for."""
     size = file.stat().st_size
     if size < 8:
         raise CheckpointError(f"'{file}' is truncated: {size} bytes, expected a safetensors header")

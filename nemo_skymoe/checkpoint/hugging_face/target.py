@@ -85,7 +85,7 @@ class HuggingFaceTarget:
             output.write_tensor(chunk.name, tensor_bytes(contiguous(tensor)))
 
     def last_files(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
-        """The index, unless there is one shard."""
+        """Return the index, unless there is one shard."""
         if len(self.files()) == 1:
             return {}
         shards = {chunk.tensor: file.name for file in self.files() for chunk in file.chunks}

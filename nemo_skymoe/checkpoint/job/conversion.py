@@ -137,7 +137,7 @@ def _check_extras(target: Target) -> None:
 
 
 def _identity(job: Mapping[str, Any], target: Target) -> dict[str, Any]:
-    """The job, and a checksum of everything that decides where which bytes go."""
+    """Return the job, and a checksum of everything that decides where which bytes go."""
     table = [
         (file.name, [(chunk.name, target.dtypes[chunk.tensor], repr(chunk.parts)) for chunk in file.chunks])
         for file in target.files()
@@ -148,7 +148,7 @@ def _identity(job: Mapping[str, Any], target: Target) -> dict[str, Any]:
 
 
 def _keep_finished(journal: Journal, target: Target, counter: ProgressCounter) -> None:
-    """Of what earlier attempts left, keep what is complete by its checksum and delete the rest."""
+    """Keep the files of earlier attempts that are complete by their checksums, and delete the rest."""
     folder, claimed = journal.folder, dict(journal.files)
     names = [file.name for file in target.files() if file.name in claimed]
     found = found_checksums({name: folder / name for name in names}, claimed, counter.advance)

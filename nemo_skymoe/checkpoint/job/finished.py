@@ -21,7 +21,7 @@ _WITH_REPAIR = "the same command with --repair"
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with a file, and its own checksum if it has the size that it was written with."""
+    """The damage of a file: what is wrong with it, and its own checksum if it has the size that it was written with."""
 
     reason: str
     found: FileChecksum | None = None
@@ -30,7 +30,7 @@ class Damage:
 def finished(
     output: Path, identity: Mapping[str, Any], sources: Sequence[FileStorage], advance: Advance
 ) -> dict[str, Any]:
-    """The receipt in `output`, which this job wrote, and from sources that are still the same to the byte.
+    """Return the receipt in `output`, which this job wrote, and from sources that are still the same to the byte.
 
     The sources are read once more. By which path they are named, and where they lie, does not matter.
 
@@ -51,7 +51,7 @@ def finished(
 
 
 def own_receipt(output: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The receipt in `output`, which this job wrote, from whichever sources. Errors as `finished`."""
+    """Return the receipt in `output`, which this job wrote, from whichever sources. Errors as `finished`."""
     try:
         receipt = read_receipt(output)
     except CheckpointError as reason:
@@ -68,7 +68,7 @@ def own_receipt(output: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed(storage: FileStorage, written: Mapping[str, Any], advance: Advance) -> Path | None:
-    """A file of a source that is not the one in the receipt."""
+    """Return a file of a source that is not the one in the receipt."""
     files = {file.relative_to(storage.folder).as_posix(): file for file in storage.files}
     if files.keys() != written.keys():
         return storage.folder / min(files.keys() ^ written.keys())
@@ -80,7 +80,7 @@ def _changed(storage: FileStorage, written: Mapping[str, Any], advance: Advance)
 def damaged_files(
     output: Path, receipt: Mapping[str, Any], names: Iterable[str], advance: Advance, *, own: bool = True
 ) -> dict[str, Damage]:
-    """The files of a finished output that are missing or not the bytes that were written, all of which are read.
+    """Return the files of a finished output that are missing or not the bytes that were written, all of which are read.
 
     Args:
         receipt: The output's.
@@ -113,7 +113,7 @@ def _damage(file: Path, claimed: FileChecksum, found: FileChecksum | None) -> Da
 
 
 def refuse_damaged(output: Path, damages: Mapping[str, Damage]) -> CheckpointError:
-    """The error that names these files and says how to have them written again."""
+    """Return the error that names these files and says how to have them written again."""
     problems = [f"'{output / name}' {damage.reason}" for name, damage in damages.items()]
     what = "that file" if len(problems) == 1 else "those files"
     return CheckpointError(
@@ -122,7 +122,7 @@ def refuse_damaged(output: Path, damages: Mapping[str, Damage]) -> CheckpointErr
 
 
 def refused(output: Path, reason: str) -> ConfigurationError:
-    """The error for an output that exists and is not this job's."""
+    """Return the error for an output that exists and is not this job's."""
     return ConfigurationError(
         f"'{output}' exists: expected a new folder, or this command's own, but {reason}"
     )

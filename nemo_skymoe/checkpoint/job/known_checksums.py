@@ -1,4 +1,4 @@
-"""What the files of a source should be, by its own receipt, its lists of checksums or Hugging Face's records."""
+"""Find the checksums that a source gives of its files: in its receipt, in lists, or in Hugging Face's records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SUMS = ("SHA256SUMS", "SHA256SUMS.txt", "sha256sums.txt", "sha256sum.txt", "che
 
 
 def known_checksums(files: Sequence[Path]) -> dict[Path, Known]:
-    """What a source says of its own files: in a receipt, SHA256SUMS, or Hugging Face's records of a download."""
+    """Return the checksums that a source gives of its files: in a receipt, SHA256SUMS, or records of a download."""
     known: dict[Path, Known] = {}
     wanted = set(files)
     for folder in {folder for file in files for folder in (file.parent, file.parent.parent)}:
@@ -37,7 +37,7 @@ def known_checksums(files: Sequence[Path]) -> dict[Path, Known]:
 
 
 def _listed(sums: Path) -> dict[str, str]:
-    """What `sha256sum` wrote, by name."""
+    """Return the checksums that `sha256sum` wrote, by name."""
     pairs = (line.partition(" ") for line in sums.read_text(errors="replace").splitlines())
     return {
         name.lstrip(" *").removeprefix("./"): sha256.lower()

@@ -14,7 +14,7 @@ from nemo_skymoe.durable.receipt import RECEIPT, read_receipt
 
 
 def is_lost(output: Path, target: Target) -> bool:
-    """Whether a folder has no receipt that can be read, but files as this job writes them.
+    """Say whether a folder has no receipt that can be read, but files as this job writes them.
 
     Raises:
         ConfigurationError: It has neither, so that nothing speaks for its being an output of this job.

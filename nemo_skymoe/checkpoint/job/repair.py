@@ -23,13 +23,13 @@ from nemo_skymoe.durable.unfinished import check_space, plain_errors
 def damaged_output(
     output: Path, receipt: Mapping[str, Any], target: Target, advance: Callable[[int, str], None]
 ) -> dict[str, Damage]:
-    """What is missing from a finished output or is not as it was written, by file; all of it is read."""
+    """Return by file what is missing from a finished output, or differs from what was written. All of it is read."""
     names = [*(file.name for file in target.files()), *_small(target, receipt)]
     return damaged_files(output, receipt, names, advance)
 
 
 def _small(target: Target, receipt: Mapping[str, Any]) -> dict[str, bytes]:
-    """The content of every file without tensors, as far as the receipt has the sizes that it depends on."""
+    """Return the content of every file without tensors, as far as the receipt has the sizes that it depends on."""
     written = receipt["files"]
     sizes = {file.name: written[file.name]["bytes"] for file in target.files() if file.name in written}
     complete = len(sizes) == len(target.files())
@@ -86,7 +86,7 @@ def _corrected(
     receipt: Mapping[str, Any],
     written: Mapping[str, FileChecksum],
 ) -> dict[str, Any]:
-    """The receipt, with the right checksum of files that it alone was wrong about, and written anew if it was edited."""
+    """Return the receipt with the right checksums of files that only it was wrong about, anew if it was edited."""
     claimed = {name: FileChecksum.from_json(value) for name, value in receipt["files"].items()}
     wrong = [name for name in written if written[name] != claimed[name]]
     if not wrong and RECEIPT not in damages:

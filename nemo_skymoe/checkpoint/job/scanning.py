@@ -1,4 +1,4 @@
-"""One pass over a file of a source: its checksum, and a search for NaN and Inf; in sections where its tensors allow."""
+"""Pass once over a file of a source, for its checksum, NaN and Inf; in sections, if its tensors allow that."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _FIRST_NONFINITE = {
 
 @dataclass(frozen=True)
 class SourceFile:
-    """What was found in a file of a source. `nonfinite`: NaN and Inf by tensor."""
+    """The findings in a file of a source. `nonfinite` has the numbers of NaN and Inf by tensor."""
 
     checksum: FileChecksum
     nonfinite: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
-        """As a receipt and a journal have it."""
+        """Return the findings as a receipt and a journal have them."""
         return self.checksum.to_json() | ({"nonfinite": self.nonfinite} if self.nonfinite else {})
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> SourceFile:
-        """The opposite."""
+        """Return the opposite."""
         return SourceFile(FileChecksum.from_json(value), value.get("nonfinite", {}))
 
 
@@ -67,7 +67,7 @@ def scan(
     advance: Callable[[int], None],
     section: tuple[int, int] | None = None,
 ) -> SourceFile:
-    """A file's checksum, in the parts that `known` has, and its NaN and Inf by tensor; or those of one of `sections`."""
+    """Return a file's checksum in the parts that `known` has, and its NaN and Inf by tensor; or those of `sections`."""
     first, stop = section or (0, file.stat().st_size)
     parts = [(name, part.start, part.bytes) for name, part in known.tensors.items()] if known else []
     # A tensor without elements may lie at the very end.
@@ -88,7 +88,7 @@ def scan(
 
 
 def joined(found: Sequence[SourceFile]) -> SourceFile:
-    """What `scan` found in the sections of one file, as of the whole."""
+    """Return the findings of a whole file from those of `scan` in its sections."""
     checksums = [section.checksum for section in found]
     tensors = {name: part for checksum in checksums for name, part in checksum.tensors.items()}
     nonfinite: dict[str, int] = {}

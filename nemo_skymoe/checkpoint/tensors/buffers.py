@@ -29,7 +29,7 @@ _turn = threading.Lock()
 
 
 def empty(shape: Sequence[int], dtype: str) -> Tensor:
-    """An uninitialised tensor. `dtype` is torch's name."""
+    """Return an uninitialised tensor. `dtype` is torch's name."""
     import torch
 
     kind: torch.dtype = getattr(torch, dtype)
@@ -40,7 +40,7 @@ def empty(shape: Sequence[int], dtype: str) -> Tensor:
 
 
 def _memory(size: int) -> mmap.mmap:
-    """A piece of exactly this size that no tensor uses; tensors hold a reference to theirs."""
+    """Return a piece of exactly this size that no tensor uses; tensors hold a reference to theirs."""
     with _turn:
         for place in range(len(_pieces)):
             if len(_pieces[place]) == size and sys.getrefcount(_pieces[place]) == _FREE:

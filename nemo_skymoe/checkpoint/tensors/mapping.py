@@ -48,7 +48,7 @@ class Chunk:
 
 
 def assemble(chunk: Chunk, weights: Weights, dtype: torch.dtype) -> Tensor:
-    """A chunk's content, of `chunk_shape`. Reads each tensor that it needs once; holds two copies at most."""
+    """Return a chunk's content, of `chunk_shape`. Reads each tensor that it needs once; holds two copies at most."""
     if len(chunk.parts) == 1 and (key := chunk.parts[0].key) is not None:
         tensor = weights.read(key)
         if tensor.shape == chunk.chunk_shape and chunk.parts[0].start == 0:
@@ -90,7 +90,7 @@ class StoredWeights:
         check_tensors(storage, shapes)
 
     def keys(self) -> tuple[Key, ...]:
-        """Every tensor of the model, in the order of the layers."""
+        """Return every tensor of the model, in the order of the layers."""
         return model_keys(self.architecture)
 
     def info(self, key: Key) -> TensorInfo:
@@ -99,7 +99,7 @@ class StoredWeights:
         return TensorInfo(key_shape(self.architecture, key), stored.dtype)
 
     def read(self, key: Key) -> Tensor:
-        """The whole tensor, gathered from wherever the format keeps its rows."""
+        """Return the whole tensor, gathered from wherever the format keeps its rows."""
         places = self._places[key]
         if len(places) == 1:
             return self._rows(*places[0])
@@ -130,6 +130,6 @@ def check_tensors(storage: Storage, expected: dict[str, tuple[int, ...]]) -> Non
 
 
 def listed(problems: Sequence[str], most: int = 8) -> str:
-    """The first few of a list, and how many more there are."""
+    """Return the first few of a list, and how many more there are."""
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + more

@@ -76,7 +76,7 @@ class Weights(Protocol):
     architecture: Architecture
 
     def keys(self) -> tuple[Key, ...]:
-        """Every tensor of the model, in the order of the layers."""
+        """Return every tensor of the model, in the order of the layers."""
         ...
 
     def info(self, key: Key) -> TensorInfo:
@@ -84,12 +84,12 @@ class Weights(Protocol):
         ...
 
     def read(self, key: Key) -> Tensor:
-        """The whole tensor, contiguous, the caller's own."""
+        """Return the whole tensor, contiguous, the caller's own."""
         ...
 
 
 def model_keys(architecture: Architecture) -> tuple[Key, ...]:
-    """Every tensor that a model of this architecture has, in the order of the layers."""
+    """Return every tensor that a model of this architecture has, in the order of the layers."""
     keys = [Key("embedding")]
     for layer, moe in enumerate(architecture.moe_layers):
         keys += [Key(kind, layer) for kind in ATTENTION_KINDS]
@@ -104,7 +104,7 @@ def model_keys(architecture: Architecture) -> tuple[Key, ...]:
 
 
 def key_shape(architecture: Architecture, key: Key) -> tuple[int, ...]:
-    """The shape that a tensor has in a model of this architecture."""
+    """Return the shape that a tensor has in a model of this architecture."""
     hidden = architecture.hidden_size
     ffn = architecture.ffn_hidden_size if key.expert is None else architecture.expert_ffn_hidden_size
     queries = architecture.num_attention_heads * architecture.head_size

@@ -21,7 +21,7 @@ _TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-2}
 
 
 def one_embedding(storage: FileStorage, *, embedding: str, head: str, tied: bool) -> FileStorage:
-    """The storage with the tensors that a model of tied, or of separate, embedding and head has.
+    """Return the storage with the tensors that a model of tied, or of separate, embedding and head has.
 
     Args:
         storage: The tensors of a checkpoint of any format.
@@ -50,7 +50,7 @@ def one_embedding(storage: FileStorage, *, embedding: str, head: str, tied: bool
 
 
 def without_copies(storage: FileStorage, copies: Mapping[str, str]) -> FileStorage:
-    """The storage without tensors that repeat another, which are read and compared bit by bit.
+    """Return the storage without tensors that repeat another, which are read and compared bit by bit.
 
     Args:
         storage: The tensors of a checkpoint of any format.
@@ -71,7 +71,7 @@ def without_copies(storage: FileStorage, copies: Mapping[str, str]) -> FileStora
 
 
 def without_buffers(storage: FileStorage, description: Description) -> FileStorage:
-    """The storage without rotary frequencies and causal masks, which are compared with what the model computes.
+    """Return the storage without rotary frequencies and causal masks, which are compared with what the model computes.
 
     Raises:
         CheckpointError: They are other ones.

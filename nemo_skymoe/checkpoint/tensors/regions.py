@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint lie in its files, and how large they are."""
+"""The places and sizes of a checkpoint's tensors in its files."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ class FileStorage(Storage, Protocol):
     """A storage that knows where in its files the tensors are."""
 
     def extents(self, file: Path) -> Sequence[Extent]:
-        """The tensors, or pieces of them, that `file` holds, by position."""
+        """Return the tensors, or pieces of them, that `file` holds, by position."""
         ...
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor."""
     import torch
 
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def box(shape: Sequence[int], index: Sequence[int], rows: tuple[int, int] | None) -> Box:
-    """The part of a tensor that `Storage.read` is asked for: one run of its elements."""
+    """Return the part of a tensor that `Storage.read` is asked for: one run of its elements."""
     picked = [(position, position + 1) for position in index]
     if rows is not None:
         picked.append(rows)
@@ -76,5 +76,5 @@ def box_shape(region: Box, index: Sequence[int]) -> tuple[int, ...]:
 
 
 def first_element(region: Box, shape: Sequence[int]) -> int:
-    """How many elements of a contiguous tensor lie before the region's first."""
+    """Return how many elements of a contiguous tensor lie before the region's first."""
     return sum(start * prod(shape[axis + 1 :]) for axis, (start, _) in enumerate(region))

@@ -21,11 +21,11 @@ class StorageView:
         self.tensors = tensors
 
     def extents(self, file: Path) -> Sequence[Extent]:
-        """The extents of everything in the file, seen or not: its checksum covers all of it."""
+        """Return the extents of everything in the file, seen or not: its checksum covers all of it."""
         return self.storage.extents(file)
 
     def read(self, name: str, index: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
-        """The same as from the storage itself."""
+        """Return the same as from the storage itself."""
         return self.storage.read(name, index, rows)
 
 
@@ -37,5 +37,5 @@ class Renamed(StorageView):
         self._stored = {new: old for old, new in names.items()}
 
     def read(self, name: str, index: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
-        """The same as from the storage itself, under the new name."""
+        """Return the same as from the storage itself, under the new name."""
         return super().read(self._stored.get(name, name), index, rows)

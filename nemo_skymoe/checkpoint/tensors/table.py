@@ -26,7 +26,7 @@ class Line:
     """The words that have to hold: "dense" or "moe" of the layer, and the variant of the format; empty for everywhere."""
 
     def parts(self, architecture: Architecture, layer: int | None, expert: int | None) -> tuple[Part, ...]:
-        """The parts that the tensor of this layer and this expert is made of."""
+        """Return the parts that the tensor of this layer and this expert is made of."""
         arrangement = below(self.meaning) if isinstance(self.meaning, str) else self.meaning
         return tuple(arrangement(architecture, layer, expert))
 
@@ -45,7 +45,7 @@ def below(*kinds: str) -> Arrangement:
 def entries(
     table: Sequence[Line], architecture: Architecture, variant: str
 ) -> Iterator[tuple[Line, int | None, int | None]]:
-    """The lines that a model has, each with its layer and its expert: layer by layer, and in the order of the table."""
+    """Yield the lines that a model has, each with its layer and expert, layer by layer and in the table's order."""
     for of_layers, group in groupby(table, lambda line: "{layer}" in line.name):
         lines = [line for line in group if not (architecture.tied_embeddings and line.meaning == "output")]
         if of_layers:
@@ -69,7 +69,7 @@ def _of_layer(
 
 
 def shape_of(architecture: Architecture, parts: Sequence[Part]) -> tuple[int, ...]:
-    """The shape of parts that lie below each other, the first of which is no padding."""
+    """Return the shape of parts that lie below each other, the first of which is no padding."""
     assert parts[0].key is not None
     rows = sum(part.stop - part.start for part in parts)
     return rows, *key_shape(architecture, parts[0].key)[1:]

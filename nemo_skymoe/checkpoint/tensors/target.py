@@ -52,7 +52,7 @@ class Target(Protocol):
         ...
 
     def files(self) -> tuple[TargetFile, ...]:
-        """The files of tensors."""
+        """Return the files of tensors."""
         ...
 
     def write(self, file: TargetFile, weights: Weights, output: OutputFile) -> None:
@@ -60,12 +60,12 @@ class Target(Protocol):
         ...
 
     def last_files(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
-        """The files that make a checkpoint of a folder with these files, of these sizes: written last, in this order."""
+        """Return the files that make a checkpoint of a folder with these files, to be written last, in this order."""
         ...
 
 
 def stored_dtypes(chunks: Iterable[Chunk], weights: Weights) -> dict[str, str]:
-    """The data type of every stored tensor, torch's name: that of what it is made of.
+    """Return the data type of every stored tensor, torch's name: that of what it is made of.
 
     Raises:
         CheckpointError: It is made of tensors of different types.
@@ -90,7 +90,7 @@ def chunk_bytes(chunk: Chunk, dtype: str) -> int:
 
 
 def contiguous(tensor: Tensor) -> Tensor:
-    """A tensor whose memory is its elements and nothing else."""
+    """Return a tensor whose memory is its elements and nothing else."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     import torch

@@ -21,7 +21,7 @@ _DIRECTORY, _ENTRY, _DESCRIPTOR = b"PK\x05\x06", b"PK\x01\x02", b"PK\x07\x08"
 
 
 def archive(tensor: Tensor) -> tuple[bytearray, memoryview, bytearray]:
-    """The archive of a contiguous tensor: what comes before its memory, the memory itself, and what follows."""
+    """Return the archive of a contiguous tensor: what comes before its memory, the memory itself, and what follows."""
     import torch
     from torch.serialization import get_crc32_options, set_crc32_options
 
@@ -56,7 +56,7 @@ class _Parts:
         pass
 
     def at(self, position: int) -> tuple[bytearray | memoryview, int]:
-        """The part that holds the archive's byte `position`, and where in it."""
+        """Return the part that holds the archive's byte `position`, and where in it."""
         for part in (self.before, self.memory):
             if position < len(part):
                 return part, position

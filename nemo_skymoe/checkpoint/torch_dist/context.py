@@ -32,7 +32,7 @@ class _Call:
 def context_files(
     description: Description, tokenizer_folder: Path | None, *, config: bytes, padded_vocab_size: int
 ) -> dict[str, bytes]:
-    """The files by path relative to the checkpoint.
+    """Return the files by path relative to the checkpoint.
 
     Args:
         description: The model's description.
@@ -114,7 +114,7 @@ def _tokenizer(files: Mapping[str, bytes]) -> _Call | None:
 
 
 def _model_yaml(model: _Call) -> bytes:
-    """The file that readers without Fiddle look at; unlike NeMo's own it leaves out what no option of ours changes."""
+    """Return the file for readers without Fiddle. Unlike NeMo's own it leaves out what none of our options changes."""
     import yaml
 
     values = _plain(model)

@@ -24,7 +24,7 @@ _PADDED = ("embedding", "output")
 
 
 def by_query_group(architecture: Architecture, layer: int | None, _: int | None) -> Iterator[Part]:
-    """The query heads of a group, its key and its value, group by group."""
+    """Yield the query heads of a group, its key and its value, group by group."""
     size, groups = architecture.head_size, architecture.query_groups
     queries = architecture.num_attention_heads // groups * size
     for group in range(groups):
@@ -64,7 +64,7 @@ EXTRA_STATES = (
 
 
 def padded_vocab_size(vocab_size: int, multiple: int = 128) -> int:
-    """The rows that NeMo gives embedding and head: `make_vocab_size_divisible_by` times the tensor-parallel size."""
+    """Return the rows that NeMo gives embedding and head, a multiple of `make_vocab_size_divisible_by` x TP."""
     return -(-vocab_size // multiple) * multiple
 
 
@@ -76,7 +76,7 @@ def chunks(
     stacked: bool = True,
     prefix: str = PREFIX,
 ) -> list[Chunk]:
-    """The chunks of a checkpoint of this architecture: one for each layer, or each layer and expert, in their order.
+    """Return the chunks of a checkpoint of this architecture: one per layer, or per layer and expert, in their order.
 
     Experts are stored alike whether they run grouped or one after another.
 

@@ -12,7 +12,7 @@ from nemo_skymoe.checkpoint.torch_dist.names import EMBEDDING, HEAD, Layout, chu
 
 
 def stored_weights(storage: FileStorage, saved: Layout, description: Description) -> StoredWeights:
-    """The tensors by meaning of a model that was saved in this layout.
+    """Return the tensors by meaning of a model that was saved in this layout.
 
     Raises:
         CheckpointError: The tensors are not those of the model described.

@@ -60,13 +60,13 @@ SUPPORTED_MOE: dict[str, tuple[Any, ...]] = {
 
 
 def config_file(folder: Path) -> Path | None:
-    """The config.json in a checkpoint's context, if there is one."""
+    """Return the config.json in a checkpoint's context, if there is one."""
     file = _context(weights_folder(folder)) / HF_CONFIG
     return file if file.is_file() else None
 
 
 def describe(folder: Path, storage: Storage) -> Description:
-    """The model whose tensors are `storage`, from its options: those in the context, or the saved arguments.
+    """Return the model whose tensors are `storage`, from its options: those in the context, or the saved arguments.
 
     Raises:
         CheckpointError: Neither is there, or they describe a model of another kind.
@@ -98,7 +98,7 @@ def _context(weights: Path) -> Path:
 
 
 def from_options(options: Mapping[str, Any], dtype: str, place: str, family: str = "skywork") -> Description:
-    """The model of Megatron's option values; `place` is what messages call their source.
+    """Return the model of Megatron's option values; `place` is what messages call their source.
 
     Raises:
         CheckpointError: An option is missing, or has a value that no Llama and no Skywork-MoE has.
@@ -155,7 +155,7 @@ def _architecture(options: Mapping[str, Any], place: str) -> Architecture:
 
 
 def _nemo_options(context: Path) -> dict[str, Any]:
-    """The plain values of `model.yaml`; a function is its dotted name."""
+    """Return the plain values of `model.yaml`; a function is its dotted name."""
     import yaml  # with NeMo, which wrote the file, comes PyYAML
 
     file = context / "model.yaml"

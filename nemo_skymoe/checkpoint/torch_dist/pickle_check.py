@@ -1,4 +1,4 @@
-"""Everything that torch, Megatron and NeMo unpickle of a checkpoint is walked first, without building or calling anything.
+"""Scan everything that torch, Megatron and NeMo unpickle of a checkpoint, without building or calling anything.
 
 `.metadata` (by `pickle`), `*.pt` (by `torch.load`), and the byte objects in `*.distcp` (by `torch.load`, whatever they
 name), with the pickles inside of these, and the context that NeMo builds.
@@ -65,7 +65,7 @@ def check_loaded(path: Path) -> None:
 
 
 def read_torch_file(file: Path) -> Any:
-    """The content of a file that `torch.save` has written, as plain values and `Record`s, after `check_torch_file`.
+    """Return the content of a file of `torch.save`, as plain values and `Record`s, after `check_torch_file`.
 
     Raises:
         CheckpointError: As there; or the file is missing.

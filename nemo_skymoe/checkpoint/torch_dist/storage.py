@@ -102,7 +102,7 @@ class TorchDistStorage:
         self._by_row = {name: _by_row(pieces) for name, pieces in self._pieces.items()}
 
     def extents(self, file: Path) -> list[Extent]:
-        """The pieces of the model's tensors in one file by position."""
+        """Return the pieces of the model's tensors in one file by position."""
         held = []
         for name, piece in self._by_file.get(file, ()):
             saved = self._find(name, piece)
@@ -159,7 +159,7 @@ class TorchDistStorage:
 
 
 def weights_folder(checkpoint: Path) -> Path:
-    """The folder with the tensors of a NeMo checkpoint, or of Megatron-LM's, which has no `weights/`."""
+    """Return the folder with the tensors of a NeMo checkpoint, or of Megatron-LM's, which has no `weights/`."""
     for folder in (checkpoint / WEIGHTS, checkpoint):
         refuse_pointers(folder, METADATA, CONFIG, "common.pt")
         if (folder / CONFIG).is_file():
@@ -191,7 +191,7 @@ def check_backend(config: Path) -> None:
 
 
 def read_metadata(file: Path) -> Record:
-    """The metadata that the pickle of torch.distributed.checkpoint describes.
+    """Return the metadata that the pickle of torch.distributed.checkpoint describes.
 
     Raises:
         CheckpointError: It is damaged, or refers to anything but a checkpoint's classes.
@@ -256,7 +256,7 @@ def _tensor(
 
 
 def _sizes(size: Any) -> tuple[int, ...]:
-    """The numbers of a torch.Size."""
+    """Return the numbers of a torch.Size."""
     values = size.arguments[0] if isinstance(size, Record) and size.kind == "torch.Size" else None
     if not are_sizes(values):
         raise ValueError(f"{values!r}, expected sizes")

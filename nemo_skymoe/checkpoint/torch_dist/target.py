@@ -77,7 +77,7 @@ class TorchDistTarget:
         output.write(after)
 
     def last_files(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
-        """The extra states, what Megatron keeps beside the tensors, and the metadata that finds them all."""
+        """Return the extra states, what Megatron keeps beside the tensors, and the metadata that finds them all."""
         import torch
 
         extra_state, common = io.BytesIO(), io.BytesIO()
@@ -90,7 +90,7 @@ class TorchDistTarget:
         return {f"{WEIGHTS}/{name}": data for name, data in files.items()}
 
     def _metadata(self, sizes: Mapping[str, int], extra_state_bytes: int) -> bytes:
-        """The pickle that torch.distributed.checkpoint reads first: the same bytes for the same table."""
+        """Return the pickle that torch.distributed.checkpoint reads first: the same bytes for the same table."""
         from torch import Size
         from torch.distributed.checkpoint.filesystem import _StorageInfo
         from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex

@@ -126,12 +126,12 @@ _NEVER_BUILT = re.compile(
 
 
 def may_be_pickled(name: str) -> bool:
-    """Whether a pickle may refer to it."""
+    """Say whether a pickle may refer to it."""
     return name in PICKLED or name in _vouched_for()
 
 
 def may_be_configured(name: str) -> bool:
-    """Whether a context may name it."""
+    """Say whether a context may name it."""
     return (
         name in CONFIGURED
         or _PACKAGES.fullmatch(name) is not None
@@ -141,12 +141,12 @@ def may_be_configured(name: str) -> bool:
 
 
 def may_be_built(name: str) -> bool:
-    """Whether a context may call it, too."""
+    """Say whether a context may call it, too."""
     return may_be_configured(name) and (_NEVER_BUILT.fullmatch(name) is None or name in _vouched_for())
 
 
 def is_vouched_for(name: str) -> bool:
-    """Whether the user has named it in the environment."""
+    """Say whether the user has named it in the environment."""
     return name in _vouched_for()
 
 

@@ -1,4 +1,4 @@
-"""The `context/io.json` that NeMo builds a model from, walked first: it may name any class or function to be called."""
+"""Scan the `context/io.json` that NeMo builds a model from, because it may name any class or function to be called."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _check_remote_code(content: Any, arguments: list[list[tuple[Place, Any]]], f
 
 
 def _places_of_text(content: Any, text: str) -> Iterator[tuple[int, Any]]:
-    """The places where a text stands, but for those that fiddle does not read: the texts of paths."""
+    """Yield the places where a text stands, but for those that fiddle does not read: the texts of paths."""
     waiting, paths = [content], set[int]()
     while waiting:
         one = waiting.pop()
@@ -134,7 +134,7 @@ def _check_reference(module: str, name: str, file: Path) -> None:
 
 
 def _home(module: str, name: str) -> tuple[str, str]:
-    """The place where a class or function of an allowed name is defined: modules also have those that they import."""
+    """Return the place where a class or function is defined, because modules also have the names that they import."""
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
@@ -149,7 +149,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _is_a_callback_here(module: str, name: str) -> bool:
-    """A callback of the user's own, in a module that this process has imported already: nothing is imported for it."""
+    """Say whether it is a callback of the user's own, in a module that is imported already; none is imported."""
     callbacks, home = sys.modules.get("lightning.pytorch.callbacks"), sys.modules.get(module)
     found = getattr(home, name, None)
     return (

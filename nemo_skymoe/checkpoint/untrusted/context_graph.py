@@ -73,13 +73,13 @@ class Graph:
             yield (function["module"], function["name"]), self._arguments(names, node)
 
     def dictionaries(self) -> Iterator[list[tuple[Place, Any]]]:
-        """The keys and values of every dictionary of the graph: place of the key, and value."""
+        """Yield the keys and values of every dictionary of the graph: place of the key, and value."""
         for node in self.nodes:
             if node.kind == "builtins.dict":
                 yield self._arguments(node.metadata, node)
 
     def artifacts(self) -> Iterator[str]:
-        """The paths of pickles that NeMo opens."""
+        """Yield the paths of pickles that NeMo opens."""
         for node in self.nodes:
             if not node.is_artifact:
                 continue
@@ -91,7 +91,7 @@ class Graph:
                 raise ValueError("a path object in the place of a pickle's path")
 
     def place(self, container: Any, key: Any) -> Place:
-        """The place of the value that a place refers to, behind references and leaves."""
+        """Return the place of the value that a place refers to, behind references and leaves."""
         for _ in range(len(self._objects) + 2):
             value = container[key]
             if not isinstance(value, dict) or value.get("type") not in ("ref", "leaf"):
@@ -102,7 +102,7 @@ class Graph:
         raise ValueError("references in a circle")
 
     def resolved(self, value: Any) -> Any:
-        """The value behind references and leaves."""
+        """Return the value behind references and leaves."""
         container, key = self.place([value], 0)
         return container[key]
 
@@ -146,7 +146,7 @@ class Graph:
 
 
 def dictionaries(value: Any) -> Iterator[dict[str, Any]]:
-    """Every dictionary in a JSON value."""
+    """Yield every dictionary in a JSON value."""
     waiting = [value]
     while waiting:
         one = waiting.pop()

@@ -45,7 +45,7 @@ class Record:
         self.contents.append(value)
 
     def field(self, name: str) -> Any:
-        """An attribute of the state; None without one."""
+        """Return an attribute of the state; None without one."""
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
@@ -56,7 +56,7 @@ def load(
     persistent: Any = None,
     called: Callable[[Record], None] | None = None,
 ) -> Any:
-    """The values that a pickle describes.
+    """Return the values that a pickle describes.
 
     Args:
         data: The pickle.
@@ -80,7 +80,7 @@ def load_next(
     persistent: Any = None,
     called: Callable[[Record], None] | None = None,
 ) -> Any:
-    """The values of the pickle that comes next in a stream of several; otherwise as `load`."""
+    """Return the values of the pickle that comes next in a stream of several; otherwise as `load`."""
     try:
         return _Unpickler(stream, allowed, persistent, called).load()
     except _RefusedError as reason:

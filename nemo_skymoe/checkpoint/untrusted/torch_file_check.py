@@ -62,7 +62,7 @@ def check_torch_file(data: bytes, file: Path, *, extra_state: bool = False, dept
 
 
 def read_object(data: bytes, file: Path) -> Any:
-    """The object in what `torch.save` has written, as plain values and `Record`s, after `check_torch_file`.
+    """Return the object in what `torch.save` has written, as plain values and `Record`s, after `check_torch_file`.
 
     Raises:
         CheckpointError: As there.
@@ -100,7 +100,7 @@ def check_call(record: Record, file: Path, depth: int = 0) -> None:
 
 
 def _is_number(arguments: tuple[Any, ...]) -> bool:
-    """Whether these begin with a data type of numpy's that is no text."""
+    """Say whether these bytes begin with a data type of numpy's that is not text."""
     kind = arguments[0] if arguments else None
     if isinstance(kind, Record) and kind.kind == "numpy.dtype":
         kind = kind.arguments[0] if kind.arguments else None
@@ -157,7 +157,7 @@ def _is_storage(name: str) -> bool:
 
 
 def _of_legacy(data: bytes, file: Path, depth: int) -> Iterator[Any]:
-    """The pickles of torch's form without an archive, before the numbers."""
+    """Yield the pickles of torch's form without an archive, before the numbers."""
     if tarfile.is_tarfile(io.BytesIO(data)):
         raise CheckpointError(f"'{file}' is a tar archive, expected what torch.save writes")
     stream = io.BytesIO(data)
@@ -208,7 +208,7 @@ def _bytes(value: Any, file: Path) -> bytes:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """Every value and call in an object, however they are nested; a container once."""
+    """Yield every value and call in an object, however they are nested; a container once."""
     waiting, seen = [value], set[int]()
     while waiting:
         one = waiting.pop()

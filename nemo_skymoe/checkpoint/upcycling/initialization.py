@@ -18,7 +18,7 @@ class Initialization(Protocol):
     """Computes the matrices of experts."""
 
     def read(self, key: Key) -> Tensor:
-        """The matrix `gate`, `up` or `down` of an expert, contiguous, the caller's own."""
+        """Return the matrix `gate`, `up` or `down` of an expert, contiguous, the caller's own."""
         ...
 
 
@@ -29,7 +29,7 @@ class Copy:
         self.dense = dense
 
     def read(self, key: Key) -> Tensor:
-        """The dense matrix."""
+        """Return the dense matrix."""
         return self.dense.read(Key(key.kind, key.layer))
 
 
@@ -41,7 +41,7 @@ class Noise:
         self._statistics = Statistics()
 
     def read(self, key: Key) -> Tensor:
-        """The dense matrix with this expert's noise; at noise 0 bit for bit the dense matrix."""
+        """Return the dense matrix with this expert's noise; at noise 0 bit for bit the dense matrix."""
         assert key.layer is not None and key.expert is not None
         dense = Key(key.kind, key.layer)
         matrix = self.dense.read(dense)
@@ -64,7 +64,7 @@ class Drop:
         self._statistics = Statistics()
 
     def dropped(self, layer: int, expert: int) -> Tensor:
-        """The intermediate indices that start anew, ascending: the first of a permutation from their own stream."""
+        """Return the intermediate indices that start anew, ascending: the first of a permutation of their own stream."""
         import torch
 
         ffn = self.dense.architecture.ffn_hidden_size
@@ -72,7 +72,7 @@ class Drop:
         return torch.from_numpy(order[: floor(self.ratio * ffn)]).sort().values
 
     def read(self, key: Key) -> Tensor:
-        """The dense matrix with this expert's rows or columns redrawn."""
+        """Return the dense matrix with this expert's rows or columns redrawn."""
         assert key.layer is not None and key.expert is not None
         dense = Key(key.kind, key.layer)
         matrix = self.dense.read(dense)
@@ -129,6 +129,6 @@ class Specialized:
         self.sources = sources
 
     def read(self, key: Key) -> Tensor:
-        """The matrix of the expert's own source."""
+        """Return the matrix of the expert's own source."""
         assert key.expert is not None
         return self.sources[key.expert].read(Key(key.kind, key.layer))

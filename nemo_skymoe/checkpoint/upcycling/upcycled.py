@@ -42,7 +42,7 @@ class Upcycled:
         self._experts = initialization(sources, options)
 
     def keys(self) -> tuple[Key, ...]:
-        """Every tensor of the MoE, in the order of the layers."""
+        """Return every tensor of the MoE, in the order of the layers."""
         return model_keys(self.architecture)
 
     def info(self, key: Key) -> TensorInfo:
@@ -53,7 +53,7 @@ class Upcycled:
         return TensorInfo(key_shape(self.architecture, key), self.dense.info(dense).dtype)
 
     def read(self, key: Key) -> Tensor:
-        """The tensor, computed or read."""
+        """Return the tensor, computed or read."""
         if key.kind == "router":
             return self._router(key)
         return self.dense.read(key) if key.expert is None else self._experts.read(key)
@@ -69,7 +69,7 @@ class Upcycled:
 
 
 def initialization(sources: Mapping[str, Weights], options: Upcycling) -> Initialization:
-    """The initialisation of `options`, which computes the experts."""
+    """Return the initialisation of `options`, which computes the experts."""
     dense = sources[BASE]
     if options.init == "noise":
         assert options.noise is not None

@@ -1,11 +1,11 @@
-"""Whether two tensors are the same, bit for bit."""
+"""Compare two tensors, bit for bit."""
 
 import torch
 from torch import Tensor
 
 
 def different(expected: Tensor, found: Tensor) -> str:
-    """A sentence on how two tensors differ in any bit; empty where they do not. Equal NaNs are equal."""
+    """Return a sentence on how two tensors differ in any bit; empty where they do not. Equal NaNs are equal."""
     if expected.dtype != found.dtype or expected.shape != found.shape:
         return f"{list(found.shape)} of {found.dtype}, expected {list(expected.shape)} of {expected.dtype}"
     width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.itemsize]

@@ -44,7 +44,7 @@ def _is_moe(frequency: int | tuple[int, ...], layer: int) -> bool:
 
 
 def said(reason: Exception) -> str:
-    """The message of an error on one line."""
+    """Return the message of an error on one line."""
     return " ".join(str(reason).split()) or type(reason).__name__
 
 

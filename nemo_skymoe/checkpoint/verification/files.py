@@ -13,7 +13,7 @@ _BLOCK = 1 << 24
 
 
 def written_receipt(folder: Path) -> dict[str, Any]:
-    """The receipt of a folder that skymoe wrote.
+    """Return the receipt of a folder that skymoe wrote.
 
     Raises:
         CheckpointError: There is none.
@@ -52,7 +52,7 @@ def _present(folder: Path, name: str, written_to: Collection[str]) -> Iterator[s
 
 
 def companion_problems(source: Path, target: Path) -> tuple[int, list[str]]:
-    """The files that travel beside the tensors: how many there are, and those that are not the source's.
+    """Return the files that travel beside the tensors: how many there are, and those that are not the source's.
 
     Both folders are read here and now: what the receipt says of them does not matter.
     """

@@ -17,7 +17,7 @@ from nemo_skymoe.patches import cpu_runtime
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """Megatron's process groups of a world of one, on the CPU runtime where CUDA is absent; those that exist are used."""
+    """Create Megatron's process groups of a world of one, on the CPU runtime without CUDA, or use existing ones."""
     cpu_runtime.apply()
     if torch.distributed.is_initialized():
         yield
@@ -36,7 +36,7 @@ def one_rank() -> Iterator[None]:
 def gpt_model(
     description: Description, padded_vocab_size: int, layer_spec: str = "local", *, stacked: bool = True
 ) -> GPTModel:
-    """This rank's part of the model as NeMo would build it, in float32 with undefined weights. No token is dropped.
+    """Return this rank's part of the model as NeMo would build it, in float32, with undefined weights, not dropping.
 
     Args:
         description: The model's description.
@@ -86,7 +86,10 @@ def gpt_model(
 
 
 def _layers(architecture: Architecture) -> dict[str, Any]:
-    """Which layers are MoE, where they differ: any list at all, and Megatron names its tensors layer by layer."""
+    """Return the options that say which layers are MoE layers, or nothing if all are alike.
+
+    Megatron names the tensors layer by layer if it is given any list at all.
+    """
     if not architecture.layers_differ:
         return {}
     return {

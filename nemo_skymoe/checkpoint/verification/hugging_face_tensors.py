@@ -44,7 +44,7 @@ class HuggingFaceModel:
         return self._tied and f"{_EMBEDDING}.weight" not in self._files and f"{_HEAD}.weight" in self._files
 
     def tensor(self, kind: str, layer: int | None = None, expert: int | None = None) -> Tensor:
-        """One matrix or vector.
+        """Return one matrix or vector.
 
         Raises:
             KeyError: The folder has none of that name.
@@ -104,12 +104,12 @@ class HuggingFaceModel:
             return file.get_tensor(name)
 
     def problems(self) -> list[str]:
-        """The tensors that nobody asked for."""
+        """Return the tensors that nobody asked for."""
         return [f"'{name}' has no place in the model" for name in sorted(self._files.keys() - self._read)]
 
 
 def _placed(folder: Path) -> dict[str, str]:
-    """The file of every tensor."""
+    """Return the file of every tensor."""
     index = folder / "model.safetensors.index.json"
     indexed = _weight_map(index) if index.is_file() else None
     files = sorted(set(indexed.values()) if indexed else (path.name for path in folder.glob("*.safetensors")))

@@ -52,7 +52,7 @@ class MegatronModel:
         self._padding: list[str] = []
 
     def tensor(self, kind: str, layer: int | None = None, expert: int | None = None) -> Tensor:
-        """One matrix or vector. Rows of vocabulary beyond the model's must be zero.
+        """Return one matrix or vector. Rows of vocabulary beyond the model's must be zero.
 
         Raises:
             KeyError: The checkpoint has none of that name.
@@ -85,7 +85,7 @@ class MegatronModel:
         return tensor[:vocabulary]
 
     def _tied_embedding(self, embedding: str, head: str) -> Tensor:
-        """The one that is stored; where both are, they are the same."""
+        """Return the one that is stored; where both are, they are the same."""
         if head not in self._sizes:
             return self._gathered(embedding, ())
         copy = self._gathered(head, ())

@@ -14,7 +14,7 @@ class Model(Protocol):
     """Tensors by meaning."""
 
     def tensor(self, kind: str, layer: int | None = None, expert: int | None = None) -> Tensor:
-        """One matrix or vector."""
+        """Return one matrix or vector."""
         ...
 
 
@@ -31,7 +31,7 @@ class Recomputed:
         self._statistics: dict[tuple[str, int], tuple[np.float32, np.float32]] = {}
 
     def tensor(self, kind: str, layer: int | None = None, expert: int | None = None) -> Tensor:
-        """One matrix or vector of the MoE."""
+        """Return one matrix or vector of the MoE."""
         base = self.sources["base"]
         if kind == "router":
             assert layer is not None

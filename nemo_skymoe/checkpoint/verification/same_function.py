@@ -1,4 +1,4 @@
-"""Whether two checkpoints compute the same function: their logits on real text, each by its own framework."""
+"""Compare the function of two checkpoints: their logits on real text, each computed by its own framework."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ def compare_logits(source: Path, target: Path, text: Path, config: Path | None =
 
 
 def preserves_function(upcycling: Mapping[str, Any] | None) -> bool:
-    """Whether the upcycled model computes what the dense one does."""
+    """Say whether the upcycled model computes what the dense one does."""
     if upcycling is None or upcycling["init"] in ("copy", "granular"):
         return True
     return (upcycling["noise"], upcycling["drop_ratio"]) in ((0, None), (None, 0))

@@ -106,7 +106,7 @@ def _check_names(sources: Mapping[str, Path], upcycling: Mapping[str, Any] | Non
 
 
 def _expected(base: Description, upcycling: Mapping[str, Any] | None) -> Description:
-    """The description that the target must have."""
+    """Return the description that the target must have."""
     if upcycling is None:
         return base
     parts = upcycling["granularity"] or 1
@@ -120,7 +120,7 @@ def _expected(base: Description, upcycling: Mapping[str, Any] | None) -> Descrip
 
 
 def _described(expected: Description, found: Description) -> list[str]:
-    """The differences between two descriptions in what a model computes, one sentence each."""
+    """Return the differences between two descriptions in what a model computes, one sentence each."""
     values = [(name, getattr(expected, name), getattr(found, name)) for name in _SAME]
     values += [
         (name, getattr(expected.architecture, name), getattr(found.architecture, name))

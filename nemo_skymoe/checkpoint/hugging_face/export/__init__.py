@@ -1,1 +1,1 @@
-"""What travels with an exported checkpoint: files that need nothing but torch and transformers."""
+"""The modeling files that travel with an exported checkpoint. They need nothing but torch and transformers."""
