@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.composition import GROUPS, compose_groups
+from tests.cases import every
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -50,9 +51,8 @@ def test_a_sites_own_folder_adds_options(tmp_path: Path) -> None:
         compose_groups(["cluster=our"], tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
+@every(
+    refused=[
         (["trainin=skywork_13b"], "group trainin is unknown: did you mean training"),
         (["wandb=on"], "group wandb is unknown: expected one of cluster, conversion, data"),
         (["training=skywork_moe_146"], "training skywork_moe_146 is unknown: did you mean skywork_moe_146b"),
@@ -76,10 +76,11 @@ def test_a_sites_own_folder_adds_options(tmp_path: Path) -> None:
         (["~cluster"], "cluster is None, expected a name of conf/cluster"),
     ],
 )
-def test_what_is_unknown_or_malformed_is_refused(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message) as refused:
+def test_what_is_unknown_or_malformed_is_refused(refused: tuple[list[str], str]) -> None:
+    overrides, message = refused
+    with pytest.raises(ConfigurationError, match=message) as raised:
         compose_groups(overrides)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

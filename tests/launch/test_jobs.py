@@ -18,6 +18,7 @@ from nemo_skymoe.launch.composition import GROUPS, compose_groups
 from nemo_skymoe.launch.jobs import Job, _plan_of
 from nemo_skymoe.nemo.pipeline import written_plan
 from nemo_skymoe.recipes.registry import RECIPES
+from tests.cases import every
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 OPTIONS = {group: sorted(file.stem for file in (CONF / group).glob("*.yaml")) for group in GROUPS}
@@ -48,7 +49,7 @@ def test_every_recipe_has_its_file_and_every_file_its_recipe() -> None:
         }
 
 
-@pytest.mark.parametrize("name", OPTIONS["training"])
+@every(name=OPTIONS["training"])
 def test_every_training_is_its_recipe_and_nothing_else(name: str) -> None:
     large = [] if "tiny" in name else ["cluster=a800_slurm"]
     (job,) = made(f"training={name}", "training.dir=/data/runs", *large, "data.corpus=/data/corpus")
@@ -59,7 +60,7 @@ def test_every_training_is_its_recipe_and_nothing_else(name: str) -> None:
     assert (executor.nodes, executor.ntasks_per_node) == (trainer.num_nodes, trainer.devices)
 
 
-@pytest.mark.parametrize("name", OPTIONS["model"])
+@every(name=OPTIONS["model"])
 def test_every_model_fits_the_moe_recipes(name: str) -> None:
     (job,) = made("training=skywork_moe_146b", *SLURM, f"model={name}")
     config = fdl.build(job.task.model.config)
@@ -70,8 +71,7 @@ def test_every_model_fits_the_moe_recipes(name: str) -> None:
         assert getattr(fdl.build(plain.model.config), option) != changes[option]
 
 
-@pytest.mark.parametrize("name", OPTIONS["upcycle"])
-@pytest.mark.parametrize("cluster", OPTIONS["cluster"])
+@every(name=OPTIONS["upcycle"], cluster=OPTIONS["cluster"])
 def test_every_upcycling_is_its_command(name: str, cluster: str) -> None:
     more = [SOURCES] if name == "specialized" else []
     (job,) = made("jobs=[upcycle]", f"cluster={cluster}", f"upcycle={name}", *PATHS["upcycle"], *more)
@@ -82,7 +82,7 @@ def test_every_upcycling_is_its_command(name: str, cluster: str) -> None:
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in job.executor.env_vars
 
 
-@pytest.mark.parametrize("name", OPTIONS["conversion"])
+@every(name=OPTIONS["conversion"])
 def test_every_conversion_is_its_command(name: str) -> None:
     (job,) = made("jobs=[conversion]", f"conversion={name}", *PATHS["conversion"])
     assert job.task.__fn_or_cls__.__name__ == "convert" and job.task.to == name.removeprefix("to_")
@@ -119,7 +119,7 @@ def test_jobs_hand_their_checkpoints_on() -> None:
     assert train.task.resume.restore_config.path == "/data/x"
 
 
-@pytest.mark.parametrize("name", OPTIONS["plan"])
+@every(name=OPTIONS["plan"])
 def test_every_plan_is_that_of_the_training(name: str) -> None:
     plan, train = made(
         "jobs=[plan,training]",
@@ -154,7 +154,7 @@ def test_a_plan_that_is_not_written_yet_is_checked() -> None:
         made(*given[:-1], "plan.output_path=/scratch/p")
 
 
-@pytest.mark.parametrize("name", OPTIONS["export"])
+@every(name=OPTIONS["export"])
 def test_every_export_is_of_the_runs_last_checkpoint(name: str) -> None:
     *_, export = made(
         "jobs=[training,export]",
@@ -199,9 +199,8 @@ def test_the_toy_scale_runs_here() -> None:
     assert job.executor.env_vars["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
+@every(
+    refused=[
         (["training.max_lrr=1"], "option training.max_lrr is unknown: did you mean training.max_lr"),
         (["training.max_step=3"], "option training.max_step is unknown: did you mean training.trainer.max_steps"),
         (["training.stages=a.yaml"], "training.stages is now called phases, expected training.phases=VALUE"),
@@ -240,12 +239,13 @@ def test_the_toy_scale_runs_here() -> None:
         (["upcycle.source=${nowhere}"], "nowhere"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_by_name(overrides: list[str], message: str) -> None:
+def test_what_does_not_fit_is_refused_by_name(refused: tuple[list[str], str]) -> None:
+    overrides, message = refused
     defaults = ["training=skywork_moe_146b", *SLURM]
     heads = [override.partition("=")[0] for override in overrides]
-    with pytest.raises(ConfigurationError, match=message) as refused:
+    with pytest.raises(ConfigurationError, match=message) as raised:
         made(*(default for default in defaults if default.partition("=")[0] not in heads), *overrides)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
