@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 # One thread a process: ranks share the cores, and worlds are forked (OpenMP threads do not survive a fork).
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
-.PHONY: demo test test-long test-slurm versions compat imports docs lint clean
+.PHONY: demo test test-long test-slurm coverage versions compat imports docs lint clean
 
 demo: $(STAMP)
 	@$(RUN) $(BIN)/skymoe demo
@@ -17,6 +17,13 @@ test: $(STAMP)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/pyright
 	@$(RUN) $(BIN)/pytest -m "not long"
+
+# The same tests, and which lines of the package they and their ranks run; half as much work again.
+coverage: $(STAMP)
+	@$(BIN)/coverage erase
+	@$(RUN) $(BIN)/coverage run -m pytest -m "not long"
+	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage report
 
 # The full grids as well; writes tests/logs/test-long.log.
 test-long: $(STAMP)

@@ -1,16 +1,38 @@
 """What every test module starts from, and what none may leave behind."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nemo_skymoe import ranks
 from nemo_skymoe.patches import unified_memory
 
 unified_memory.apply()  # before any test module imports Megatron
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the forks of tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure() -> None:
+    """Where coverage is counted, a rank writes what it has counted before its report, which allows it to be killed."""
+    counting = sys.modules["coverage"].Coverage if "coverage" in sys.modules else None
+    if counting is None or counting.current() is None:
+        return
+    report = ranks._report
+
+    def saved(writer: Any, function: Any, args: Any) -> None:
+        def run(*given: Any) -> Any:
+            try:
+                return function(*given)
+            finally:
+                counting.current().save()
+
+        report(writer, run, args)
+
+    ranks._report = saved
 
 
 @pytest.fixture(autouse=True, scope="module")
