@@ -122,7 +122,7 @@ def test_the_grey_zone_says_why_and_gives_both_schedules() -> None:
 def test_without_a_dense_checkpoint_from_scratch(cost: str) -> None:
     found = asked(B, None, cost=cost)
     assert (found.answer, found.measures, found.same_cost_tokens) == (Answer.SCRATCH, (), None)
-    assert "No dense checkpoint" in reasons(found)[0]
+    assert "There is no dense checkpoint" in reasons(found)[0]
 
 
 def test_training_a_dense_model_to_upcycle_it_is_argued_against_with_figures() -> None:

@@ -9,8 +9,8 @@ def reasons(advice: Advice) -> list[str]:
     """Return the sentences that lead from the figures to the answer."""
     if advice.deciding is None:
         return [
-            "No dense checkpoint: section 3.3 trains from scratch; training a dense model first costs what the MoE could"
-            " use (--cost cumulative with --dense-tokens for the figures)."
+            "There is no dense checkpoint, so section 3.3 trains from scratch: training a dense model first would cost"
+            " what the MoE could use (--cost cumulative with --dense-tokens gives the figures)."
         ]
     if advice.cost == "cumulative":
         return _against_training_to_upcycle(advice, advice.deciding)
@@ -19,10 +19,10 @@ def reasons(advice: Advice) -> list[str]:
 
 _CONTRADICTED = (
     "This is the report's rule, from one experiment. This project's own miniature of that experiment contradicts it:"
-    " upcycled models ended below the one from scratch in both cases, by"
-    f" {figure1.MINIATURE['2/3'][0]} to {figure1.MINIATURE['2/3'][1]} nats a token at 2/3 C_dense and by"
-    f" {figure1.MINIATURE['twice'][0]} to {figure1.MINIATURE['twice'][1]} at 2 C_dense. Its dense model had seen 6.5 tokens a parameter, the report's 1000; whether that is why was"
-    " not tested."
+    " the losses of upcycled models ended below that of the one from scratch in both cases, by"
+    f" {figure1.MINIATURE['2/3'][0]} to {figure1.MINIATURE['2/3'][1]} nats per token at 2/3 C_dense and by"
+    f" {figure1.MINIATURE['twice'][0]} to {figure1.MINIATURE['twice'][1]} at 2 C_dense. Its dense model had seen 6.5 tokens per parameter, and the report's 1000. Whether this is"
+    " the reason was not tested."
 )
 
 
@@ -31,16 +31,16 @@ def evidence(advice: Advice) -> list[str]:
     lost = figure1.FINISHED_CONSTANT.losses["100B"] - figure1.SCRATCH.losses["100B"]
     won = figure1.SCRATCH.losses["100B"] - figure1.EARLY.losses["100B"]
     kept = [
-        "One experiment, each curve one run: 0.3B dense for 300B tokens, which is C_dense, and 8 experts; losses are"
-        " read off Figure 1.",
+        "The evidence is one experiment, in which each curve is one run: a dense 0.3B model for 300B tokens, which cost"
+        " C_dense, and MoEs with 8 experts. The losses are read off Figure 1.",
         f"At 100B MoE tokens (2/3 C_dense) the checkpoint after 100B tokens, a third of C_dense, ended {won:.3f} below"
-        " scratch, the"
-        f" finished one at a constant {figure1.DENSE_MIN_LR:g} {lost:.3f} above: the learning rate matters as much.",
-        "At 300B MoE tokens (2 C_dense) scratch was best; among the upcycled, the more alike the experts stayed, the"
-        " higher the loss, but for the early checkpoint.",
+        f" scratch. The finished one, at a constant learning rate of {figure1.DENSE_MIN_LR:g}, ended {lost:.3f} above: the"
+        " learning rate matters as much as the checkpoint.",
+        "At 300B MoE tokens (2 C_dense) scratch was best. Among the upcycled models the loss was higher the more alike the"
+        " experts stayed, except for the early checkpoint.",
     ]
     if advice.answer is Answer.UPCYCLE:
-        kept.append("2/3 as the limit is ours; the report says much less than C_dense.")
+        kept.append('The limit of 2/3 is ours; the report says "much less than C_dense".')
     return kept
 
 
@@ -54,9 +54,9 @@ def _by_ratio(measure: Measure) -> str:
                 f"{ratio}, 2 or more: from scratch the experts diverge, and the budget is enough to profit."
             )
     return (
-        f"{ratio}, between 2/3, where Figure 1 has upcycled models on both sides of scratch, and 2, where scratch has won:"
-        " the report tried nothing in between. Train both for a tenth of the budget, or take the cheaper mistake:"
-        " upcycling is ahead early."
+        f"{ratio}, between 2/3, where Figure 1 has upcycled models on both sides of scratch, and 2, where scratch has won."
+        " The report tried nothing in between. Train both for a tenth of the budget, or choose the cheaper mistake, which"
+        " is upcycling, because it is ahead early."
     )
 
 
@@ -78,7 +78,7 @@ def _against_training_to_upcycle(advice: Advice, measure: Measure) -> list[str]:
         f" ({hours:,.0f} GPU-hours predicted).",
         f"The same cost is {advice.same_cost_tokens / 1e9:,.0f}B tokens of the MoE from scratch, in place of"
         f" {advice.moe.tokens / 1e9:,.0f}B after upcycling.",
-        f"In Figure 1 dense and upcycled MoE for 100B tokens cost {1 + rule.UPCYCLE_BELOW} C_dense and reached"
+        f"In Figure 1 the dense model and an upcycled MoE of 100B tokens cost {1 + rule.UPCYCLE_BELOW} C_dense and reached"
         f" {finished.losses['100B']:.3f}; from scratch 2/3 C_dense reached {scratch.losses['100B']:.3f} and 2 C_dense"
         f" {scratch.losses['300B']:.3f}.",
     ]
