@@ -64,7 +64,9 @@ def test_without_the_dense_models_rates_there_is_none() -> None:
 
 def test_no_dense_checkpoint() -> None:
     answer = run("--moe-tokens", "1T")
-    assert answer.exit_code == 0 and answer.stdout.startswith("from scratch, sunk cost\nThere is no dense checkpoint")
+    assert answer.exit_code == 0 and answer.stdout.startswith(
+        "from scratch, sunk cost\nThere is no dense checkpoint"
+    )
 
 
 def test_cumulative() -> None:
