@@ -11,6 +11,8 @@ from nemo_skymoe.pipeline.stage_table import StageTable
 Cuts = tuple[int, ...]
 """First block of every chunk, and then the number of blocks."""
 
+# Relative. The same times summed in another order differ by roundings, which must not count as another bound or as a
+# better layout.
 _ROUNDING = 1e-12
 
 

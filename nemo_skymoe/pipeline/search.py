@@ -13,8 +13,8 @@ Pricing = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """A function from cuts [layouts, chunks + 1] to the seconds of forward, and of backward with recomputation, both
 [layouts, chunks]. They are infinite if a layout does not fit in memory."""
 
-_BEAM = 8
-_PATIENCE = 2
+_BEAM = 8  # layouts whose neighbours a round tries
+_PATIENCE = 2  # rounds without a better layout before the search stops
 _ROUNDS = 40
 _PRICED = 20_000  # layouts a round, before those that cannot win are left out
 _SIMULATED_OPERATIONS = 20_000_000
