@@ -35,24 +35,26 @@ def cases_of(n: int) -> list[Case]:
     return cases + [Case(n, name, aux_loss_form="square") for name in DISPATCHERS]
 
 
-CASES = {2: cases_of(2), 4: cases_of(4)}
+CASES = cases_of(2) + [Case(4, name, capacity) for name in DISPATCHERS for capacity in (None, CAPACITY)]
+ON_FOUR = [case for case in cases_of(4) if case not in CASES]
 CONTEXT = [Case(2, name, capacity, cp=2) for name in DISPATCHERS for capacity in (None, CAPACITY)]
 MUTANTS = [Case(n, "replicated", mutation=correction) for n in (2, 4) for correction in CORRECTIONS]
 SINGLE = [Case(n, name, dtype=torch.float32) for n in (2, 4) for name in DISPATCHERS]
-WORLDS = {
-    2: CASES[2] + [case for case in MUTANTS + SINGLE if case.n == 2],
-    4: CASES[4] + [case for case in MUTANTS + SINGLE if case.n == 4] + CONTEXT,
-}
 Compare = Callable[[Case], tuple[list[Outcome], Outcome]]
 
 
 @pytest.fixture(scope="module")
 def compare() -> Compare:
+    return comparison(CASES + CONTEXT + MUTANTS + SINGLE)
+
+
+def comparison(cases: list[Case]) -> Compare:
     """A case's outcomes by rank, and its reference's; one launch per world size runs them all."""
-    references = list({case.reference: None for world in WORLDS.values() for case in world})
+    references = list({case.reference: None for case in cases})
     outcomes = {case: [outcome] for case, outcome in zip(references, launch(1, references)[0], strict=True)}
-    for size, cases in WORLDS.items():
-        outcomes |= dict(zip(cases, zip(*launch(size, cases), strict=True), strict=True))
+    for size in sorted({case.n * case.cp for case in cases}):
+        world = [case for case in cases if case.n * case.cp == size]
+        outcomes |= dict(zip(world, zip(*launch(size, world), strict=True), strict=True))
     return lambda case: (list(outcomes[case]), outcomes[case.reference][0])
 
 
@@ -64,8 +66,12 @@ def each(cases: list[Case]) -> Callable[..., Any]:
     return every("case", cases, ids=lambda case: case.name)
 
 
-@each(CASES[2] + CASES[4] + CONTEXT)
+@each(CASES + CONTEXT)
 def test_outputs_and_every_gradient_are_those_of_one_rank(compare: Compare, case: Case):
+    check_parity(compare, case)
+
+
+def check_parity(compare: Compare, case: Case) -> None:
     outcomes, reference = compare(case)
     errors = gradient_errors(outcomes, reference)
     assert logit_error(outcomes, reference) <= TOLERANCE
@@ -77,6 +83,17 @@ def test_outputs_and_every_gradient_are_those_of_one_rank(compare: Compare, case
         if case.reference.slices == (1, 1):
             rates = [pytest.approx(reference.drop_rates, rel=1e-12)] * len(outcomes)
             assert [outcome.drop_rates for outcome in outcomes] == rates
+
+
+@pytest.mark.long
+def test_every_option_on_four_ranks() -> None:
+    compare = comparison(ON_FOUR)
+
+    @each(ON_FOUR)
+    def parity(case: Case) -> None:
+        check_parity(compare, case)
+
+    parity()
 
 
 @each(MUTANTS)
