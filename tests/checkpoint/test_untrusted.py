@@ -231,7 +231,7 @@ def other_files(folder: Path, good: Path, marker: Path) -> dict[str, list[str]]:
         ]  # fmt: skip
     for name in ("tagged", "target", "named"):
         made[f"launch {name}"] = [
-            *("launch", f"cluster={name}", "training=skywork_moe_tiny", "stages=[training]"),
+            *("launch", f"cluster={name}", "training=skywork_moe_tiny", "jobs=[training]"),
             *("--config-dir", str(folder / "conf"), "--dry-run"),
         ]
     for name in ("task", "function", "included", "template", "remote"):
