@@ -219,7 +219,11 @@ def _size(name: str, value: str) -> int | tuple[int, ...]:
 
 
 def integer(name: str, value: str) -> int:
-    """The integer that a text spells. ConfigurationError: it spells none, by the option's name."""
+    """Return the integer that a text spells.
+
+    Raises:
+        ConfigurationError: It spells none. The message has the option's name.
+    """
     try:
         return int(value)
     except ValueError:

@@ -30,7 +30,7 @@ class ConfigValues:
         self._asked: set[str] = set()
 
     def value(self, name: str, default: Any) -> Any:
-        """The value as it is; `default` where the file has none or null."""
+        """Return the value as it is, or `default` if the file has none or null."""
         self._asked.add(name)
         value = self.raw.get(name)
         if value is not None:
@@ -55,7 +55,7 @@ class ConfigValues:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """true or false."""
+        """Return true or false."""
         value = self.value(name, default)
         if not isinstance(value, bool):
             raise self.wrong(name, "true or false")
@@ -70,7 +70,7 @@ class ConfigValues:
         self._asked.update(names)
 
     def log_unknown(self) -> None:
-        """A line for every value that nobody asked for."""
+        """Log a line for every value that nobody asked for."""
         for name in sorted(self.raw.keys() - self._asked):
             if (value := self.raw[name]) not in (None, False) and value not in ("", [], {}):
                 logger.warning("%s: %s is %r, which is unknown here and not used", self.place, name, value)

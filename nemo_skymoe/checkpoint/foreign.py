@@ -170,7 +170,7 @@ def refuse_folder_of_models(folder: Path, telling: Iterable[str]) -> None:
 
 
 def _advice_by_content(path: Path) -> str | None:
-    """Advice on a file whose name says nothing, such as a blob of a cache."""
+    """Return advice on a file whose name says nothing, such as a blob of a cache."""
     with path.open("rb") as opened:
         start = opened.read(512)
     beginnings = {b"PK\x03\x04": "m.zip", b"\x1f\x8b": "m.tgz"}

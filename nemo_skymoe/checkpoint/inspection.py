@@ -131,7 +131,7 @@ def _describe_receipt(found: Inspection, folder: Path) -> None:
 
 
 def _missing_or_cut(folder: Path, files: Mapping[str, Any]) -> list[str]:
-    """Files of a receipt that are not there, or of another size."""
+    """Return the files of a receipt that do not exist, or have another size."""
     sizes = {name: path.stat().st_size for name in files if (path := folder / name).is_file()}
     problems = [f"'{folder / name}' is missing" for name in files if name not in sizes]
     return problems + [

@@ -11,7 +11,7 @@ _PARTS = ("weights", "context")
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """`folder`; where it is that of a run its last checkpoint, and of NeMo's `weights/` or `context/` the whole."""
+    """Return `folder`, or the last checkpoint of a run, or the whole checkpoint for NeMo's `weights/` or `context/`."""
     # By its name first: `weights` may be a link to another disk, where there is no context beside it.
     for part in (Path(os.path.abspath(folder)), Path(os.path.realpath(folder))):
         if part.name in _PARTS and all((part.parent / name).is_dir() for name in _PARTS):
@@ -20,7 +20,7 @@ def checkpoint_of(folder: Path) -> Path:
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The last checkpoint of a run that is complete, the one that the run itself would resume from.
+    """Return the last complete checkpoint of a run, from which the run itself would resume.
 
     Raises:
         CheckpointError: It has none, or one of them is a link that leads nowhere.

@@ -121,7 +121,7 @@ def _architecture(
 
 
 def _num_experts(values: ConfigValues) -> int | None:
-    """Experts a layer. The release writes `num_experts: [16]`; others an integer, or `num_local_experts`."""
+    """Return the experts of a layer: the release writes `num_experts: [16]`, others `num_local_experts`, or a number."""
     counts: set[int] = set()
     for name in ("num_experts", "num_local_experts"):
         value = values.value(name, None)
@@ -158,7 +158,7 @@ def _gate(values: ConfigValues) -> float | None:
 
 
 def _rope(values: ConfigValues) -> tuple[float, dict[str, Any] | None]:
-    """theta, and the scaling under `rope_type`."""
+    """Return theta, and the scaling under `rope_type`."""
     theta, scaling = _theta_and_scaling(values)
     if scaling is None:
         return theta, None
@@ -228,7 +228,7 @@ def _refuse_what_has_no_place(values: ConfigValues, family: str) -> None:
 
 
 def _check_window(values: ConfigValues, family: str, context: int) -> None:
-    """A window that hides nothing inside the context is no window."""
+    """Refuse an attention window, unless it hides nothing inside the context."""
     absent = family == "mistral" and "sliding_window" not in values.raw
     window = values.value("sliding_window", _MISTRAL_WINDOW if absent else None)
     if window is not None and (not isinstance(window, int) or window < context):

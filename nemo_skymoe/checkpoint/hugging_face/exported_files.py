@@ -69,7 +69,7 @@ def to_hf_config(description: Description) -> dict[str, Any]:
 
 
 def config_file(description: Description) -> bytes:
-    """`to_hf_config` as it is written: the same bytes for the same description."""
+    """Return the content of `to_hf_config` as it is written: the same bytes for the same description."""
     return (json.dumps(to_hf_config(description), indent=2, sort_keys=True) + "\n").encode()
 
 

@@ -69,7 +69,7 @@ def _check_types(storage: FileStorage) -> None:
 
 
 def _with_stored(description: Description, embedding: TensorInfo, folder: Path) -> Description:
-    """The data type is that of the weights; a vocabulary of another size is an error, never a correction."""
+    """Complete the description from the weights: their data type counts, and another vocabulary is an error."""
     vocab_size = description.architecture.vocab_size
     if embedding.shape[:1] != (vocab_size,):
         raise CheckpointError(

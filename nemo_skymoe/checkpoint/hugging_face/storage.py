@@ -107,7 +107,7 @@ class SafetensorsStorage:
         return sorted(held, key=lambda extent: extent.start)
 
     def read(self, name: str, index: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
-        """See `Storage.read`."""
+        """Read as `Storage.read` says."""
         place = self._places[name]
         region = box(place.shape, index, rows)
         tensor = empty(box_shape(region, index), place.dtype)
@@ -148,7 +148,7 @@ def read_header(file: Path) -> dict[str, _Place]:
 
 
 def parse_json(data: bytes, file: Path) -> dict[str, Any]:
-    """An object without repeated names."""
+    """Read a JSON object, and refuse repeated names."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -166,7 +166,7 @@ def parse_json(data: bytes, file: Path) -> dict[str, Any]:
 
 
 def _entry(file: Path, name: str, value: object) -> tuple[tuple[int, int], tuple[int, ...], str]:
-    """Offsets, shape and torch's data type of a header's entry."""
+    """Return offsets, shape and torch's data type of a header's entry."""
     entry = value if isinstance(value, dict) else {}
     shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
     if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -179,7 +179,7 @@ def _entry(file: Path, name: str, value: object) -> tuple[tuple[int, int], tuple
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
-    """The files of a model by name, each with the tensors that the index says it holds, if there is one."""
+    """Return the files of a model by name, each with the tensors that the index says it holds, if there is one."""
     if not folder.is_dir():
         raise CheckpointError(f"'{folder}' is not a folder")
     names = sorted(path.name for path in folder.iterdir())

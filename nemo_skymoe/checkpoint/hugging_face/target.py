@@ -46,7 +46,7 @@ class HuggingFaceTarget:
 
     @property
     def bytes(self) -> int:
-        """See `Target.bytes`."""
+        """The number that `Target.bytes` describes."""
         headers = sum(len(self._header(file)) for file in self.files())
         return self._total + headers + sum(map(len, self.extras.values()))
 
@@ -55,7 +55,7 @@ class HuggingFaceTarget:
         return sum(self._chunk_bytes(chunk) for chunk in self.chunks)
 
     def files(self) -> tuple[TargetFile, ...]:
-        """See `Target.files`."""
+        """Return the files that `Target.files` describes."""
         return self._files
 
     @cached_property
@@ -76,7 +76,7 @@ class HuggingFaceTarget:
         )
 
     def write(self, file: TargetFile, weights: Weights, output: OutputFile) -> None:
-        """See `Target.write`."""
+        """Write as `Target.write` says."""
         import torch
 
         output.write(self._header(file))

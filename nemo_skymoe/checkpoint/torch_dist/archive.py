@@ -65,7 +65,7 @@ class _Parts:
 
 
 def _fill_in_checksums(parts: _Parts) -> None:
-    """Every file in the archive has its checksum twice: behind its content, and in the directory at the end."""
+    """Write the checksum of every file in the archive twice: behind its content, and in the directory at the end."""
     count, _, directory = struct.unpack_from("<HLL", parts.after, parts.after.rindex(_DIRECTORY) + 10)
     _, entry = parts.at(directory)
     for _ in range(count):

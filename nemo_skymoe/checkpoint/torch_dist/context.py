@@ -101,7 +101,7 @@ def _model(description: Description, padded_vocab_size: int, tokenizer: _Call | 
 
 
 def _tokenizer(files: Mapping[str, bytes]) -> _Call | None:
-    """NeMo's class for these files. Code that a tokenizer brings along is not run: SentencePiece's model is enough."""
+    """Return NeMo's class for these files. Code of a tokenizer is not run: SentencePiece's model is enough."""
     if not any(re.fullmatch(r"tokenizer(_config)?\.(json|model)|vocab\.(json|txt)", name) for name in files):
         return None
     brings_code = b'"auto_map"' in files.get("tokenizer_config.json", b"")

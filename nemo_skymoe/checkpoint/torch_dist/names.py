@@ -108,7 +108,7 @@ def chunks(
 def extra_states(
     architecture: Architecture, layer_spec: str = "local", *, stacked: bool = True, prefix: str = PREFIX
 ) -> list[str]:
-    """The stored names of the objects that Megatron looks for beside the tensors; all of them are empty."""
+    """Return the stored names of the objects that Megatron looks for beside the tensors. All of them are empty."""
     return [place.shard for _, place in _places(EXTRA_STATES, architecture, layer_spec, stacked, prefix)]
 
 
@@ -126,7 +126,7 @@ class _Place:
 
     @property
     def shard(self) -> str:
-        """The name under which an extra state is stored."""
+        """Return the name under which an extra state is stored."""
         index, stacked = (
             ".".join(map(str, numbers)) for numbers in (self.index or (0,), self.stacked or (1,))
         )
@@ -161,7 +161,7 @@ class Layout:
 
 
 def layout(storage: Storage) -> Layout:
-    """The way the model in `storage` was saved, as its names tell it.
+    """Return the way the model in `storage` was saved, as its names tell it.
 
     Raises:
         CheckpointError: It has no embedding of Megatron's.

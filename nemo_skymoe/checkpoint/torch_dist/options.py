@@ -187,7 +187,7 @@ def _nemo_options(context: Path) -> dict[str, Any]:
 
 
 def _megatron_lm_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Megatron-LM's arguments under the names of the options that they set."""
+    """Return Megatron-LM's arguments under the names of the options that they set."""
     renamed = {
         "norm_epsilon": "layernorm_epsilon",
         "num_experts": "num_moe_experts",

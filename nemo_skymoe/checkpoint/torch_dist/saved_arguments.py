@@ -15,7 +15,7 @@ LARGEST = 64 * 2**20
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The arguments by name; what is neither a plain value nor a container of such is a `Record` or `Global`.
+    """Return the arguments by name. Values that are not plain, or containers of plain ones, are `Record` or `Global`.
 
     Raises:
         CheckpointError: The file is missing or damaged, or holds no arguments.

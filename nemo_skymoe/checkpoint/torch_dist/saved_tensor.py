@@ -94,7 +94,7 @@ def _damaged(file: Path, offset: int, reason: Exception) -> CheckpointError:
 
 
 def _parse(described: Any) -> tuple[str, tuple[int, ...], str, int]:
-    """Data type, shape, the storage's name and the first element in it, of what a tensor's pickle describes."""
+    """Return data type, shape, storage's name and first element in it, from the pickle that describes a tensor."""
     if not isinstance(described, Record) or described.kind not in (_REBUILD, _REBUILD_TYPED):
         raise ValueError("not a tensor")
     (tag, storage, key, _, _), first, shape, strides = described.arguments[:4]
@@ -116,7 +116,7 @@ def _parse(described: Any) -> tuple[str, tuple[int, ...], str, int]:
 
 
 def _data(file: Path, offset: int, length: int, entry: zipfile.ZipInfo) -> tuple[int, int]:
-    """First byte and size of an uncompressed member."""
+    """Return first byte and size of an uncompressed member."""
     local = entry.header_offset
     if entry.compress_type != zipfile.ZIP_STORED or not 0 <= local <= length - 30:
         raise ValueError(f"'{entry.filename}' is compressed or outside the archive")

@@ -110,7 +110,7 @@ class TorchDistStorage:
         return sorted(held, key=lambda extent: extent.start)
 
     def read(self, name: str, index: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
-        """See `Storage.read`."""
+        """Read as `Storage.read` says."""
         info = self.tensors[name]
         region = box(info.shape, index, rows)
         tensor = empty(box_shape(region, index), info.dtype)
@@ -207,7 +207,7 @@ def read_metadata(file: Path) -> Record:
 
 
 def _model_tensors(metadata: Record, file: Path) -> dict[str, tuple[TensorInfo, list[_Piece]]]:
-    """Data type, global shape and pieces of every tensor that is the model's own."""
+    """Return data type, global shape and pieces of every tensor that is the model's own."""
     try:
         described = {
             name: entry
@@ -286,7 +286,7 @@ def _check_cover(name: str, boxes: list[Box], shape: tuple[int, ...], axis: int 
 
 
 def _by_row(pieces: list[_Piece]) -> tuple[list[int], list[list[_Piece]]]:
-    """Pieces grouped by where they begin in the first dimension, which `_check_cover` found disjoint."""
+    """Return the pieces grouped by where they begin in the first dimension. `_check_cover` found them disjoint."""
     groups: dict[int, list[_Piece]] = defaultdict(list)
     for piece in pieces:
         groups[piece.region[0][0] if piece.region else 0].append(piece)

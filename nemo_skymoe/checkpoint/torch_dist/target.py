@@ -49,12 +49,12 @@ class TorchDistTarget:
 
     @property
     def bytes(self) -> int:
-        """See `Target.bytes`."""
+        """The number that `Target.bytes` describes."""
         tensors = sum(chunk_bytes(chunk, self.dtypes[chunk.tensor]) for chunk in self.chunks)
         return tensors + _ARCHIVE_BYTES * len(self.chunks) + sum(map(len, self.extras.values()))
 
     def files(self) -> tuple[TargetFile, ...]:
-        """See `Target.files`."""
+        """Return the files that `Target.files` describes."""
         return self._files
 
     @cached_property
@@ -65,7 +65,7 @@ class TorchDistTarget:
         )
 
     def write(self, file: TargetFile, weights: Weights, output: OutputFile) -> None:
-        """See `Target.write`."""
+        """Write as `Target.write` says."""
         import torch
 
         (chunk,) = file.chunks

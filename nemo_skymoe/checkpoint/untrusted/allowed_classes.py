@@ -151,7 +151,7 @@ def is_vouched_for(name: str) -> bool:
 
 
 def advice(name: str) -> str:
-    """Advice on a name that is not allowed."""
+    """Return advice on a name that is not allowed."""
     return (
         f"expected only what Megatron and NeMo write; if you know where the checkpoint is from and need it, set"
         f" {VARIABLE}={name}"

@@ -48,7 +48,7 @@ class Node:
 
 
 class Graph:
-    """The whole file.
+    """The graph of the whole file.
 
     Raises:
         ValueError: In all methods: it is not what fiddle writes. KeyError: A reference leads nowhere.
@@ -61,7 +61,7 @@ class Graph:
         self.nodes = [self._node(one) for one in dictionaries(content) if isinstance(one.get("type"), dict)]
 
     def calls(self) -> Iterator[tuple[tuple[str, str], list[tuple[Place, Any]]]]:
-        """Module and name of everything that is called, and its arguments: place of the name, and value."""
+        """Yield module and name of everything that is called, and its arguments: place of the name, and value."""
         for node in self.nodes:
             if node.is_container or node.is_tuple or (node.is_artifact and node.metadata is None):
                 continue

@@ -121,7 +121,7 @@ def _is_number(arguments: tuple[Any, ...]) -> bool:
 
 
 def _of_archive(data: bytes, file: Path) -> tuple[bytes, list[bytes]]:
-    """Pickle and storages of an archive, whose directory has to leave torch and this no room for two readings."""
+    """Return pickle and storages of an archive. Its directory must not have two readings."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
@@ -188,7 +188,7 @@ def _holds_extra_state(described: Any) -> bool:
 
 
 def _check_whole_storages(described: Any, file: Path) -> None:
-    """The bytes that Transformer Engine unpickles are the tensor's: they have to be those of its storage."""
+    """Check that the bytes that Transformer Engine unpickles of a tensor are all bytes of its storage."""
     for record in _parts(described):
         if not isinstance(record, Record) or not record.kind.startswith(f"{_REBUILD}tensor"):
             continue
