@@ -110,7 +110,8 @@ def _mesh(groups: tuple[Any, ...], device_type: str, names: tuple[str, ...]) -> 
     """Make the mesh in which every axis looks for all ranks as `groups` look for this one."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     axes = [
-        torch.tensor(torch.distributed.get_process_group_ranks(group), dtype=torch.int) - rank
+        # On the CPU also where models are built on the meta device.
+        torch.tensor(torch.distributed.get_process_group_ranks(group), dtype=torch.int, device="cpu") - rank
         for group in groups
     ]
     ranks = rank + axes[0][:, None, None] + axes[1][None, :, None] + axes[2][None, None, :]
