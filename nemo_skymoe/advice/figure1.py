@@ -40,8 +40,8 @@ STARTS = (SCRATCH, EARLY, FINISHED_CONSTANT, FINISHED)
 
 
 MINIATURE = {"2/3": ("0.400", "0.590"), "twice": ("0.113", "0.209")}
-"""How far the upcycled models ended below the one from scratch in this project's miniature of the figure: the least and
-the most, in nats per token, at each of the two costs (benchmarks/paper/results/figure1.md, three seeds)."""
+"""The least and the most nats per token by which the upcycled models ended below the one from scratch, at each of the
+two costs, in this project's miniature of the figure (benchmarks/paper/results/figure1.md, three seeds)."""
 
 
 @dataclass(frozen=True)
