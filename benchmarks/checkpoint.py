@@ -82,7 +82,7 @@ def planned(job: dict[str, Any]) -> Any:
 
 
 def convert(job: dict[str, Any]) -> dict[str, float]:
-    """In a child: one conversion, and the bound on its memory. Python's imports come before the clock."""
+    """Convert once in a child process, and return the bound on its memory too. The clock starts after Python's imports."""
     import torch.distributed.checkpoint  # noqa: F401
 
     from nemo_skymoe.checkpoint.tensors.model import model_keys
@@ -100,7 +100,7 @@ def convert(job: dict[str, Any]) -> dict[str, float]:
 
 
 def naive(job: dict[str, Any]) -> dict[str, float]:
-    """In a child: everything loaded, everything built, everything saved, as public tools do."""
+    """Load, build and save the whole model in a child process, as public tools do."""
     from safetensors.torch import load_file, save_file
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -130,7 +130,7 @@ def naive(job: dict[str, Any]) -> dict[str, float]:
 
 
 def written_bytes(folder: Path) -> int:
-    """Of all files in a folder."""
+    """Return the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -183,7 +183,7 @@ def available_memory() -> int:
 
 
 def busy_cores(seconds: float = 2.0) -> float:
-    """How many cores others keep busy while this process sleeps."""
+    """Return how many cores others keep busy while this process sleeps."""
 
     def busy() -> float:
         ticks = [int(tick) for tick in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]

@@ -140,7 +140,7 @@ def _report() -> None:
 
 
 def _report_plan(padded: float | None = None, batch: int = 2048, overlap: bool = True) -> Plan:
-    """By default the run of the recipe `skywork_moe_146b`; `padded` experts compute that capacity, empty places too."""
+    """Plan the report's run, by default as the recipe `skywork_moe_146b` has it. `padded` experts compute their whole capacity."""
     return plan(
         SKYWORK_MOE_146B,
         A800_80G,

@@ -60,7 +60,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one rank did in one layer: bytes sent, what the formula says, calls, the host's waits, seconds."""
+    """Counts of one rank in one layer: bytes sent, bytes by the formula, calls, waits of the host, seconds."""
 
     forward: float
     backward: float
@@ -143,7 +143,7 @@ def build(setting: Setting) -> Any:
 
 @contextmanager
 def on_cpu(reads: HostReads) -> Iterator[None]:
-    """What Megatron's all-to-all dispatcher needs without a GPU, and where a GPU run would wait.
+    """Let Megatron's all-to-all dispatcher run without a GPU, and count where a GPU run would wait.
 
     It moves counts to the host only from a GPU, and then waits once for all of them.
     """
@@ -198,7 +198,7 @@ def timed(layer: Any, hidden: Tensor) -> float:
 
 
 def exchange_of(setting: Setting) -> traffic.Exchange:
-    """What the formula gets to know: sizes and, where a capacity drops at random, the rows this rank sends."""
+    """Return what the formula is told: sizes and, if a capacity drops at random, the rows that this rank sends."""
     exchange = traffic.Exchange(
         RANKS,
         setting.tokens,

@@ -43,7 +43,7 @@ def measured_table(title: str, rows: Mapping[str, Sequence[Any]]) -> str:
 
 
 def scheme_table(hidden: int, experts: int) -> str:
-    """By the formulas: for n ranks and k experts, what every dispatcher sends, and the meshes beside EDP."""
+    """Return a table by the formulas: what every dispatcher sends for n ranks and k experts, and the meshes beside EDP."""
     lines = [
         "| n | k | replicated | allgather | alltoall | stock allgather | stock alltoall | fewest, with SP | EDP on"
         " NVLink, us | EDP on RoCE, us | ETP mesh, us | EP mesh, us |",
@@ -87,6 +87,6 @@ def links(sent: float, near: int, far: int) -> float:
 
 
 def mean(values: Any) -> float:
-    """Of an iterable."""
+    """Return the mean of an iterable."""
     found = list(values)
     return sum(found) / len(found)

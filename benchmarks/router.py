@@ -1,4 +1,4 @@
-"""What the Skywork router costs beside Megatron's: forward and backward of one router, in one process.
+"""The cost of the Skywork router beside Megatron's: forward and backward of one router, in one process.
 
 `python benchmarks/router.py` prints the table of benchmarks/router.md. Per case the routers take turns, so that
 whatever else the machine does meets them alike; compared are the fastest runs.
@@ -74,7 +74,7 @@ def build(
 
 
 def device() -> torch.device:
-    """Where to measure."""
+    """Return the device to measure on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

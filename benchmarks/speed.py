@@ -1,4 +1,4 @@
-"""What commands cost before they do anything heavy: python benchmarks/speed.py > benchmarks/speed.md
+"""The time that commands take before they do anything heavy: python benchmarks/speed.py > benchmarks/speed.md
 
 Ratios of processor time, each the smallest of several runs: they hold on other machines, and on busy ones.
 """
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def work() -> list[str]:
-    """What planning is made of, against one simulated step."""
+    """Measure the parts of planning against one simulated step."""
     made = {micro_batches: problem(micro_batches) for micro_batches in (64, 256)}
     one, many = (
         own(lambda layouts=layouts: simulated_durations(made[256], *times(layouts)), 20)

@@ -65,7 +65,7 @@ def cluster_trainer(
 
 
 def overlaps_communication(trainer: Any) -> bool:
-    """Whether a trainer hides the distributed optimizer's messages behind computation."""
+    """Say whether a trainer hides the distributed optimizer's messages behind computation."""
     return any(callback.__fn_or_cls__ is MegatronCommOverlapCallback for callback in trainer.callbacks)
 
 

@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def _summary(rows: Sequence[Claim]) -> str:
-    """How many of each verdict, of those that the report makes."""
+    """Count the claims of the report by verdict."""
     verdicts = Counter(row.verdict.strip("*") for row in rows if row.published != "not published")
     counts = "; ".join(f"{verdict}: {count}" for verdict, count in verdicts.most_common())
     return f'{verdicts.total()} rows have values that the report publishes ({counts}). The others say "not published".'

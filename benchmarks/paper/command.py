@@ -19,7 +19,7 @@ Results = Mapping[str, Sequence[Result]]
 
 @dataclass(frozen=True)
 class Page:
-    """What a figure's results say: a picture, and lines of Markdown."""
+    """The results of a figure: a picture, and lines of Markdown."""
 
     picture: Any
     lines: Sequence[str]
@@ -62,7 +62,7 @@ def main(figure: Figure, arguments: Sequence[str] | None = None) -> None:
 
 
 def place(budget: str) -> Workshop:
-    """Of the full budget the curves are kept beside this file, all else under `runs/paper`."""
+    """Return the folder of the results: beside this file for the curves of the full budget, else under `runs/paper`."""
     folder = Path("runs/paper") / budget
     return Workshop(BUDGETS[budget], folder, HERE / "results" if budget == "full" else folder / "results")
 

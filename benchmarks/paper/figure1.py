@@ -154,7 +154,7 @@ def _orders(found: Results) -> list[str]:
 
 
 def _crossings(found: Results) -> list[str]:
-    """Where scratch's training loss falls below that of each upcycled model for good."""
+    """Return where scratch's training loss falls below that of each upcycled model for good."""
     arms = _of(found, "300b")
     lines = [
         "Where, under the longer budget, the smoothed training loss from scratch becomes the lower one for good"

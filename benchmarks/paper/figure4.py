@@ -53,7 +53,7 @@ def _fixed(coefficient: float) -> dict[str, object]:
 
 
 def page(found: Results) -> Page:
-    """As in the report drop rate and coefficient by layer, of one seed; beside them the three arms."""
+    """Draw drop rate and coefficient by layer for one seed, as the report does, and the three arms beside them."""
     figure, axes = pictures.grid(2, 2, width=4.2)
     run = found["adaptive"][0]
     shades = drawing.layer_colours(run.by_layer("drop_rate"))

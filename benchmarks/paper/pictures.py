@@ -1,4 +1,4 @@
-"""What the figures' pictures have in common: a line an arm over tokens with the seeds' spread, and points to compare."""
+"""The parts that the figures' pictures share: a line per arm over tokens with the seeds' spread, and points to compare."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train_loss(result: Result) -> Curve:
 
 
 def behind(reference: Sequence[Result]) -> Callable[[Result], Curve]:
-    """Of a run, its training loss minus that of the reference with its seed, which saw the same batches."""
+    """Return a run's training loss minus that of the reference with its seed, which saw the same batches."""
     losses = {run.facts["seed"]: train_loss(run) for run in reference}
 
     def of(run: Result) -> Curve:

@@ -60,7 +60,7 @@ class Result:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
+    """Return the versions of the packages that compute."""
     return {name: version(name) for name in ("torch", "megatron-core", "nemo-toolkit")}
 
 
@@ -90,7 +90,7 @@ def write(path: Path, facts: Mapping[str, Any], logs: Path) -> None:
 
 
 def read(path: Path) -> Result:
-    """What `write` wrote."""
+    """Return the results that `write` wrote."""
     with path.open(newline="") as file:
         facts = json.loads(file.readline().removeprefix("# "))
         rows = list(csv.DictReader(file))
@@ -104,13 +104,13 @@ def read(path: Path) -> Result:
 
 
 def losses(runs: Sequence[Result]) -> list[float]:
-    """Of each run, on held-out text at its end."""
+    """Return the loss of each run on held-out text at its end."""
     return [run.loss for run in runs]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of paired values: mean, and half the width of its 95 % confidence interval (Student's t, n - 1)."""
+    """The mean of paired values, and half the width of its 95 % confidence interval (Student's t, n - 1)."""
 
     mean: float
     error: float
@@ -125,7 +125,7 @@ class Difference:
 
     @property
     def bar(self) -> float:
-        """Of the error, as long as one can be drawn."""
+        """Return the length of the error bar, if one can be drawn."""
         return self.error if math.isfinite(self.error) else 0.0
 
     def __str__(self) -> str:

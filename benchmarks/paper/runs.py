@@ -28,7 +28,7 @@ VALIDATIONS = 2
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a run's tokens are trained on, for how many seeds."""
+    """The share of a run's tokens that are trained on, and the number of seeds."""
 
     name: str
     share: float
@@ -68,13 +68,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of the CSV, and of the folder of checkpoints."""
+        """Return the name of the CSV and of the folder of checkpoints."""
         return f"{self.arm}_seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where checkpoints and logs lie, and where the curves go."""
+    """The folders of checkpoints and logs, and the folder of the curves."""
 
     budget: Budget
     folder: Path
@@ -92,7 +92,7 @@ class Workshop:
         return results.read(self.csv(run))
 
     def checkpoint(self, run: Run, share: float, say: Callable[[str], None]) -> Path:
-        """What a run had after a share of its steps: the checkpoint nearest to it. Trained again where it is gone."""
+        """Return the checkpoint nearest to a share of a run's steps. The run is trained again if it is gone."""
         folder = self.folder / run.figure / run.name / "checkpoints"
         with self._alone_with(run):
             if not (any(folder.glob("*-last")) and self.csv(run).is_file()):

@@ -121,7 +121,7 @@ def read(root: Path) -> dict[str, dict[str, str]]:
 
 
 def fingerprint(corpus: Path = CORPUS) -> str:
-    """Of all tokens: equal for the same text."""
+    """Return a fingerprint of all tokens, which is equal for the same text."""
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(corpus.glob("*.bin")):
         digest.update(file.read_bytes())

@@ -1,4 +1,4 @@
-"""What one pair of NeMo and megatron-core does, in whose environment this runs: python -m tests.compat.pair RESULT.json
+"""The steps for one pair of NeMo and megatron-core, run in their environment: python -m tests.compat.pair RESULT.json
 
 Every module of nemo_skymoe is imported, every recipe dry-run and two of them trained, by the commands a user types,
 forked from this process, which imports NeMo once. Whatever fails ends it.

@@ -35,7 +35,7 @@ _TRANSFORMERS = "from importlib.metadata import version; print(version('transfor
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a pair did: what the doctor found and said, the figures of pair.py, pytest's last line."""
+    """The outcome of a pair: what the doctor found and said, the figures of pair.py, pytest's last line."""
 
     pair: tuple[str, str]
     versions: dict[str, str]
@@ -73,7 +73,7 @@ def python_of(pair: tuple[str, str]) -> str:
 
 
 def step(name: str, *command: str) -> str:
-    """What a command prints.
+    """Return what a command prints.
 
     Raises:
         Failed: It did not end with 0; what it printed is in the message.
