@@ -58,7 +58,7 @@ def test_here_a_failed_job_is_the_last_one(tmp_path: Path, monkeypatch: pytest.M
         f"conversion.source={tmp_path}/absent",
         f"upcycle.output_path={tmp_path}/up",
     ]
-    reason = rf"conversion ended as FAILED: ConfigurationError: .*{tmp_path}/absent.*; its log is (/\S+)$"
+    reason = rf"conversion ended as FAILED: CheckpointError: .*{tmp_path}/absent.*; its log is (/\S+)$"
     with pytest.raises(RankFailed, match=reason) as failed:
         submit(jobs(compose_groups([*given, f"conversion.output_path={tmp_path}/dense"])))
     assert f"{tmp_path}/absent" in Path(str(failed.value).split()[-1]).read_text()

@@ -9,6 +9,9 @@ from nemo_skymoe import nemo_cli  # noqa: F401
 from nemo_skymoe.ranks import run_ranks
 from nemo_skymoe.report.curves import read_curves
 
+_SAID = 40
+"""Lines of a rank's log that a failure repeats."""
+
 
 def nemo_llm(folder: Path, kind: str, recipe: str, *more: str, ranks: int = 2, **arguments: Any) -> None:
     """`nemo llm KIND --factory "RECIPE(arguments)" --yes`, in `folder`, on `ranks` ranks as torchrun starts them."""
@@ -50,7 +53,8 @@ def _skymoe(folder: Path, arguments: list[str]) -> None:
 
 def _succeeded(code: int | None) -> None:
     if code:
-        raise RuntimeError(f"exit code {code}")
+        said = Path(sys.stdout.name).read_text().splitlines()[-_SAID:]
+        raise RuntimeError("\n".join([f"exit code {code}, after", *said]))
 
 
 def _begin(folder: Path, log: str) -> None:
