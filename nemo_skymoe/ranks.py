@@ -11,6 +11,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -102,6 +103,8 @@ def _report(writer: Connection, function: Callable[..., Any], args: tuple) -> No
     try:
         # Plain pickle: torch would hand tensors over in shared memory that dies with this process.
         message = pickle.dumps(_Report(True, function(*args)))
+        # A process that ends by itself waits for its threads too: NeMo removes old checkpoints in one.
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
         succeeded = True
     except BaseException:
         moment = time.monotonic()  # before the traceback is put together, which reads files

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,19 @@ def recorded_pids(directory: Path, count: int) -> list[int]:
         return found if len(found) == count else []
 
     return wait_until(f"{count} ranks", pids)
+
+
+def test_what_a_rank_left_to_its_threads_is_done(tmp_path: Path) -> None:
+    def leave_it_to_a_thread() -> None:
+        def write() -> None:
+            time.sleep(0.5)  # for a parent that would not wait
+            (tmp_path / str(rank())).touch()
+
+        threading.Thread(target=write).start()
+        ThreadPoolExecutor(1).submit(int)  # an idle worker, for which nobody has to wait
+
+    run_ranks(leave_it_to_a_thread, 2, timeout=HANG)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "1"]
 
 
 def test_a_rank_that_is_done_keeps_what_the_others_still_need(tmp_path: Path) -> None:
