@@ -39,11 +39,21 @@ def _parameter(router: Any, value: Tensor, initialize: bool = False) -> Paramete
     value = value.to(router.weight.device)
     if initialize and config.perform_initialization:
         config.init_method(value)
-    parameter = Parameter(value.to(config.params_dtype))
-    # With sequence parallelism every tensor-parallel rank sees other tokens. Megatron sums the gradients of parameters
-    # with this attribute over the ranks.
-    setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
-    return parameter
+    return Parameter(value.to(config.params_dtype))
+
+
+def sum_gradients_over_tokens(router: Any) -> None:
+    """Mark every parameter of a router, those of a user's subclass too, for Megatron's sum of gradients over the ranks.
+
+    With sequence parallelism every tensor-parallel rank sees other tokens. Megatron sums the gradients of parameters
+    with the attribute `sequence_parallel` over the ranks. A parameter that has the attribute, or that is itself split
+    over the ranks, is left as it is.
+    """
+    for parameter in router.parameters():
+        if not hasattr(parameter, "sequence_parallel") and not getattr(
+            parameter, "tensor_model_parallel", False
+        ):
+            parameter.sequence_parallel = router.config.sequence_parallel
 
 
 def gate_logits(router: Any, input_SBH: Tensor) -> Tensor:

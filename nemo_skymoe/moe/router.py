@@ -19,7 +19,7 @@ from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.moe.adoption import adopt
 from nemo_skymoe.moe.aux_loss import squared_load_balancing_loss
 from nemo_skymoe.moe.capacity import with_capacity_in_reach
-from nemo_skymoe.moe.gate import add_gate_parameters, gate_logits
+from nemo_skymoe.moe.gate import add_gate_parameters, gate_logits, sum_gradients_over_tokens
 from nemo_skymoe.moe.gating import normalize_and_break_ties, tie_order
 from nemo_skymoe.moe.gradients import CarryGradient, ScaleGradient
 from nemo_skymoe.moe.padding import ToldPadding, ValidTokens, sum_over
@@ -57,12 +57,14 @@ class SkyworkRouter(TopKRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._set_up()
+        sum_gradients_over_tokens(self)
 
     @classmethod
     def adopt(cls, router: TopKRouter) -> "SkyworkRouter":
         """Turn a freshly built router of Megatron's into one of this class, in place, without changing its weights."""
         adopted = adopt(router, cls)
         adopted._set_up()
+        sum_gradients_over_tokens(adopted)
         return adopted
 
     def _set_up(self) -> None:

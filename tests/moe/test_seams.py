@@ -1,9 +1,11 @@
 """A layer of another router or dispatcher: it is set up as its kind needs, and refused where it does not fit."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed.finalize_model_grads import _allreduce_non_tensor_model_parallel_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
@@ -29,6 +31,21 @@ class OwnReplicated(ReplicatedTokenDispatcher):
 
 class OwnAllToAll(AllToAllTokenDispatcher):
     pass
+
+
+class OffsetRouter(SkyworkRouter):
+    """A router with a parameter of its own, which its author did not mark for sequence parallelism."""
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self.offset = torch.nn.Parameter(torch.zeros_like(self.weight[:, 0]))
+
+    def gating(self, input: Tensor) -> Tensor:
+        return super().gating(input) + self.offset
+
+
+class OffsetLayer(SkyworkMoELayer):
+    router_class = OffsetRouter
 
 
 class RoutedLayer(SkyworkMoELayer):
@@ -70,6 +87,25 @@ def test_a_router_of_another_class_has_megatrons_own_initial_weights() -> None:
         assert torch.equal(own.router.weight, stock.router.weight)
         for mine, theirs in zip(own.experts.parameters(), stock.experts.parameters(), strict=True):
             assert torch.equal(mine, theirs)
+
+
+@on_ranks(2)
+def test_a_parameter_of_a_router_of_another_class_is_summed_over_all_tokens() -> None:
+    """Under sequence parallelism Megatron's reduction must take it in, or the ranks' copies drift apart."""
+    with groups(LAYOUT):
+        for split in (True, False):
+            layer = first_layer(OffsetLayer, moe_edp=True, sequence_parallel=split)
+            gradients(layer)
+            layer.ddp_config = SimpleNamespace(use_custom_fsdp=False, use_megatron_fsdp=False)
+            local = layer.router.offset.grad.clone()
+            summed = local.clone()
+            if split:
+                torch.distributed.all_reduce(summed)
+            for parameter in layer.parameters():
+                parameter.main_grad = parameter.grad
+            _allreduce_non_tensor_model_parallel_grads([layer], layer.config)
+            assert local.abs().max() > 0
+            assert torch.equal(layer.router.offset.main_grad, summed)
 
 
 @on_ranks(2)
