@@ -61,8 +61,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	    { echo "nemo_skymoe needs Python 3.11 or 3.12, '$(PYTHON)' is another: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Installing into .venv: about 4 minutes and 3 GB, once."
 	@$(PYTHON) -m venv --clear .venv
+	@# By its path, so that a script beside the checkout finds the package and not the folder of the same name.
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint $(CONSTRAINTS) $(PIP_ARGS) \
-	    --editable '.[nemo,dev]' 
+	    --config-settings editable_mode=compat --editable '.[nemo,dev]'
 	@touch $@
 
 .venv/.docs: $(STAMP)

@@ -25,7 +25,7 @@ from nemo_skymoe.commands import tasks  # noqa: E402, F401
 from nemo_skymoe.names import unknown  # noqa: E402
 from nemo_skymoe.nemo import failure  # noqa: E402
 from nemo_skymoe.nemo.options import check_overrides, refuse_secrets  # noqa: E402
-from nemo_skymoe.nemo.recipe_check import check_made, plan_of  # noqa: E402
+from nemo_skymoe.nemo.recipe_check import check_made, check_start, plan_of  # noqa: E402
 from nemo_skymoe.recipes import executors, skywork_13b, skywork_moe_146b  # noqa: E402
 from nemo_skymoe.recipes._arguments import check_renamed  # noqa: E402
 
@@ -70,6 +70,8 @@ def _known(upstream: Any) -> Any:
         check_overrides(upstream(self, fn, [], **defaults), args)
         made = upstream(self, fn, args, **defaults)
         check_made(made, plan_of(made))
+        # If the checkpoint is not on this machine, it may be where the training will run.
+        check_start(made, local=False, written_before=False)
         return made
 
     return parse_fn

@@ -160,5 +160,5 @@ def _explained(reason: str, limit: float, constants: Efficiency, recompute: bool
         reason = reason.replace(" with every layer recomputed", "") + "; recompute is off"
     return (
         f"{reason} (memory_limit of {limit / 1e9:.1f} GB less {constants.memory_overhead / 1e9:.1f} GB for context,"
-        " buffers and fragmentation)"
+        " buffers and fragmentation): more pipeline or tensor parallelism, or a smaller micro-batch, needs less"
     )

@@ -21,8 +21,12 @@ def read_profile(path: str | Path) -> Mapping[str, Any]:
     """
     try:
         profile = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as reason:
-        raise ConfigurationError(f"profile {path}: {reason}") from reason
+    except OSError as reason:
+        raise ConfigurationError(
+            f"profile {path} cannot be read: {reason.strerror}; expected a JSON file of measured blocks"
+        ) from reason
+    except ValueError as reason:
+        raise ConfigurationError(f"profile {path} is no JSON: {reason}") from reason
     if not isinstance(profile, dict):
         raise ConfigurationError(f"profile {path} holds a {type(profile).__name__}, expected an object")
     return profile

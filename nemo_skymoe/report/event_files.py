@@ -153,8 +153,8 @@ def _check_together(kept: Sequence[EventFile], file: EventFile, tag: str) -> Non
 
 def _two_runs(one: EventFile, other: EventFile, why: str) -> ConfigurationError:
     return ConfigurationError(
-        f"RUN_DIR: two runs lie below it, which {why}: {_described(one)} and {_described(other)}; expected one of"
-        f" '{one.path.parent}' and '{other.path.parent}'"
+        f"RUN_DIR: two runs lie below it, which {why}: {_described(one)} and {_described(other)}; expected the"
+        f" folder of one run, such as '{one.path.parent}' or '{other.path.parent}'"
     )
 
 

@@ -120,7 +120,7 @@ def test_the_plan_is_written_into_a_file(report: dict, tmp_path: Path):
         (["--model", "gpt"], "model is 'gpt', expected one of skywork-13b"),
         (["--model", "num_layers=x"], "num_layers is 'x', expected an integer"),
         (["--layers", "5,x"], "layers is 'x', expected an integer"),
-        (["--profile", "absent.json"], "profile absent.json: "),
+        (["--profile", "absent.json"], "profile absent.json cannot be read: No such file"),
         (
             ["--svg", "absent/schedule.svg"],
             "svg is absent/schedule.svg, expected a file in an existing folder",

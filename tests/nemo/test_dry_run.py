@@ -5,13 +5,18 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import torch
 from nemo_run.cli import api
 
 from nemo_skymoe import nemo_cli  # noqa: F401
+from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.ranks import run_ranks
+from tests.checkpoint import megatron_files
+from tests.checkpoint.fakes import random_weights
 
 MOE, DENSE = "skywork_moe_146b(scale=toy)", "skywork_13b(scale=toy)"
-CASES = (
+Case = tuple[str, list[str], str | None]
+CASES: tuple[Case, ...] = (
     (MOE, [], None),
     (DENSE, ["trainer.max_steps=7"], None),
     (MOE, ["trainer.max_steps=-5"], "trainer.max_steps is -5, expected a whole number of optimizer steps"),
@@ -28,9 +33,22 @@ CASES = (
 )
 
 
-def dry_runs(folder: Path) -> list[tuple[int, str]]:
+def started_from(folder: Path) -> tuple[Case, ...]:
+    """A dense checkpoint that is here, which no MoE starts from, and one that may be where the training will run."""
+    dense = Architecture(
+        num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=100
+    )
+    megatron_files.write(folder / "dense", random_weights(dense), torch.float32)
+    megatron_files.write_context(folder / "dense", dense)
+    return (
+        (f"skywork_moe_146b(scale=toy,resume_path={folder}/dense)", [], "is dense, expected"),
+        (f"skywork_moe_146b(scale=toy,resume_path={folder}/elsewhere)", [], None),
+    )
+
+
+def dry_runs(cases: tuple[Case, ...]) -> list[tuple[int, str]]:
     found = []
-    for factory, overrides, _ in CASES:
+    for factory, overrides, _ in cases:
         sys.argv = ["nemo", "llm", "pretrain", "--factory", factory, "--dryrun", *overrides]
         said = io.StringIO()
         with redirect_stdout(said), redirect_stderr(said):
@@ -44,8 +62,9 @@ def dry_runs(folder: Path) -> list[tuple[int, str]]:
 
 
 def test_a_dry_run_refuses_what_the_training_would(tmp_path: Path) -> None:
-    (found,) = run_ranks(dry_runs, 1, tmp_path, env={"NEMORUN_HOME": str(tmp_path)})
-    for (factory, overrides, message), (code, said) in zip(CASES, found, strict=True):
+    cases = CASES + started_from(tmp_path)
+    (found,) = run_ranks(dry_runs, 1, cases, env={"NEMORUN_HOME": str(tmp_path)})
+    for (factory, overrides, message), (code, said) in zip(cases, found, strict=True):
         case = f"{factory} {overrides}: {said[-400:]}"
         assert (code == 0) == (message is None), case
         assert message is None or message in said, case

@@ -61,10 +61,28 @@ def own_receipt(output: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         hint = f" (where that alone is lost, {_WITH_REPAIR} puts it back)" if output.is_dir() else ""
         raise refused(output, f"it has no {RECEIPT}{hint}")
     if receipt.get("job") != expected["job"]:
-        raise refused(output, "another command or version wrote it")
+        raise refused(output, _difference(expected["job"], receipt.get("job")))
     if any(receipt.get(key) != value for key, value in expected.items()):
         raise refused(output, "it was written from another configuration or tokenizer")
     return receipt
+
+
+def _difference(job: Mapping[str, Any], written: Any) -> str:
+    """Say in what another job's output differs: its command or version, or the first of its options."""
+    if not isinstance(written, dict) or any(
+        written.get(name) != job.get(name) for name in ("command", "versions")
+    ):
+        return "another command or version wrote it"
+    mine, other = _flat(job), _flat(written)
+    name = next(name for name in (*mine, *other) if mine.get(name) != other.get(name))
+    return f"it was written with {name} {other.get(name)!r}, and this command has {mine.get(name)!r}"
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value) if isinstance(value, dict) else {name: value}
+    return found
 
 
 def _changed(storage: FileStorage, written: Mapping[str, Any], advance: Advance) -> Path | None:

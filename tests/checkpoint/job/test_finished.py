@@ -42,6 +42,22 @@ def test_the_same_job_finds_its_output(kind: str, tmp_path: Path) -> None:
     assert done[-1][0] == done[-1][1] == pytest.approx(everything, rel=0.03)
 
 
+def test_an_output_of_other_options_is_refused_by_the_first_that_differs(tmp_path: Path) -> None:
+    write("hf", random_weights(TINY), tmp_path / "source")
+    upcycling = {"num_experts": 16, "init": "copy"}
+    convert("hf", tmp_path, job=JOB | {"upcycling": upcycling})
+    for other, reason in (
+        (
+            JOB | {"upcycling": upcycling | {"num_experts": 8}},
+            "num_experts 16, and this command has 8",
+        ),
+        (JOB | {"upcycling": None}, "num_experts 16, and this command has None"),
+        (JOB | {"upcycling": upcycling, "command": "another"}, "another command or version wrote it"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"this command's own, but .*({reason})"):
+            convert("hf", tmp_path, job=other)
+
+
 def of_another_seed(kind: str, folder: Path) -> None:
     shutil.rmtree(folder / "source")
     write(kind, random_weights(TINY, seed=1), folder / "source")
