@@ -65,7 +65,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     event_file(tmp_path / "b" / "tfevents", {step: 2.0 for step in steps}, begun=100.0)
     with pytest.raises(
         ConfigurationError,
-        match=r"two runs lie below it, which both log .* from step 0 on: .*/a/.*/b/.* expected one of",
+        match=r"two runs lie below it, which both log .* from step 0 on: .*/a/.*/b/.* expected the folder of one run",
     ):
         read_logs(tmp_path)
     event_file(tmp_path / "b" / "tfevents", {step + 5: 2.0 for step in steps}, begun=10.0)
