@@ -39,7 +39,7 @@ def peak(source: Path, output: Path, to: str, options: dict[str, Any] | None) ->
 )
 def test_no_slope(options: dict[str, Any], to: str, tmp_path: Path):
     peaks, sizes = [], []
-    for layers in (1, 6):
+    for layers in (3, 8):  # with fewer the work ends before all of its memory is in use
         source, moe, back = (tmp_path / f"{name}{layers}" for name in ("dense", "moe", "back"))
         hf_models.skywork_dense(source, num_hidden_layers=layers, **SIZES)
         peaks.append(
