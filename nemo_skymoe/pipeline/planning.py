@@ -57,10 +57,7 @@ def plan(
     architecture = as_architecture(model)
     gpu = hardware if isinstance(hardware, Hardware) else hardware_preset(hardware)
     how = _training(training, num_gpus, data_parallel)
-    how.check(architecture)
-    if architecture.layers_differ:  # tensor parallelism splits the MLP of dense layers
-        alone = replace(how, expert_parallel=1, capacity_factor=None, pad_to_capacity=False)
-        alone.check(architecture.of_layers(moe=False))
+    _check_layers_of_both_kinds(architecture, how)
     limit = gpu.memory if memory_limit is None else memory_limit
     constants = efficiency or Efficiency()
     if not limit > constants.memory_overhead:
@@ -68,17 +65,9 @@ def plan(
             f"memory_limit is {limit / 1e9:.1f} GB, expected more than the {constants.memory_overhead / 1e9:.1f} GB for"
             " context, buffers and fragmentation"
         )
-    problem = CostModel(architecture, how, gpu, constants).problem(limit)
-    if profile is not None:
-        if architecture.layers_differ and not isinstance(profile.get("layer", []), list):
-            raise ConfigurationError(
-                "profile has one layer for all, expected a list: the layers of this model differ"
-            )
-        problem = replace(problem, blocks=measured_blocks(problem.blocks, profile))
+    problem = _measured(CostModel(architecture, how, gpu, constants).problem(limit), architecture, profile)
     if not recompute:
-        problem = replace(
-            problem, blocks=[replace(block, checkpoint=block.activations) for block in problem.blocks]
-        )
+        problem = _without_recomputation(problem)
     if layers is not None:
         _check_layers(problem, layers)
     try:
@@ -86,6 +75,29 @@ def plan(
     except ConfigurationError as reason:
         raise ConfigurationError(_explained(str(reason), limit, constants, recompute)) from None
     return Plan(architecture, gpu, how, constants, limit, solution, simulate(solution))
+
+
+def _check_layers_of_both_kinds(architecture: Architecture, how: Training) -> None:
+    how.check(architecture)
+    if architecture.layers_differ:  # tensor parallelism splits the MLP of dense layers
+        alone = replace(how, expert_parallel=1, capacity_factor=None, pad_to_capacity=False)
+        alone.check(architecture.of_layers(moe=False))
+
+
+def _measured(
+    problem: PipelineProblem, architecture: Architecture, profile: Mapping[str, Any] | None
+) -> PipelineProblem:
+    if profile is None:
+        return problem
+    if architecture.layers_differ and not isinstance(profile.get("layer", []), list):
+        raise ConfigurationError(
+            "profile has one layer for all, expected a list: the layers of this model differ"
+        )
+    return replace(problem, blocks=measured_blocks(problem.blocks, profile))
+
+
+def _without_recomputation(problem: PipelineProblem) -> PipelineProblem:
+    return replace(problem, blocks=[replace(block, checkpoint=block.activations) for block in problem.blocks])
 
 
 def given_layout(problem: PipelineProblem, layers: Sequence[int]) -> Layout:

@@ -86,22 +86,7 @@ def run(
     check_complete(target.chunks, weights)
     _check_extras(target)
     with unfinished(output, _identity(job, target)) as journal:
-        check_same_sources(sources, journal)
-        _keep_finished(journal, target, counter)
-        check_space(journal.folder, target.bytes - sum(kept.bytes for kept in journal.files.values()))
-        checked = check_sources(sources, journal, allow_nonfinite, counter.advance)
-        files = [file for file in target.files() if file.name not in journal.files]
-        write_files(
-            target,
-            files,
-            weights,
-            journal.folder,
-            workers=workers,
-            done=journal.add_file,
-            advance=counter.advance,
-        )
-        check_unchanged(sources, journal)
-        _finish(target, journal, checked)
+        _write(journal, weights, target, sources, counter, workers=workers, allow_nonfinite=allow_nonfinite)
         if lost:
             _tell(on_damage, adopt(output, journal.folder, counter.advance))
             shutil.rmtree(journal.folder)
@@ -111,6 +96,35 @@ def run(
     receipt = read_receipt(output)
     assert receipt is not None
     return receipt
+
+
+def _write(
+    journal: Journal,
+    weights: Weights,
+    target: Target,
+    sources: Sequence[FileStorage],
+    counter: ProgressCounter,
+    *,
+    workers: int,
+    allow_nonfinite: bool,
+) -> None:
+    """Complete the folder of the journal: the sources are checked before anything is written, and once more after."""
+    check_same_sources(sources, journal)
+    _keep_finished(journal, target, counter)
+    check_space(journal.folder, target.bytes - sum(kept.bytes for kept in journal.files.values()))
+    checked = check_sources(sources, journal, allow_nonfinite, counter.advance)
+    files = [file for file in target.files() if file.name not in journal.files]
+    write_files(
+        target,
+        files,
+        weights,
+        journal.folder,
+        workers=workers,
+        done=journal.add_file,
+        advance=counter.advance,
+    )
+    check_unchanged(sources, journal)
+    _finish(target, journal, checked)
 
 
 def check_output(output: Path, job: Mapping[str, Any], target: Target) -> None:
