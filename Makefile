@@ -4,6 +4,9 @@ CONSTRAINTS ?= constraints.txt
 PIP_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+# By its path, so that a script beside the checkout finds the package and not the folder of the same name.
+INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint $(CONSTRAINTS) $(PIP_ARGS) \
+    --config-settings editable_mode=compat --editable
 # One thread a process: ranks share the cores, and worlds are forked (OpenMP threads do not survive a fork).
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
@@ -61,14 +64,11 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	    { echo "nemo_skymoe needs Python 3.11 or 3.12, '$(PYTHON)' is another: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Installing into .venv: about 4 minutes and 3 GB, once."
 	@$(PYTHON) -m venv --clear .venv
-	@# By its path, so that a script beside the checkout finds the package and not the folder of the same name.
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint $(CONSTRAINTS) $(PIP_ARGS) \
-	    --config-settings editable_mode=compat --editable '.[nemo,dev]'
+	@$(INSTALL) '.[nemo,dev]'
 	@touch $@
 
 .venv/.docs: $(STAMP)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint $(CONSTRAINTS) $(PIP_ARGS) \
-	    --editable '.[docs]'
+	@$(INSTALL) '.[docs]'
 	@touch $@
 
 clean:
