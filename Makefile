@@ -1,16 +1,24 @@
 # Two commands: `make demo` and `make test`. Both create .venv on their first run and reuse it.
+# `make demo-bridge` and `make test-bridge` do the same with Megatron-Bridge, in .venv-bridge.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 CONSTRAINTS ?= constraints.txt
 PIP_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+PYTHON312 ?= $(shell for python in python3.12 python3 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
+    "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$python" && break; done)
+BRIDGE_CONSTRAINTS ?= constraints-bridge.txt
+BRIDGE := .venv-bridge/bin
+BRIDGE_STAMP := .venv-bridge/.installed
 # By its path, so that a script beside the checkout finds the package and not the folder of the same name.
-INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint $(CONSTRAINTS) $(PIP_ARGS) \
-    --config-settings editable_mode=compat --editable
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+EDITABLE := --config-settings editable_mode=compat --editable
+INSTALL = $(BIN)/python $(PIP_INSTALL) --constraint $(CONSTRAINTS) $(PIP_ARGS) $(EDITABLE)
+BRIDGE_INSTALL = $(BRIDGE)/python $(PIP_INSTALL) --constraint $(BRIDGE_CONSTRAINTS) $(PIP_ARGS)
 # One thread a process: ranks share the cores, and worlds are forked (OpenMP threads do not survive a fork).
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
-.PHONY: demo test test-long test-slurm coverage versions compat imports docs lint clean
+.PHONY: demo demo-bridge test test-bridge test-long test-slurm coverage versions compat imports docs lint clean
 
 demo: $(STAMP)
 	@$(RUN) $(BIN)/skymoe demo
@@ -20,6 +28,10 @@ test: $(STAMP)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/pyright
 	@$(RUN) $(BIN)/pytest -m "not long"
+
+# What needs Megatron-Bridge: types and tests; writes tests/logs/test-bridge.log.
+test-bridge: $(BRIDGE_STAMP)
+	@$(RUN) bash tests/logged.sh test-bridge bash tests/bridge/all.sh
 
 # The same tests, and which lines of the package they and their ranks run; half as much work again.
 coverage: $(STAMP)
@@ -71,5 +83,19 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(INSTALL) '.[docs]'
 	@touch $@
 
+# Bridge's metadata demand packages that need a GPU, so that what it imports is the extra `bridge`. The wheel of
+# nvidia-resiliency-ext names a newer glibc than its Python part needs, and the older ones end the import of Megatron-Core.
+$(BRIDGE_STAMP): pyproject.toml $(BRIDGE_CONSTRAINTS)
+	@uname -sm | grep -qx 'Linux x86_64' || { echo "nemo_skymoe needs Linux on x86-64, this is $$(uname -sm)."; exit 1; }
+	@'$(PYTHON312)' -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || \
+	    { echo "Megatron-Bridge needs Python 3.12, '$(PYTHON312)' is none: make PYTHON312=/path/to/python3.12"; exit 1; }
+	@echo "Installing into .venv-bridge: about 5 minutes and 6 GB, once."
+	@'$(PYTHON312)' -m venv --clear .venv-bridge
+	@$(BRIDGE_INSTALL) $(EDITABLE) '.[bridge,dev]'
+	@$(BRIDGE_INSTALL) --no-deps megatron-bridge
+	@$(BRIDGE_INSTALL) --no-deps --only-binary=:all: --platform manylinux_2_39_x86_64 nvidia-resiliency-ext \
+	    --target "$$($(BRIDGE)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
+
 clean:
-	rm -rf .venv build runs
+	rm -rf .venv .venv-bridge build runs

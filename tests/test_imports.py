@@ -36,7 +36,7 @@ ORDER = (
     "data",
     "experiments",
     *("doctor", "diagnosis", "report", "advice", "evaluation"),
-    *("nemo", "recipes", "demo", "conf", "launch", "commands", "cli", "nemo_cli", "__main__"),
+    *("nemo", "bridge", "recipes", "demo", "conf", "launch", "commands", "cli", "nemo_cli", "__main__"),
 )
 # Siblings: what two of these share stands below both.
 APART = {f"nemo_skymoe.checkpoint.{name}" for name in ("hugging_face", "torch_dist", "upcycling")}
@@ -44,7 +44,10 @@ APART = {f"nemo_skymoe.checkpoint.{name}" for name in ("hugging_face", "torch_di
 SECOND_PATH = ("bits", "comparison", "recomputed", "hugging_face_tensors", "megatron_tensors")
 LAYERS = {"nemo_skymoe": -1} | {f"nemo_skymoe.{name}": height for height, name in enumerate(ORDER)}
 # What must outlive NeMo, and what must work before it is installed.
-WITHOUT_NEMO = {f"nemo_skymoe.{name}" for name in ORDER[: ORDER.index("nemo")]} - {"nemo_skymoe.patches"}
+BELOW_THE_DOORS = {f"nemo_skymoe.{name}" for name in ORDER[: ORDER.index("nemo")]}
+WITHOUT_NEMO = BELOW_THE_DOORS - {"nemo_skymoe.patches"} | {"nemo_skymoe.bridge"}
+WITHOUT_BRIDGE = BELOW_THE_DOORS - {"nemo_skymoe.patches"} | {"nemo_skymoe.nemo", "nemo_skymoe.recipes"}
+DOORS = {"nemo_skymoe.nemo", "nemo_skymoe.bridge"}
 NEMO = {"nemo", "nemo_run", "lightning", "pytorch_lightning", "fiddle"}
 LIGHT = (
     "",
@@ -163,6 +166,20 @@ def test_the_second_path_shares_no_code_with_the_first():
 def test_only_nemo_and_what_is_above_it_imports_nemo(module: str):
     if layer(module)[0] in WITHOUT_NEMO:
         assert foreign(imported(module)) & NEMO == set()
+
+
+@every_module
+def test_nothing_below_bridge_imports_megatron_bridge(module: str):
+    if layer(module)[0] in WITHOUT_BRIDGE:
+        assert [name for name in imported(module) if f"{name}.".startswith("megatron.bridge.")] == []
+
+
+@every_module
+def test_the_doors_do_not_know_each_other(module: str):
+    """What the front doors of NeMo and of Megatron-Bridge share stands below both."""
+    room = layer(module)[0]
+    if room in DOORS:
+        assert DOORS & {layer(name)[0] for name in ours(imported(module))} <= {room}
 
 
 @every_module
