@@ -15,9 +15,9 @@ from typing import Any
 from nemo_skymoe.durable.checksums import FileChecksum, TensorChecksum
 from nemo_skymoe.durable.files import TEMPORARY
 
-_STAGE = 8 << 20
-_STAGES = 4
-"""Number of stages that wait for the disk while the next tensor is being read."""
+_BUFFER_SIZE = 8 << 20
+_BUFFERS = 4
+"""Number of buffers that wait for the disk while the next tensor is being read."""
 _DIRECT = 1 << 20
 """Shorter writes go through the page cache. Longer ones go past it, which costs half the processor's time."""
 _ALIGNMENT = 4096
@@ -32,8 +32,8 @@ class Pipeline:
     def __init__(self) -> None:
         self._hashing, self._writing, self._syncing = (ThreadPoolExecutor(count) for count in (1, 1, 2))
         self._hashed: Future[str] | None = None
-        self._stages = [memoryview(new_memory(_STAGE)) for _ in range(_STAGES)]
-        self._written: list[Future[None] | None] = [None] * _STAGES
+        self._buffers = [memoryview(new_memory(_BUFFER_SIZE)) for _ in range(_BUFFERS)]
+        self._written: list[Future[None] | None] = [None] * _BUFFERS
         self._turn = 0
 
     def __enter__(self) -> Pipeline:
@@ -50,18 +50,18 @@ class Pipeline:
         self._hashed = self._hashing.submit(lambda: hashlib.sha256(data).hexdigest())
         return self._hashed
 
-    def stage(self) -> memoryview:
-        """Return memory to fill and to hand to `write`. The stages take turns."""
+    def buffer(self) -> memoryview:
+        """Return memory to fill and to hand to `write`. The buffers take turns."""
         written = self._written[self._turn]
         if written is not None:
             wait([written])
-        return self._stages[self._turn]
+        return self._buffers[self._turn]
 
     def write(self, descriptor: int, size: int) -> Future[None]:
-        """Write the first `size` bytes of the current stage to a file, after those before it."""
-        future = self._writing.submit(_write_out, descriptor, self._stages[self._turn][:size])
+        """Write the first `size` bytes of the current buffer to a file, after those before it."""
+        future = self._writing.submit(_write_out, descriptor, self._buffers[self._turn][:size])
         self._written[self._turn] = future
-        self._turn = (self._turn + 1) % _STAGES
+        self._turn = (self._turn + 1) % _BUFFERS
         return future
 
     def sync(self, function: Callable[[], FileChecksum]) -> Future[FileChecksum]:
@@ -118,12 +118,12 @@ class OutputFile:
     def _append(self, data: memoryview) -> None:
         self._size += len(data)
         while data:
-            stage = self._pipeline.stage()
-            part = data[: _STAGE - self._filled]
-            stage[self._filled : self._filled + len(part)] = part
+            buffer = self._pipeline.buffer()
+            part = data[: _BUFFER_SIZE - self._filled]
+            buffer[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
             data = data[len(part) :]
-            if self._filled == _STAGE:
+            if self._filled == _BUFFER_SIZE:
                 self._flush()
 
     def _flush(self) -> None:

@@ -70,11 +70,11 @@ class AuxLossController:
             options.moe_adaptive_aux_loss_initial,
         )
         self.metrics: dict[int, LayerMetrics] = {}
-        self._staged: torch.Tensor | None = None
+        self._collected: torch.Tensor | None = None
         self._publish()
 
     def attach(self, optimizer: Any) -> None:
-        """Follow training: stage when `config.finalize_model_grads_func` runs, commit when `optimizer.step` succeeds.
+        """Follow training: collect when `config.finalize_model_grads_func` runs, commit when `optimizer.step` succeeds.
 
         This replaces a controller that was attached to the same model before.
 
@@ -90,9 +90,9 @@ class AuxLossController:
             )
         finalize, step = _original(self.config.finalize_model_grads_func), _original(optimizer.step)
 
-        def finalize_and_stage(*args: Any, **kwargs: Any) -> Any:
+        def finalize_and_collect(*args: Any, **kwargs: Any) -> Any:
             result = finalize(*args, **kwargs)
-            self.stage()
+            self.collect()
             return result
 
         def step_and_commit(*args: Any, **kwargs: Any) -> Any:
@@ -103,38 +103,38 @@ class AuxLossController:
                 self.discard()
             return result
 
-        self.config.finalize_model_grads_func = _replace(finalize, finalize_and_stage)
+        self.config.finalize_model_grads_func = _replace(finalize, finalize_and_collect)
         optimizer.step = _replace(step, step_and_commit)
         # Micro-batches that the routers saw before belong to no step.
         for router in self._routers.values():
             router.statistics.reset()
 
-    def stage(self) -> None:
+    def collect(self) -> None:
         """Reduce the routers' sums over the ranks and reset them. The coefficients do not change before `commit`.
 
-        Gradients may be finalised several times before the optimizer steps. Each time adds to the staged sums.
+        Gradients may be finalised several times before the optimizer steps. Each time adds to the collected sums.
         """
         routers = list(self._routers.values())
         if routers:
             group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
             sums = reduce_sums([r.statistics for r in routers], group, routers[0].weight.device)
-            self._staged = sums if self._staged is None else self._staged + sums
+            self._collected = sums if self._collected is None else self._collected + sums
         for router in routers:
             router.told_padding.forget()
 
     def commit(self) -> None:
-        """Update the coefficients from the staged drop rates, because the optimizer has stepped."""
-        if self._staged is None:
+        """Update the coefficients from the collected drop rates, because the optimizer has stepped."""
+        if self._collected is None:
             return
-        self.metrics = dict(zip(self.layers, layer_metrics(self._staged), strict=True))
+        self.metrics = dict(zip(self.layers, layer_metrics(self._collected), strict=True))
         if self.adaptive:
             self.coefficients.update([m.drop_rate if any(m.load) else None for m in self.metrics.values()])
             self._publish()
-        self._staged = None
+        self._collected = None
 
     def discard(self) -> None:
-        """Forget the staged sums, because the optimizer has skipped the step."""
-        self._staged = None
+        """Forget the collected sums, because the optimizer has skipped the step."""
+        self._collected = None
 
     def coefficient_by_layer(self) -> dict[int, float]:
         """Return the current coefficient of each local MoE layer, by global layer number."""

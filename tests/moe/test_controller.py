@@ -83,7 +83,7 @@ def test_nothing_follows_before_the_optimizer_stepped() -> None:
         adaptive.controller.commit()
         after = adaptive.coefficients()
         assert after != before
-        adaptive.controller.commit()  # nothing staged
+        adaptive.controller.commit()  # nothing collected
         assert adaptive.coefficients() == after
 
 
@@ -114,7 +114,7 @@ def test_a_step_in_which_no_token_counts_leaves_the_coefficients() -> None:
     with groups():
         adaptive = Adaptive()
         before = adaptive.coefficients()
-        adaptive.controller.stage()
+        adaptive.controller.collect()
         adaptive.controller.commit()
         assert adaptive.coefficients() == before
 
@@ -144,13 +144,15 @@ def test_one_reduction_for_all_layers_and_one_update() -> None:
             mock.patch.object(
                 AdaptiveAuxLossCoefficients, "update", autospec=True, side_effect=update
             ) as updated,
-            mock.patch.object(adaptive.controller, "stage", side_effect=adaptive.controller.stage) as staged,
+            mock.patch.object(
+                adaptive.controller, "collect", side_effect=adaptive.controller.collect
+            ) as collected,
         ):
             adaptive.step(0)
-            assert updated.call_count == staged.call_count == 1
+            assert updated.call_count == collected.call_count == 1
         adaptive.training.run(1)
         with mock.patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce) as reduce:
-            adaptive.controller.stage()
+            adaptive.controller.collect()
             assert reduce.call_count == 1
             (packed,) = reduce.call_args.args
             assert packed.shape == (LAYERS, 7 + EXPERTS) and packed.dtype == torch.float64
