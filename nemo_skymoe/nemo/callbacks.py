@@ -7,16 +7,13 @@ from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
-from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
 
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import read_torch_file
 from nemo_skymoe.checkpoint.torch_dist.storage import weights_folder
-from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.controller import AuxLossController
-from nemo_skymoe.moe.similarity import expert_similarity
-from nemo_skymoe.moe.telemetry import METRICS
+from nemo_skymoe.moe.scalars import check_logging, over_the_pipeline, router_scalars, similarity_scalars
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +52,7 @@ class SkyworkMoECallback(pl.Callback):
         histogram: bool = False,
         warm_start: str = "reset",
     ) -> None:
-        if warm_start not in ("reset", "keep"):
-            raise ConfigurationError(f"warm_start is {warm_start!r}, expected 'reset' or 'keep'")
-        for name, steps in (("log_interval", log_interval), ("similarity_interval", similarity_interval)):
-            if steps is not None and (type(steps) is not int or steps < 0):
-                raise ConfigurationError(f"{name} is {steps!r}, expected a number of steps, 0 for never")
+        check_logging(log_interval, similarity_interval, warm_start)
         self.log_interval = log_interval
         self.similarity_interval = similarity_interval
         self.histogram = histogram
@@ -111,19 +104,8 @@ class SkyworkMoECallback(pl.Callback):
         return state if isinstance(state, dict) else {}
 
     def _log_metrics(self, trainer: pl.Trainer) -> None:
-        controller = self._controller
-        assert controller is not None
-        local = {
-            f"moe/aux_loss_coefficient_layer_{n}": v for n, v in controller.coefficient_by_layer().items()
-        }
-        names = {name: name for name in METRICS}
-        if controller.drop_rate_is_virtual:
-            names["drop_rate"] = "virtual_drop_rate"
-        for layer, metrics in controller.metrics.items():
-            local |= {f"moe/{names[name]}_layer_{layer}": getattr(metrics, name) for name in METRICS}
-            if self.histogram:
-                local |= {f"moe/load_layer_{layer}_expert_{e}": share for e, share in enumerate(metrics.load)}
-        _log(trainer, local)
+        assert self._controller is not None
+        _log(trainer, router_scalars(self._controller, self.histogram))
 
     def _log_losses(self, trainer: pl.Trainer) -> None:
         assert self._controller is not None
@@ -147,19 +129,13 @@ class SkyworkMoECallback(pl.Callback):
 
     def _log_similarity(self, trainer: pl.Trainer) -> None:
         chunks: Any = trainer.model
-        similarity = expert_similarity([chunk.module for chunk in chunks])
-        _log(trainer, {f"moe/expert_similarity_layer_{layer}": value for layer, value in similarity.items()})
+        _log(trainer, similarity_scalars([chunk.module for chunk in chunks]))
 
 
 def _log(trainer: pl.Trainer, local: dict[str, float]) -> None:
     """Collect the values of all pipeline stages, and log them on the rank that has the loggers."""
-    group: Any = parallel_state.get_pipeline_model_parallel_group()
-    gathered: list[Any] = [local]
-    if group.size() > 1:
-        gathered = [None] * group.size()
-        torch.distributed.all_gather_object(gathered, local, group=group)
+    merged = over_the_pipeline(local)
     if trainer.is_global_zero:
-        merged = {name: value for part in gathered for name, value in part.items()}
         for logger in trainer.loggers:
             logger.log_metrics(merged, step=trainer.global_step)
 

@@ -1,0 +1,18 @@
+"""Skywork-MoE in Megatron-Bridge. Importing it cures the import of Bridge where Transformer Engine is absent."""
+
+from nemo_skymoe.patches import bridge_without_te, unified_memory
+
+unified_memory.apply()
+bridge_without_te.apply()
+
+from megatron.bridge.utils import instantiate_utils  # noqa: E402
+
+TARGETS = (
+    "nemo_skymoe.bridge.checkpoint.SkyworkCheckpointManager",
+    "nemo_skymoe.bridge.provider.SkyworkProvider",
+    "nemo_skymoe.bridge.provider.skywork_layer_spec",
+)
+"""All that a checkpoint's `run_config.yaml` may name of this package. Bridge makes nothing that it was not told of."""
+
+for _target in TARGETS:
+    instantiate_utils.target_allowlist.add_exact(_target)

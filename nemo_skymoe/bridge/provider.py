@@ -1,0 +1,116 @@
+"""Providers: Bridge's configuration of a GPT model with the options and layers of Skywork-MoE.
+
+Bridge 0.6 warns that providers will give way to `GPTModelConfig` with a builder. Its conversion of Hugging Face models,
+its recipes and its adapters know only providers so far, so this is one. What is ours is in `SkyworkOptions` and in the
+layer spec, which both forms take.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+
+from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.config import SkyworkOptions
+from nemo_skymoe.moe.layer import get_skywork_block_spec, have_transformer_engine
+from nemo_skymoe.patches import expert_parallel_warning
+
+_TE = have_transformer_engine()
+_CUDA = torch.cuda.is_available()
+
+
+def skywork_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """Return the layer spec when Bridge builds a model. It is a module-level function so that it can be serialised."""
+    return get_skywork_block_spec(config, vp_stage)
+
+
+class _FinalizedProvider(GPTModelProvider):
+    """Bridge's provider, whose `__post_init__` does what Bridge puts off until `finalize`."""
+
+    def __post_init__(self) -> None:
+        GPTModelProvider.finalize(self)
+
+
+@dataclass
+class SkyworkProvider(SkyworkOptions, _FinalizedProvider):
+    """The architecture of Skywork-13B as Bridge's provider: untied head, RoPE, RMSNorm, SwiGLU and no biases.
+
+    With `num_moe_experts` it is a Skywork-MoE. Features that need Transformer Engine or a GPU are off if these are
+    absent, and only then. Nothing is checked before `finalize`, which Bridge calls once all overrides are in.
+    """
+
+    train_only_ffn: bool = False
+    """Whether to train nothing but the weights of the MLPs (appendix C.2)."""
+
+    transformer_layer_spec: Callable[..., Any] = skywork_layer_spec
+    normalization: str = "RMSNorm"
+    layernorm_epsilon: float = 1e-6
+    activation_func: Callable[..., Any] = torch.nn.functional.silu
+    gated_linear_unit: bool = True
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    position_embedding_type: Any = "rope"
+    share_embeddings_and_output_weights: bool = False
+    init_method_std: float = 0.02
+
+    moe_router_topk: int = 2
+    moe_router_load_balancing_type: Any = "aux_loss"
+    moe_router_dtype: str | None = "fp32"
+    moe_aux_loss_coeff: Any = 1e-2
+    moe_token_dispatcher_type: str = "alltoall" if _CUDA else "allgather"
+    moe_grouped_gemm: bool = _TE
+    moe_permute_fusion: bool = _TE
+
+    transformer_impl: str = "transformer_engine" if _TE else "local"
+    use_cpu_initialization: bool = not _CUDA
+    persist_layer_norm: bool = _TE
+    apply_rope_fusion: bool = _TE
+    masked_softmax_fusion: bool = _CUDA
+    bias_activation_fusion: bool = _CUDA
+    bias_dropout_fusion: bool = _CUDA
+    cross_entropy_loss_fusion: bool = _CUDA
+
+    def __post_init__(self) -> None:
+        """Check nothing yet: Bridge sets further options before it calls `finalize`."""
+
+    def finalize(self) -> None:
+        """Check the options, and compute what follows from them. Bridge may call it again.
+
+        Raises:
+            ConfigurationError: A value cannot work. The message names the option and what was expected.
+        """
+        expert_parallel_warning.apply()
+        SkyworkOptions.__post_init__(self)
+
+
+def provider_of(architecture: Architecture, **options: Any) -> SkyworkProvider:
+    """Return a provider of a model with these sizes.
+
+    Args:
+        architecture: The sizes of the model.
+        options: Further fields of `SkyworkProvider`, which take precedence.
+    """
+    sizes: dict[str, Any] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.query_groups,
+        "kv_channels": architecture.head_size,
+        "vocab_size": architecture.vocab_size,
+        "share_embeddings_and_output_weights": architecture.tied_embeddings,
+    }
+    if architecture.num_moe_experts is not None:
+        frequency = architecture.moe_layer_freq
+        sizes |= {
+            "num_moe_experts": architecture.num_moe_experts,
+            "moe_router_topk": architecture.moe_router_topk,
+            "moe_ffn_hidden_size": architecture.expert_ffn_hidden_size,
+            "moe_layer_freq": frequency if isinstance(frequency, int) else list(frequency),
+            "moe_edp": True,
+        }
+    return SkyworkProvider(**{**sizes, **options})

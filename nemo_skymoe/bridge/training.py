@@ -1,0 +1,36 @@
+"""`pretrain` and `finetune` run Bridge's own functions after checking the training and curing the platform's defects."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron.bridge.training import finetune as bridge_finetune
+from megatron.bridge.training import pretrain as bridge_pretrain
+from megatron.bridge.training.callbacks import Callback
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.gpt_step import forward_step
+
+from nemo_skymoe.bridge.callback import with_callback
+from nemo_skymoe.bridge.checkpoint import manager_name
+from nemo_skymoe.patches import bridge_cpu, compiled_helpers
+
+
+def pretrain(config: ConfigContainer, *, callbacks: Sequence[Callback] = ()) -> None:
+    """Pretrain with Bridge, as `megatron.bridge.training.pretrain` does.
+
+    Without CUDA the function applies the CPU runtime first. It gives a Skywork-MoE model the callback that runs its
+    adaptive auxiliary loss, unless one is among `callbacks`, and checkpoints that keep the coefficients.
+    """
+    _train(bridge_pretrain.pretrain, config, callbacks)
+
+
+def finetune(config: ConfigContainer, *, callbacks: Sequence[Callback] = ()) -> None:
+    """Finetune with Bridge, as `megatron.bridge.training.finetune` does, from a checkpoint that must exist."""
+    _train(bridge_finetune.finetune, config, callbacks)
+
+
+def _train(train: Callable[..., None], config: ConfigContainer, callbacks: Sequence[Callback]) -> None:
+    bridge_cpu.apply()
+    compiled_helpers.apply()
+    config.checkpoint.custom_manager_class = manager_name()
+    given: Any = with_callback(callbacks, config.model)
+    train(config, forward_step, callbacks=given)
