@@ -39,8 +39,7 @@ def coefficients_of(state: GlobalState) -> Coefficients:
 
 
 class SkyworkCheckpointManager(DefaultCheckpointManager):
-    """Bridge's own manager, with the coefficients in what it saves and loads. `checkpoint.custom_manager_class` names it.
-    """
+    """Bridge's own manager, with the coefficients in what it saves and loads; see `checkpoint.custom_manager_class`."""
 
     def save(self, ctx: CheckpointSaveContext, callback_manager: CallbackManager | None) -> None:
         """Save a checkpoint, as Bridge does. Every rank calls this."""

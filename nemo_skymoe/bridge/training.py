@@ -11,7 +11,7 @@ from megatron.bridge.training.gpt_step import forward_step
 
 from nemo_skymoe.bridge.callback import with_callback
 from nemo_skymoe.bridge.checkpoint import manager_name
-from nemo_skymoe.patches import bridge_cpu, compiled_helpers
+from nemo_skymoe.patches import bridge_compiled_helpers, bridge_cpu
 
 
 def pretrain(config: ConfigContainer, *, callbacks: Sequence[Callback] = ()) -> None:
@@ -30,7 +30,7 @@ def finetune(config: ConfigContainer, *, callbacks: Sequence[Callback] = ()) -> 
 
 def _train(train: Callable[..., None], config: ConfigContainer, callbacks: Sequence[Callback]) -> None:
     bridge_cpu.apply()
-    compiled_helpers.apply()
+    bridge_compiled_helpers.apply()
     config.checkpoint.custom_manager_class = manager_name()
     given: Any = with_callback(callbacks, config.model)
     train(config, forward_step, callbacks=given)
