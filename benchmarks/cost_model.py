@@ -3,6 +3,7 @@
 The constants are the package's, fitted to the one row that says so (benchmarks/fit_cost_model.py).
 """
 
+import argparse
 from dataclasses import dataclass
 from itertools import product
 
@@ -157,4 +158,7 @@ def _report_plan(padded: float | None = None, batch: int = 2048, overlap: bool =
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

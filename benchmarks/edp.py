@@ -7,6 +7,7 @@ replaced by fixed routing, the same for every dispatcher. What Megatron's dispat
 GPU is in `on_cpu`.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Iterator
@@ -285,4 +286,7 @@ and splits experts over the n ranks, EP has Size_EP = Size_DP x Size_TP. Message
 """
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

@@ -1,5 +1,7 @@
 """Fit the cost model's two constants to the published Skywork-13B run: python benchmarks/fit_cost_model.py"""
 
+import argparse
+
 from nemo_skymoe.pipeline.efficiency import Efficiency
 from nemo_skymoe.pipeline.fit import SKYWORK_13B_RUN, fit_efficiency, predict
 
@@ -20,4 +22,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

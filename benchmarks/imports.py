@@ -3,6 +3,7 @@
 The rooms and their order are those of tests/test_imports.py.
 """
 
+import argparse
 import re
 from collections import Counter
 from pathlib import Path
@@ -77,4 +78,7 @@ def main(path: Path = PICTURE) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

@@ -3,9 +3,9 @@
 Folders that are links in the package are counted where they stand.
 """
 
+import argparse
 import io
 import subprocess
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -58,4 +58,8 @@ def table(commits: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(sys.argv[1:] or ["HEAD"]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("commits", nargs="*", default=["HEAD"], help="commits of git, HEAD by default")
+    print(table(parser.parse_args().commits))

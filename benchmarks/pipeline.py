@@ -3,6 +3,7 @@
 Also draws docs/pipeline.png: three layouts of Figure 6 on one scale of time.
 """
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -176,4 +177,7 @@ def _greedy(made: Plan) -> list[int]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

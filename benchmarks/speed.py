@@ -3,6 +3,7 @@
 Ratios of processor time, each the smallest of several runs: they hold on other machines, and on busy ones.
 """
 
+import argparse
 import resource
 import shlex
 import subprocess
@@ -120,4 +121,7 @@ def own(function: Callable[[], object], repeat: int = 1) -> float:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

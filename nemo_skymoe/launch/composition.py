@@ -74,7 +74,12 @@ def _check_group(name: str) -> None:
     if name == "stages":
         raise ConfigurationError("stages is now called jobs, expected jobs=[...] in its place")
     if name not in (*GROUPS, "jobs"):
-        raise unknown("group", name, (*GROUPS, "jobs"))
+        refused = unknown("group", name, (*GROUPS, "jobs"))
+        if "did you mean" in str(refused):
+            raise refused
+        raise ConfigurationError(
+            f"{refused}; an option of a group begins with the group, as in training.{name}=VALUE"
+        )
 
 
 def _forced(override: Override) -> str:

@@ -55,6 +55,7 @@ def test_a_sites_own_folder_adds_options(tmp_path: Path) -> None:
     refused=[
         (["trainin=skywork_13b"], "group trainin is unknown: did you mean training"),
         (["wandb=on"], "group wandb is unknown: expected one of cluster, conversion, data"),
+        (["max_steps=3"], "an option of a group begins with the group, as in training.max_steps=VALUE"),
         (["training=skywork_moe_146"], "training skywork_moe_146 is unknown: did you mean skywork_moe_146b"),
         (["cluster=kubernetes"], "cluster kubernetes is unknown: expected one of a800_slurm, local"),
         (["stages=[upcycle,training]"], r"stages is now called jobs, expected jobs=\[...\] in its place"),
