@@ -22,12 +22,12 @@ from nemo.collections import llm  # noqa: E402
 
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_loaded  # noqa: E402
 from nemo_skymoe.commands import tasks  # noqa: E402, F401
+from nemo_skymoe.experiments.arguments import check_renamed  # noqa: E402
 from nemo_skymoe.names import unknown  # noqa: E402
 from nemo_skymoe.nemo import failure  # noqa: E402
 from nemo_skymoe.nemo.options import check_overrides, refuse_secrets  # noqa: E402
 from nemo_skymoe.nemo.recipe_check import check_made, check_start, plan_of  # noqa: E402
 from nemo_skymoe.recipes import executors, skywork_13b, skywork_moe_146b  # noqa: E402
-from nemo_skymoe.recipes._arguments import check_renamed  # noqa: E402
 
 for module in {recipe.module for recipe in RECIPES}:
     importlib.import_module(f"nemo_skymoe.recipes.{module}")

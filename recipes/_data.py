@@ -10,9 +10,10 @@ import nemo_run as run
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data.mixture import parse
+from nemo_skymoe.experiments.phases import Phase, read_phases
 from nemo_skymoe.nemo.learning_rate import LearningRateSchedule
 from nemo_skymoe.nemo.mixture import mixture_data
-from nemo_skymoe.nemo.training_phases import PhasedLearningRate, read_phases
+from nemo_skymoe.nemo.training_phases import PhasedLearningRate
 
 
 def with_data(recipe: Any, corpus: Optional[str], mixture: Optional[str], phases: Optional[str]) -> Any:
@@ -51,7 +52,18 @@ def _in_phases(recipe: Any, file: Path) -> Any:
     recipe.optim.config.lr, recipe.optim.config.min_lr = phases[0].max_lr, phases[0].min_lr
     recipe.optim.lr_scheduler = run.Config(
         PhasedLearningRate,
-        phases=[run.Config(LearningRateSchedule, **phase.schedule(tokens_per_step)) for phase in phases],
+        phases=[_schedule(phase, tokens_per_step) for phase in phases],
         peaks=[phase.max_lr / phases[0].max_lr for phase in phases],
     )
     return recipe
+
+
+def _schedule(phase: Phase, tokens_per_step: int) -> Any:
+    values = phase.schedule(tokens_per_step)
+    return run.Config(
+        LearningRateSchedule,
+        shape=values.shape,
+        warmup_steps=values.warmup_steps,
+        max_steps=values.max_steps,
+        final_fraction=values.final_fraction,
+    )

@@ -8,12 +8,12 @@ from nemo.collections.llm.peft import LoRA
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import choices
+from nemo_skymoe.experiments.arguments import GivenFinetuning
 from nemo_skymoe.experiments.runs import Finetuning
 from nemo_skymoe.nemo.api import finetune
 from nemo_skymoe.nemo.pipeline import PipelinePlan
 from nemo_skymoe.recipes import _parts
-from nemo_skymoe.recipes._arguments import GivenFinetuning
-from nemo_skymoe.recipes._scale import at_scale
+from nemo_skymoe.recipes._scale import scaled
 from nemo_skymoe.recipes._trainer import trainer_of
 
 ATTENTION, MLP = ["linear_qkv", "linear_proj"], ["linear_fc1", "linear_fc2"]
@@ -61,7 +61,7 @@ def finetuning(
         made.pipeline = run.Config(PipelinePlan, layout=training.pipeline_layout)
     if scheme == "lora":
         _add_adapters(made)
-    return at_scale(made, given.scale, corpus or dataset)
+    return scaled(made, training, given.scale, corpus or dataset)
 
 
 def scheme_of(given: GivenFinetuning) -> str:

@@ -5,15 +5,15 @@ from typing import Any
 import lightning.pytorch as pl
 import nemo_run as run
 
+from nemo_skymoe.experiments.arguments import Given
 from nemo_skymoe.experiments.runs import Demonstration, Pretraining
 from nemo_skymoe.nemo.api import pretrain
 from nemo_skymoe.nemo.callbacks import SkyworkMoECallback
 from nemo_skymoe.nemo.corpus import corpus_data
 from nemo_skymoe.nemo.pipeline import PipelinePlan
 from nemo_skymoe.recipes import _parts
-from nemo_skymoe.recipes._arguments import Given
 from nemo_skymoe.recipes._data import with_data
-from nemo_skymoe.recipes._scale import at_scale
+from nemo_skymoe.recipes._scale import scaled
 from nemo_skymoe.recipes._trainer import Callbacks, trainer_of
 
 
@@ -62,7 +62,9 @@ def pretraining(
         recompute = training.pipeline_recompute
         counts = None if recompute is None else [list(stage) for stage in recompute]
         made.pipeline = run.Config(PipelinePlan, layout=training.pipeline_layout, recompute=counts)
-    return with_data(at_scale(made, given.scale, given.corpus), given.corpus, given.mixture, given.phases)
+    return with_data(
+        scaled(made, training, given.scale, given.corpus), given.corpus, given.mixture, given.phases
+    )
 
 
 def _data(training: Pretraining | Demonstration, given: Given) -> Any:

@@ -6,76 +6,60 @@ import nemo_run as run
 import torch
 from nemo import lightning as nl
 
-from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.experiments.runs import steps as steps_of
-from nemo_skymoe.experiments.scales import SCALES, Scale
+from nemo_skymoe.experiments.scales import CORPUS, at_scale
 from nemo_skymoe.recipes import _parts
+from nemo_skymoe.recipes._trainer import Training
 
-CORPUS = "runs/corpus"
 
+def scaled(recipe: Any, training: Training, scale: Optional[str], corpus: Optional[str] = None) -> Any:
+    """Return `recipe` itself or, at a scale of `experiments.scales`, with the values that its training has there.
 
-def at_scale(recipe: Any, scale: Optional[str], corpus: Optional[str] = None) -> Any:
-    """Return `recipe` itself or, at a scale of `SCALES`, a smaller one.
-
-    Width, depth, sequence, batch, vocabulary, steps and devices are smaller. Model-parallel sizes shrink with the
-    devices: EDP to at most as many ranks, or else the pipeline to as many stages; otherwise the ranks are
-    data-parallel. Learning rates stay. The vocabulary is that of the corpus in the folder `corpus`, by default
-    `runs/corpus`.
+    The vocabulary is that of the corpus in the folder `corpus`, by default `runs/corpus`.
 
     Raises:
         ConfigurationError: There is no such scale.
     """
     if scale is None:
         return recipe
-    if scale not in SCALES:
-        raise ConfigurationError(
-            f"scale is {scale!r}, expected {' or '.join(SCALES)}, or nothing for the size of the report"
-        )
-    sizes = SCALES[scale]
-    config = recipe.model.config
-    config.num_layers, config.hidden_size = sizes.layers, sizes.hidden_size
-    config.ffn_hidden_size, config.num_attention_heads = sizes.ffn_hidden_size, sizes.heads
-    config.seq_length = sizes.seq_length
-    _shrink_steps(recipe, sizes)
+    small = at_scale(training, scale)
+    _set_model(recipe.model.config, small)
+    _set_steps(recipe, small)
     recipe.data = _parts.data(
         corpus or CORPUS,
-        seq_length=sizes.seq_length,
-        global_batch_size=sizes.batch,
-        micro_batch_size=sizes.batch // sizes.ranks,
+        seq_length=small.seq_length,
+        global_batch_size=small.global_batch_size,
+        micro_batch_size=small.micro_batch_size,
+        seed=getattr(small, "data_seed", 1),
     )
-    _shrink_devices(recipe, sizes.ranks)
-    if sizes.float32:
+    _set_devices(recipe, small)
+    if small.precision == "32":
         recipe.trainer.plugins = run.Config(nl.MegatronMixedPrecision, precision="32", autocast_enabled=False)
         recipe.trainer.strategy.pipeline_dtype = torch.float32
     return recipe
 
 
-def _shrink_steps(recipe: Any, sizes: Scale) -> None:
-    trainer, schedule, before = recipe.trainer, recipe.optim.lr_scheduler, recipe.trainer.max_steps
-    steps = sizes.steps
-    if sizes.token_share:
-        tokens = before * recipe.data.seq_length * recipe.data.global_batch_size
-        steps = steps_of(tokens * sizes.token_share, sizes.seq_length, sizes.batch)
-
-    def shrunk(count: int, least: int) -> int:
-        return min(count, max(least, round(count * steps / before)))
-
-    trainer.max_steps = steps
-    trainer.val_check_interval = max(1, steps // sizes.validations)
-    trainer.limit_val_batches, trainer.log_every_n_steps = sizes.validation_batches, sizes.log_interval
-    saved = recipe.log.ckpt.every_n_train_steps
-    recipe.log.ckpt.every_n_train_steps = shrunk(saved, 1) if sizes.token_share else steps
-    schedule.warmup_steps = min(shrunk(schedule.warmup_steps, sizes.least_warmup), steps // 4)
-    schedule.max_steps, schedule.decay_steps = steps, shrunk(schedule.decay_steps, 1)
+def _set_model(config: Any, small: Training) -> None:
+    sizes = small.architecture
+    config.num_layers, config.hidden_size = sizes.num_layers, sizes.hidden_size
+    config.ffn_hidden_size, config.num_attention_heads = sizes.ffn_hidden_size, sizes.num_attention_heads
+    config.seq_length = small.seq_length
 
 
-def _shrink_devices(recipe: Any, ranks: int) -> None:
-    recipe.trainer.num_nodes, recipe.trainer.devices = 1, ranks
+def _set_steps(recipe: Any, small: Training) -> None:
+    trainer, schedule = recipe.trainer, recipe.optim.lr_scheduler
+    trainer.max_steps, trainer.val_check_interval = small.max_steps, small.val_check_interval
+    trainer.limit_val_batches, trainer.log_every_n_steps = small.limit_val_batches, small.log_interval
+    recipe.log.ckpt.every_n_train_steps = small.save_interval
+    schedule.warmup_steps, schedule.max_steps = small.warmup_steps, small.max_steps
+    schedule.decay_steps = small.decay_steps
+
+
+def _set_devices(recipe: Any, small: Training) -> None:
+    recipe.trainer.num_nodes, recipe.trainer.devices = small.num_nodes, small.num_gpus_per_node
     strategy = recipe.trainer.strategy
-    edp = min(ranks, strategy.tensor_model_parallel_size)
-    strategy.tensor_model_parallel_size = strategy.expert_model_parallel_size = edp
-    strategy.sequence_parallel = strategy.sequence_parallel and edp > 1
+    strategy.tensor_model_parallel_size = strategy.expert_model_parallel_size = small.edp
+    strategy.sequence_parallel = strategy.sequence_parallel and small.edp > 1
     if strategy.pipeline_model_parallel_size > 1:
-        strategy.pipeline_model_parallel_size = ranks // edp
+        strategy.pipeline_model_parallel_size = small.pipeline_parallelism
     if getattr(recipe, "pipeline", None) is not None:
         recipe.pipeline = None  # a plan is for so many layers and stages

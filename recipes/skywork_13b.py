@@ -7,11 +7,11 @@ import lightning.pytorch as pl
 import nemo_run as run
 from nemo.collections.llm import finetune, pretrain
 
+from nemo_skymoe.experiments.arguments import BATCH, RANKS, RATES, Given, GivenFinetuning, with_arguments
 from nemo_skymoe.experiments.dense_13b import FINETUNING, PRETRAINING
 from nemo_skymoe.experiments.runs import Finetuning, Pretraining
 from nemo_skymoe.nemo.model import Skywork13BConfig
 from nemo_skymoe.recipes import _parts
-from nemo_skymoe.recipes._arguments import BATCH, RANKS, RATES, Given, GivenFinetuning, with_arguments
 from nemo_skymoe.recipes._finetune import finetuning
 from nemo_skymoe.recipes._pretrain import pretraining
 

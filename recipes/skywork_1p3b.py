@@ -9,11 +9,11 @@ from nemo.collections.llm import pretrain
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import figure_8
+from nemo_skymoe.experiments.arguments import BATCH, EXPERTS, RANKS, RATES, Given, with_arguments
 from nemo_skymoe.experiments.figure_8 import DENSE, SOURCES, SPECIALISED
 from nemo_skymoe.experiments.runs import Pretraining
 from nemo_skymoe.nemo.model import Skywork1p3BConfig, SkyworkMoE1p3BX8Config
 from nemo_skymoe.recipes import _parts
-from nemo_skymoe.recipes._arguments import BATCH, EXPERTS, RANKS, RATES, Given, with_arguments
 from nemo_skymoe.recipes._pretrain import pretraining
 
 NAME = DENSE.name

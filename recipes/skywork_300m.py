@@ -9,11 +9,11 @@ from nemo.collections.llm import pretrain
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import figure_1
+from nemo_skymoe.experiments.arguments import BATCH, EXPERTS, RANKS, RATES, Given, one_of, with_arguments
 from nemo_skymoe.experiments.figure_1 import BUDGETS, DENSE, STARTS
 from nemo_skymoe.experiments.runs import Pretraining
 from nemo_skymoe.nemo.model import Skywork300MConfig, SkyworkMoE300MX8Config
 from nemo_skymoe.recipes import _parts
-from nemo_skymoe.recipes._arguments import BATCH, EXPERTS, RANKS, RATES, Given, one_of, with_arguments
 from nemo_skymoe.recipes._pretrain import pretraining
 
 NAME = DENSE.name

@@ -10,11 +10,11 @@ import lightning.pytorch as pl
 import nemo_run as run
 from nemo.collections.llm import finetune, pretrain
 
+from nemo_skymoe.experiments.arguments import BATCH, EXPERTS, RATES, Given, GivenFinetuning, with_arguments
 from nemo_skymoe.experiments.moe_146b import FINETUNING, LORA, PRETRAINING
 from nemo_skymoe.experiments.runs import Finetuning, Pretraining
 from nemo_skymoe.nemo.model import SkyworkMoE146BConfig
 from nemo_skymoe.recipes import _parts
-from nemo_skymoe.recipes._arguments import BATCH, EXPERTS, RATES, Given, GivenFinetuning, with_arguments
 from nemo_skymoe.recipes._finetune import finetuning, scheme_of
 from nemo_skymoe.recipes._pretrain import pretraining
 

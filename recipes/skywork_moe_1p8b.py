@@ -8,11 +8,11 @@ import nemo_run as run
 from lightning.pytorch.callbacks import LearningRateMonitor
 from nemo.collections.llm import pretrain
 
+from nemo_skymoe.experiments.arguments import BATCH, EXPERTS, RANKS, Given, one_of, with_arguments
 from nemo_skymoe.experiments.figure_7 import LEARNING_RATES, MOE, Rates, at_rates
 from nemo_skymoe.experiments.runs import Pretraining
 from nemo_skymoe.nemo.model import SkyworkMoE1p8BConfig
 from nemo_skymoe.recipes import _parts
-from nemo_skymoe.recipes._arguments import BATCH, EXPERTS, RANKS, Given, one_of, with_arguments
 from nemo_skymoe.recipes._pretrain import pretraining
 
 NAME = MOE.name

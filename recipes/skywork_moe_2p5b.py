@@ -7,11 +7,11 @@ import lightning.pytorch as pl
 import nemo_run as run
 from nemo.collections.llm import pretrain
 
+from nemo_skymoe.experiments.arguments import BATCH, EXPERTS, RANKS, RATES, Given, one_of, with_arguments
 from nemo_skymoe.experiments.figure_3 import LOGIT_NORM_SCALES, MOE
 from nemo_skymoe.experiments.runs import Pretraining
 from nemo_skymoe.nemo.model import SkyworkMoE2p5BConfig
 from nemo_skymoe.recipes import _parts
-from nemo_skymoe.recipes._arguments import BATCH, EXPERTS, RANKS, RATES, Given, one_of, with_arguments
 from nemo_skymoe.recipes._pretrain import pretraining
 
 NAME = MOE.name

@@ -7,11 +7,7 @@ import lightning.pytorch as pl
 import nemo_run as run
 from nemo.collections.llm import finetune, pretrain
 
-from nemo_skymoe.experiments.demonstration import MOE, finetuning_of
-from nemo_skymoe.experiments.runs import Demonstration, Finetuning
-from nemo_skymoe.nemo.model import SkyworkMoETinyConfig
-from nemo_skymoe.recipes import _parts
-from nemo_skymoe.recipes._arguments import (
+from nemo_skymoe.experiments.arguments import (
     BATCH,
     DEMONSTRATION,
     EXPERTS,
@@ -19,9 +15,13 @@ from nemo_skymoe.recipes._arguments import (
     GivenFinetuning,
     with_arguments,
 )
+from nemo_skymoe.experiments.demonstration import MOE, finetuning_of
+from nemo_skymoe.experiments.runs import Demonstration, Finetuning
+from nemo_skymoe.experiments.scales import CORPUS
+from nemo_skymoe.nemo.model import SkyworkMoETinyConfig
+from nemo_skymoe.recipes import _parts
 from nemo_skymoe.recipes._finetune import finetuning
 from nemo_skymoe.recipes._pretrain import pretraining
-from nemo_skymoe.recipes._scale import CORPUS
 
 NAME = MOE.name
 

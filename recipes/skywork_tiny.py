@@ -6,14 +6,14 @@ import lightning.pytorch as pl
 import nemo_run as run
 from nemo.collections.llm import finetune, pretrain
 
+from nemo_skymoe.experiments.arguments import BATCH, DEMONSTRATION, Given, GivenFinetuning, with_arguments
 from nemo_skymoe.experiments.demonstration import DENSE, finetuning_of
 from nemo_skymoe.experiments.runs import Demonstration, Finetuning
+from nemo_skymoe.experiments.scales import CORPUS
 from nemo_skymoe.nemo.model import SkyworkTinyConfig
 from nemo_skymoe.recipes import _parts
-from nemo_skymoe.recipes._arguments import BATCH, DEMONSTRATION, Given, GivenFinetuning, with_arguments
 from nemo_skymoe.recipes._finetune import finetuning
 from nemo_skymoe.recipes._pretrain import pretraining
-from nemo_skymoe.recipes._scale import CORPUS
 
 NAME = DENSE.name
 

@@ -114,11 +114,13 @@ class Demonstration(PretrainingRun):
     precision: str = "32"
     max_steps: int
     decay_steps: int = 0
+    saved_steps: int | None = None
+    """Steps between two checkpoints; None saves at the end."""
 
     @property
     def save_interval(self) -> int:
         """Steps between two checkpoints."""
-        return self.max_steps
+        return self.max_steps if self.saved_steps is None else self.saved_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +128,25 @@ class Finetuning(TrainingRun):
     """A finetuning: a warm-up, then a cosine from the peak to zero."""
 
     max_steps: int
+    given_warmup_steps: int | None = None
+    """Optimizer steps of the warm-up. None is the usual share of the run."""
 
     @property
     def warmup_steps(self) -> int:
         """Optimizer steps from near zero to the peak."""
+        if self.given_warmup_steps is not None:
+            return self.given_warmup_steps
         return min(choices.FINETUNE_WARMUP_STEPS, self.max_steps // 10)
+
+    @property
+    def save_interval(self) -> int:
+        """Steps between two checkpoints: there is one, at the end."""
+        return self.max_steps
+
+    @property
+    def decay_steps(self) -> int:
+        """Optimizer steps to zero after the cosine, which ends there."""
+        return 0
 
 
 def steps(tokens: float, seq_length: int, global_batch_size: int) -> int:

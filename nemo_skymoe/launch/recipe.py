@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.experiments.arguments import check_renamed
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
 from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo.pipeline import PipelinePlan
 from nemo_skymoe.nemo.recipe_check import check_made
-from nemo_skymoe.recipes._arguments import check_renamed
 from nemo_skymoe.recipes.registry import RECIPES
 
 _RECIPES = {recipe.name: recipe for recipe in RECIPES}

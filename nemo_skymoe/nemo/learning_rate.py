@@ -1,23 +1,13 @@
 """Learning rates by step and by kind of parameter, for NeMo's `MegatronOptimizerModule`."""
 # No `from __future__ import annotations`: NeMo-Run reads these signatures.
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 from nemo.lightning.pytorch.optim.base import LRSchedulerModule
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from nemo_skymoe.config import ConfigurationError
-
-SHAPES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
-    "linear": lambda progress: 1 - progress,
-    "constant": lambda progress: 1.0,
-}
-"""For each shape a function from progress, 0 to 1, to the share that is left of the way from the peak to the final
-fraction."""
+from nemo_skymoe.experiments.schedule import Schedule
 
 
 class LearningRateSchedule(LRSchedulerModule):
@@ -46,35 +36,26 @@ class LearningRateSchedule(LRSchedulerModule):
         decay_steps: int = 0,
     ) -> None:
         super().__init__()
-        if shape not in SHAPES:
-            raise ConfigurationError(
-                f"the learning rate's shape is {shape!r}, expected one of {', '.join(SHAPES)}"
-            )
-        if not 0 <= final_fraction <= 1:
-            raise ConfigurationError(
-                f"final_fraction is {final_fraction}, expected 0 to 1, a share of the peak"
-            )
-        if warmup_steps < 0 or decay_steps < 0:
-            raise ConfigurationError(
-                f"warmup_steps is {warmup_steps} and decay_steps {decay_steps}, expected no negative number"
-            )
-        if max_steps < 1:
-            raise ConfigurationError(f"max_steps is {max_steps}, expected at least 1 step")
         self.shape = shape
         self.warmup_steps = warmup_steps
         self.max_steps = max_steps
         self.final_fraction = final_fraction
         self.decay_steps = decay_steps
+        self.plain()  # checks the values
+
+    def plain(self) -> Schedule:
+        """Return the schedule in plain values. They may have changed since it was made, with the length of the run."""
+        return Schedule(
+            shape=self.shape,
+            warmup_steps=self.warmup_steps,
+            max_steps=self.max_steps,
+            final_fraction=self.final_fraction,
+            decay_steps=self.decay_steps,
+        )
 
     def factor(self, step: int) -> float:
         """Return the share of the peak at optimizer step `step`, counted from 0."""
-        end = self.max_steps - self.decay_steps
-        if step <= self.warmup_steps and self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        if step > end and self.decay_steps:
-            return self.final_fraction * max(0.0, (self.max_steps - step) / self.decay_steps)
-        progress = min(1.0, (step - self.warmup_steps) / max(1, end - self.warmup_steps))
-        return self.final_fraction + (1 - self.final_fraction) * SHAPES[self.shape](progress)
+        return self.plain().factor(step)
 
     def scheduler(self, model: Any, optimizers: Any) -> Any:
         """Return what Lightning takes: the factor is applied to every parameter group's own peak, once per step."""

@@ -15,11 +15,12 @@ from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.data.preprocess import preprocess
+from nemo_skymoe.experiments.phases import Phase, read_phases
 from nemo_skymoe.nemo import mixture
 from nemo_skymoe.nemo.callbacks import SkyworkMoECallback
 from nemo_skymoe.nemo.learning_rate import LearningRateSchedule
 from nemo_skymoe.nemo.mixture import MixtureDataModule, Stream, mixture_data
-from nemo_skymoe.nemo.training_phases import Phase, PhasedLearningRate, read_phases
+from nemo_skymoe.nemo.training_phases import PhasedLearningRate
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
 from nemo_skymoe.recipes import skywork_moe_146b, skywork_moe_tiny

@@ -1,4 +1,5 @@
 """The signature of a recipe: arguments that all recipes take, arguments of its own, and sizes of its training."""
+# No `from __future__ import annotations`, and `Optional`: NeMo-Run reads these signatures, and cannot parse `X | None`.
 
 import functools
 import inspect
@@ -6,8 +7,6 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, fields, replace
 from typing import Any, Optional, Union, get_args, get_type_hints
-
-import nemo_run as run
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments.runs import TrainingRun
@@ -49,7 +48,7 @@ class GivenFinetuning:
 
 def with_arguments(
     training: TrainingRun, *sizes: str, of: type[Any] = Given, **defaults: Any
-) -> Callable[[Callable[..., run.Partial]], Callable[..., run.Partial]]:
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a recipe of `function(training, given, own arguments)`: a function of keywords with a real signature.
 
     NeMo-Run reads names, annotations and defaults from it. What `function` gets is `training` with the sizes that were
@@ -65,18 +64,19 @@ def with_arguments(
         ConfigurationError: From the recipe, for an argument that has another name now.
     """
 
-    def decorate(function: Callable[..., run.Partial]) -> Callable[..., run.Partial]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         shared = [field.name for field in fields(of)]
+        returned = inspect.signature(function).return_annotation
         _, _, *own = inspect.signature(function).parameters.values()
         parameters = [
             *(_shared(field, defaults) for field in fields(of)),
             *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own),
             *(_size(training, name) for name in sizes),
         ]
-        signature = inspect.Signature(parameters, return_annotation=run.Partial)
+        signature = inspect.Signature(parameters, return_annotation=returned)
 
         @functools.wraps(function)
-        def recipe(**arguments: Any) -> run.Partial:
+        def recipe(**arguments: Any) -> Any:
             check_renamed(arguments)
             bound = signature.bind(**arguments)
             bound.apply_defaults()
@@ -85,7 +85,7 @@ def with_arguments(
             return function(changed, given, **bound.arguments)
 
         recipe.__signature__ = signature  # type: ignore[attr-defined]
-        recipe.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": run.Partial}
+        recipe.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": returned}
         return recipe
 
     return decorate
