@@ -257,12 +257,14 @@ class SkyworkOptions:
         )
         if not (captured and self.moe_adaptive_aux_loss):
             return
-        scope = config.cuda_graph_scope
+        # megatron-core 0.18 renames the option, and empties the old one.
+        option = "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"
+        scope = getattr(config, option) or []
         parts = {getattr(part, "name", part) for part in ([scope] if isinstance(scope, str) else scope)}
         if not parts or not parts <= {"attn", "mlp"}:
             raise ConfigurationError(
                 "moe_adaptive_aux_loss changes a coefficient every step, which a captured CUDA graph would freeze:"
-                f" cuda_graph_scope is {scope!r}, expected 'attn'"
+                f" {option} is {scope!r}, expected 'attn'"
             )
 
     def _check_whole_experts(self) -> None:

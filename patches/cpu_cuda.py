@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .targets import replace
+
 
 class Stream:
     """Inert stand-in for a CUDA stream: on the CPU, work is finished when its call returns."""
@@ -49,7 +51,7 @@ def _answer(value: Any) -> Callable[..., Any]:
 
 def current_device() -> None:
     """`torch.cuda.current_device()` raises: p2p_communication.py, mappings.py and more take their device from it."""
-    setattr(torch.cuda, "current_device", _answer(torch.device("cpu")))  # noqa: B010
+    replace(torch.cuda, "current_device", _answer(torch.device("cpu")))
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, _answer(None))
 
@@ -65,8 +67,8 @@ def streams() -> None:
         "current_stream": _answer(stream),
         "default_stream": _answer(stream),
     }.items():
-        setattr(torch.cuda, name, stand_in)
-    setattr(torch.Tensor, "record_stream", _answer(None))  # noqa: B010
+        replace(torch.cuda, name, stand_in)
+    replace(torch.Tensor, "record_stream", _answer(None))
 
 
 def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
@@ -90,10 +92,10 @@ def _manual_seed_all(seed: int) -> None:
 def random_generator() -> None:
     """tensor_parallel/random.py forks the CUDA generator for dropout and recomputation: here the CPU generator."""
     for module in (torch.cuda, torch.cuda.random):
-        setattr(module, "get_rng_state", get_rng_state)  # noqa: B010
-        setattr(module, "set_rng_state", set_rng_state)  # noqa: B010
-        setattr(module, "manual_seed", _manual_seed)  # noqa: B010
-        setattr(module, "manual_seed_all", _manual_seed_all)  # noqa: B010
+        replace(module, "get_rng_state", get_rng_state)
+        replace(module, "set_rng_state", set_rng_state)
+        replace(module, "manual_seed", _manual_seed)
+        replace(module, "manual_seed_all", _manual_seed_all)
 
 
 SUBSTITUTIONS = (current_device, streams, random_generator)

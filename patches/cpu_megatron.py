@@ -18,12 +18,13 @@ from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 from . import cpu_cuda
 from .cpu_adam import FusedAdam
+from .targets import replace
 
 
 def rng_tracker() -> None:
     """tensor_parallel/random.py sets generator states behind `_lazy_call`, which waits for CUDA for ever."""
-    setattr(random, "_get_cuda_rng_state", cpu_cuda.get_rng_state)  # noqa: B010
-    setattr(random, "_set_cuda_rng_state", cpu_cuda.set_rng_state)  # noqa: B010
+    replace(random, "_get_cuda_rng_state", cpu_cuda.get_rng_state)
+    replace(random, "_set_cuda_rng_state", cpu_cuda.set_rng_state)
     # It also warns whenever a fork of the CUDA generator moves the CPU's: here they are one.
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
@@ -39,7 +40,7 @@ def router_gemm() -> None:
 def split_sizes() -> None:
     """token_dispatcher.py makes numpy arrays of split sizes on their way from the GPU: here they would stay tensors,
     which all_to_all_single refuses."""
-    setattr(token_dispatcher, "maybe_move_tensor_to_cpu", _on_the_host)  # noqa: B010
+    replace(token_dispatcher, "maybe_move_tensor_to_cpu", _on_the_host)
 
 
 def _on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -54,11 +55,11 @@ def compilation() -> None:
 def fused_adam() -> None:
     """torch's AdamW, which optimizer/__init__.py falls back to, breaks distributed-optimizer checkpoints: see cpu_adam."""
     if not distrib_optimizer.HAVE_APEX_OR_TE:
-        distrib_optimizer.HAVE_APEX_OR_TE = True
-        distrib_optimizer.USING_APEX_OPTIMIZER = True
-        distrib_optimizer.Adam = FusedAdam
-        optimizer.USING_PYTORCH_OPTIMIZER = False
-        optimizer.Adam = FusedAdam
+        replace(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+        replace(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+        replace(distrib_optimizer, "Adam", FusedAdam)
+        replace(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+        replace(optimizer, "Adam", FusedAdam)
 
 
 def restored_master_parameters() -> None:
@@ -66,13 +67,13 @@ def restored_master_parameters() -> None:
     parameters are views of fp32 model parameters: on a GPU they are mostly copies of bf16 ones."""
     optimizer_class = distrib_optimizer.DistributedOptimizer
     load = optimizer_class._set_main_param_and_optimizer_states
-    setattr(optimizer_class, "_set_main_param_and_optimizer_states", torch.no_grad()(load))  # noqa: B010
+    replace(optimizer_class, "_set_main_param_and_optimizer_states", torch.no_grad()(load))
 
 
 def batched_p2p() -> None:
     """p2p_communication.py pairs the messages of a batch by their order alone: two stages that are each other's
     neighbour on both sides (PP 2 with virtual stages) take activations for gradients, silently."""
-    setattr(p2p_communication, "_batched_p2p_ops", _ordered_p2p_ops)  # noqa: B010
+    replace(p2p_communication, "_batched_p2p_ops", _ordered_p2p_ops)
 
 
 def _ordered_p2p_ops(**messages: Any) -> list[torch.distributed.Work]:
@@ -82,13 +83,13 @@ def _ordered_p2p_ops(**messages: Any) -> list[torch.distributed.Work]:
 def results_queue() -> None:
     """filesystem_async.py spawns a manager process, as CUDA demands: 2 seconds and the whole main script run again
     in each rank, and a process left behind where a rank dies. A fork has none of these."""
-    setattr(filesystem_async, "_get_write_results_queue", _forked_results_queue)  # noqa: B010
+    replace(filesystem_async, ("get_write_results_queue", "_get_write_results_queue"), _forked_results_queue)
 
 
 _results_queues: dict[int, Any] = {}
 
 
-def _forked_results_queue() -> Any:
+def _forked_results_queue(mp_mode: str = "fork") -> Any:
     # Each process has its own: a rank that is forked from one that has saved already must not share its queue.
     process = os.getpid()
     if process not in _results_queues:

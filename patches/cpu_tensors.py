@@ -13,6 +13,8 @@ import torch
 from torch.jit import _builtins
 from torch.utils import _device
 
+from .targets import replace
+
 CPU = torch.device("cpu")
 _NEW = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 _LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
@@ -67,7 +69,7 @@ def tensor_to() -> None:
             args = (CPU, *args[1:])
         return to(self, *args, **(_without_cuda(kwargs) if kwargs else kwargs))
 
-    setattr(torch.Tensor, "to", to_cpu)  # noqa: B010
+    replace(torch.Tensor, "to", to_cpu)
 
 
 def tensor_cuda() -> None:
@@ -76,7 +78,7 @@ def tensor_cuda() -> None:
     def cuda(self: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return self.to(CPU)
 
-    setattr(torch.Tensor, "cuda", cuda)  # noqa: B010
+    replace(torch.Tensor, "cuda", cuda)
 
 
 def tensor_pin_memory() -> None:
@@ -85,7 +87,7 @@ def tensor_pin_memory() -> None:
     def pin_memory(self: torch.Tensor, *_: Any) -> torch.Tensor:
         return self
 
-    setattr(torch.Tensor, "pin_memory", pin_memory)  # noqa: B010
+    replace(torch.Tensor, "pin_memory", pin_memory)
 
 
 def tensor_type() -> None:
@@ -99,13 +101,13 @@ def tensor_type() -> None:
         # A torch function mode calls this twice: it looks methods up by name.
         return f"torch.cuda.{type_of(self).rpartition('.')[2]}"
 
-    setattr(torch.Tensor, "type", cuda_type)  # noqa: B010
+    replace(torch.Tensor, "type", cuda_type)
 
 
 def tensor_types() -> None:
     """`torch.cuda.LongTensor([1])`: NeMo's fine-tuning data count their ranks with it (llm/gpt/data/utils.py)."""
     for name in ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short"):
-        setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+        replace(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
 
 
 SUBSTITUTIONS = (factories, tensor_to, tensor_cuda, tensor_pin_memory, tensor_type, tensor_types)

@@ -16,6 +16,7 @@ import numpy
 import torch
 
 from . import cpu_runtime
+from .targets import replace
 
 _applied: list[str] = []
 
@@ -60,7 +61,7 @@ def random_seed() -> None:
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
-    megatron_init._set_random_seed = set_random_seed
+    replace(megatron_init, "_set_random_seed", set_random_seed)
 
 
 def restored_tensors() -> None:
@@ -70,7 +71,7 @@ def restored_tensors() -> None:
     def fix_tensors_device(ckpt: dict[str, Any]) -> dict[str, Any]:
         return ckpt
 
-    pl._fix_tensors_device = fix_tensors_device
+    replace(pl, "_fix_tensors_device", fix_tensors_device)
 
 
 def local_checkpoints() -> None:
@@ -92,7 +93,7 @@ def mock_attention_mask() -> None:
         ):
             super().__init__(tokenizer, name, num_samples, seq_length, create_attention_mask=masked)
 
-    mock._MockGPTDataset = MockGPTDataset
+    replace(mock, "_MockGPTDataset", MockGPTDataset)
 
 
 def progress_timers() -> None:
@@ -106,7 +107,7 @@ def progress_timers() -> None:
         seconds = {name: timers(name).elapsed() / self.log_interval for name in timers._timers}
         return "".join(f"    {name}: {1000 * value:.2f} ms\n" for name, value in seconds.items()) or None
 
-    ProgressPrinter.log_megatron_timers = log_megatron_timers
+    replace(ProgressPrinter, "log_megatron_timers", log_megatron_timers)
 
 
 def device_connections() -> None:
@@ -115,7 +116,7 @@ def device_connections() -> None:
 
     def check_nothing(self: MegatronCommOverlapCallback) -> None: ...
 
-    MegatronCommOverlapCallback._check_num_cuda_device_max_connections = check_nothing
+    replace(MegatronCommOverlapCallback, "_check_num_cuda_device_max_connections", check_nothing)
 
 
 SUBSTITUTIONS = (

@@ -1,5 +1,6 @@
 """The MoE layer and the layer specs that put it into a Megatron-Core GPT model."""
 
+import functools
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -187,8 +188,12 @@ def _adapt(
         attention = submodules.self_attention.submodules
         if config.qk_layernorm and hasattr(attention, "k_layernorm"):
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if submodules.mlp.module is MoELayer:
-        submodules.mlp.module = moe_layer
+    mlp = submodules.mlp
+    if isinstance(mlp, functools.partial):  # megatron-core 0.18 names the class to build instead of a spec
+        if mlp.func is MoELayer:
+            submodules.mlp = functools.partial(moe_layer, *mlp.args, **mlp.keywords)
+    elif mlp.module is MoELayer:
+        mlp.module = moe_layer
 
 
 def _not_about_the_mlp(record: logging.LogRecord) -> bool:

@@ -80,6 +80,9 @@ class SkyworkRouter(TopKRouter):
         if "global_aux_loss" in self.routing_type:
             _warn_of_running_mean()
         self.config = with_capacity_in_reach(self.config)
+        # Megatron up to 0.18 multiplies per-token losses by this rank's tokens, later ones by those of the group, and
+        # 0.16 by the positions of a sequence. Told that losses are means, all of them leave that to this class.
+        self.calculate_per_token_loss = False
         options = self._options
         add_gate_parameters(self)
         if options.moe_adaptive_aux_loss:
@@ -181,11 +184,17 @@ class SkyworkRouter(TopKRouter):
         penalised = logits if raw is None else raw.view_as(logits)
         if self.valid_tokens is not None:
             return CarryGradient.apply(logits, self._attach_padded_z_loss(penalised, self.valid_tokens))
-        scale = self.tp_cp_group.size() if self.config.calculate_per_token_loss else 1
+        scale = self._tokens_of_group(logits) if self.config.calculate_per_token_loss else 1
         if raw is None and scale == 1:
             return super().apply_z_loss(logits, *args, **kwargs)
         penalised = super().apply_z_loss(ScaleGradient.apply(penalised, scale), *args, **kwargs)
         return CarryGradient.apply(logits, penalised)
+
+    def _tokens_of_group(self, tokens_TX: Tensor) -> int | Tensor:
+        """Return the number of tokens, without padding, of the ranks that share this rank's micro-batch."""
+        if self.valid_tokens is not None:
+            return self.valid_tokens.group_count
+        return tokens_TX.shape[0] * self.tp_cp_group.size()
 
     def _attach_padded_z_loss(self, logits_TE: Tensor, valid: ValidTokens) -> Tensor:
         """Attach the z-loss without padding. Megatron's mean of the ranks' means would ignore how padding is spread."""
@@ -193,7 +202,10 @@ class SkyworkRouter(TopKRouter):
         squares_T1 = logits_TE.logsumexp(dim=-1, keepdim=True).square() * valid.mask_T1
         share = squares_T1.sum() / valid.group_count
         layer_number: Any = self.layer_number
-        save_to_aux_losses_tracker("z_loss", share * self.tp_cp_group.size(), layer_number, config.num_layers)
+        logged = share * self.tp_cp_group.size()
+        save_to_aux_losses_tracker(
+            "z_loss", logged, layer_number, config.num_layers, avg_group=self.tp_dp_cp_group
+        )
         loss = share * config.moe_z_loss_coeff
         if config.calculate_per_token_loss:
             loss = loss * valid.group_count
@@ -325,13 +337,7 @@ class SkyworkRouter(TopKRouter):
             aux_loss = self._loss_without_padding(activation, aux_loss, reduce_group)
         self.statistics.observe_aux_loss(aux_loss / aux_loss_coeff, reduce_group.size())
         if self.config.calculate_per_token_loss:
-            # Megatron up to 0.18 multiplies by this rank's tokens, but divides by those of the group.
-            of_group: int | Tensor = self.tp_cp_group.size()
-            if self.valid_tokens is not None:
-                of_group = self.valid_tokens.group_count / max(activation.shape[0], 1)
-            aux_loss = ScaleGradient.apply(aux_loss, of_group)
-            # Megatron 0.16 passes the number of positions as that of tokens for the loss over sequences.
-            kwargs.pop("valid_token_count", None)
+            aux_loss = ScaleGradient.apply(aux_loss, self._tokens_of_group(activation))
         return super().attach_and_log_load_balancing_loss(
             activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, **kwargs
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core import package_info, parallel_state
 from megatron.core.tensor_parallel import checkpoint
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from tests.moe.worlds import (
     generator,
     groups,
     in_world,
+    logged_losses,
     make_router,
     on_ranks,
     relative_errors,
@@ -95,8 +96,8 @@ def router_gradient(
         main = (probs * upstream()[here].reshape(-1, EXPERTS) * valid).sum()
         (gradient,) = torch.autograd.grad(main, router.weight)
         torch.distributed.all_reduce(gradient)
-        (aux,) = (entry for name, entry in get_moe_layer_wise_logging_tracker().items() if name != "z_loss")
-        logged = aux["values"][0].clone()
+        (aux,) = (values for name, values in logged_losses().items() if name != "z_loss")
+        logged = aux[0].clone()
         torch.distributed.all_reduce(logged)
         return gradient, logged.item()
 

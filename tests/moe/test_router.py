@@ -4,14 +4,22 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.router import SkyworkRouter
 from tests.cases import every
-from tests.moe.worlds import configuration, generator, groups, make_router, on_ranks
+from tests.moe.worlds import (
+    configuration,
+    forget_logged_losses,
+    generator,
+    groups,
+    logged_losses,
+    make_router,
+    on_ranks,
+)
 
 SEQUENCE, BATCH, HIDDEN, EXPERTS = 24, 2, 16, 8
 HAS_GLOBAL = hasattr(TopKRouter, "_apply_global_aux_loss")
@@ -115,7 +123,7 @@ def test_auxiliary_scores_are_the_normalised_gate() -> None:
         )
         expected = EXPERTS * (load / load.sum() * gate.mean(0)).sum()
         router(x)
-        logged = get_moe_layer_wise_logging_tracker()["load_balancing_loss"]["values"][0]
+        logged = logged_losses()["load_balancing_loss"][0]
         assert logged.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -156,9 +164,9 @@ def test_the_z_loss_does_not_see_the_normalised_logits() -> None:
         values = []
         for factor in (1.0, 3.0):
             router.weight.data.mul_(factor)
-            get_moe_layer_wise_logging_tracker().clear()
+            forget_logged_losses()
             router(hidden_states(torch.float32))
-            values.append(get_moe_layer_wise_logging_tracker()["z_loss"]["values"][0].item())
+            values.append(logged_losses()["z_loss"][0].item())
         assert values[1] > 2 * values[0]
 
 
@@ -222,9 +230,7 @@ def test_no_tokens() -> None:
             assert probs.shape == routing_map.shape == (0, EXPERTS)
             assert torch.equal(gradients[1], torch.zeros_like(gradients[1]))
             assert not router.statistics.take(torch.device("cpu"))[2:].any()
-            assert all(
-                not entry["values"].isnan().any() for entry in get_moe_layer_wise_logging_tracker().values()
-            )
+            assert not any(values.isnan().any() for values in logged_losses().values())
 
 
 @every("form", ["switch", "square"])
@@ -278,7 +284,7 @@ def test_a_vanishing_coefficient_keeps_the_layer_in_megatrons_loss_log() -> None
         router = router_of(moe_adaptive_aux_loss=True)
         router.aux_loss_coefficient = 0.0
         router(hidden_states(torch.float32))
-        logged = get_moe_layer_wise_logging_tracker()["load_balancing_loss"]["values"][0].item()
+        logged = logged_losses()["load_balancing_loss"][0].item()
         assert logged == pytest.approx(1.0, abs=0.5)
         assert 0 < router.get_aux_loss_coeff("aux_loss") <= 1e-12
 

@@ -64,10 +64,7 @@ def first_layer(layer_class: type[Any], **options: Any) -> Any:
     values = {"moe_edp": True, "expert_tensor_parallel_size": 1, "sequence_parallel": True, **options}
     config = configuration(LAYOUT, **values)
     torch.manual_seed(5)
-    known = {} if layer_class is MoELayer else {"moe_layer": layer_class}
-    spec = get_skywork_block_spec(config, **known)
-    if layer_class is MoELayer:
-        spec.layer_specs[0].submodules.mlp.module = MoELayer  # type: ignore[index,union-attr]
+    spec = get_skywork_block_spec(config, moe_layer=layer_class)
     return GPTModel(config, spec, 32, 16, position_embedding_type="none").decoder.layers[0].mlp
 
 

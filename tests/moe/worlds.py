@@ -5,9 +5,10 @@ is no attention: nothing else depends on how tokens are spread over ranks.
 """
 
 import functools
+import importlib
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,10 @@ from nemo_skymoe.moe.layer import SkyworkTransformerConfig, get_skywork_block_sp
 from nemo_skymoe.moe.router import SkyworkRouter
 from nemo_skymoe.patches import cpu_runtime, router_without_te
 from nemo_skymoe.ranks import run_ranks
+
+moe_logging: Any = None
+with suppress(ImportError):
+    moe_logging = importlib.import_module("megatron.core.transformer.moe.moe_logging")
 
 VOCABULARY, LENGTH, BATCH = 32, 16, 2
 
@@ -57,6 +62,20 @@ class Layout:
         return "-".join(f"{name}{size}" for name, size in vars(self).items() if size not in (None, 1)) or "dp"
 
 
+def logged_losses() -> dict[str, Tensor]:
+    """Megatron's sums of the losses by name, [layers] each."""
+    entries = get_moe_layer_wise_logging_tracker().items()
+    return {name: entry["values"] for name, entry in entries}
+
+
+def forget_logged_losses() -> None:
+    """Empty Megatron's record of the losses. From megatron-core 0.18 its dictionary is only a copy."""
+    if moe_logging is None:
+        get_moe_layer_wise_logging_tracker().clear()
+    else:
+        moe_logging.destroy_moe_metrics_tracker()
+
+
 def on_ranks(world_size: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run a test in a world of its own; its assertions hold on every rank."""
 
@@ -82,7 +101,7 @@ def groups(layout: Layout = Layout()) -> Iterator[None]:
     """Megatron's process groups and a clean slate of its global state."""
     scaler: Any = MoEAuxLossAutoScaler
     scaler.main_loss_backward_scale = None
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_logged_losses()
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,

@@ -28,8 +28,7 @@ VERSION = megatron.core.__version__[:4]
 FORMATS = {
     "0.14": {"fully_sharded_model_space"},
     "0.15": {"fully_sharded_model_space", "dp_reshardable", "fully_reshardable"},
-    "0.16": {"dp_reshardable", "fully_reshardable"},
-}[VERSION]
+}.get(VERSION, {"dp_reshardable", "fully_reshardable"})
 VOCABULARY, LENGTH, BATCH = 64, 16, 4
 
 

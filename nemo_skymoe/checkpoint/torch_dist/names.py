@@ -1,7 +1,7 @@
 """Megatron's names in `torch_dist` checkpoints, and what each stored tensor is made of. Without torch.
 
-The local layers' names and shapes were measured on the real model of megatron-core 0.14.0, 0.15.3 and 0.16.1; those of
-Transformer Engine's ("te") were derived from Megatron's sources and never measured.
+The local layers' names and shapes were measured on the real model of megatron-core 0.14.0, 0.15.3, 0.16.1, 0.17.1, 0.18.2
+and 0.19.2; those of Transformer Engine's ("te") were derived from Megatron's sources and never measured.
 """
 
 from __future__ import annotations

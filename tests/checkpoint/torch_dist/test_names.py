@@ -23,7 +23,7 @@ from nemo_skymoe.moe.layer import have_transformer_engine
 from nemo_skymoe.ranks import run_ranks
 from tests.calls import count_calls
 
-MEASURED = ("0.14.0", "0.15.3", "0.16.1")
+MEASURED = ("0.14.0", "0.15.3", "0.16.1", "0.17.1", "0.18.2", "0.19.2")
 """The versions of Megatron-Core that the docstring of the table names."""
 SPEC = "te" if have_transformer_engine() else "local"
 """The layer spec to measure: Transformer Engine's exists only where it is installed."""
