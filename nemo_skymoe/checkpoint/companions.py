@@ -78,7 +78,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def find_companions(context: Path) -> Path | None:
-    """Return the folder with these files in a NeMo checkpoint's context, if there are any."""
+    """Return the folder with these files in a NeMo checkpoint's context, or in Bridge's checkpoint, if there are any."""
     ours = context / _TOKENIZER
     if ours.is_dir() and companion_names(ours):
         return ours
@@ -126,8 +126,9 @@ def _named_modules(folder: Path) -> Iterator[str]:
         folder / "tokenizer_config.json",
         *folder.glob("*processor_config.json"),
     ]
-    if (folder.parent.name, folder.name) == (_CONTEXT, _TOKENIZER):
-        configs.append(folder.parent / "config.json")
+    if folder.name == _TOKENIZER:
+        context = folder.parent if folder.parent.name == _CONTEXT else folder.parent / _CONTEXT
+        configs.append(context / "config.json")
     for config in configs:
         classes = read_json(config).get("auto_map") if config.is_file() else None
         # In older files the tokenizer's alone, without its name.

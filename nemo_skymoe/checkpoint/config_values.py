@@ -1,4 +1,4 @@
-"""The values of a config.json: each one checked, logged when read, and logged louder when it is absent."""
+"""The values of a configuration file: each one checked, logged when read, and logged louder when it is absent."""
 
 from __future__ import annotations
 
@@ -94,6 +94,26 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"'{file}' is not JSON: {reason}") from reason
     if not isinstance(value, dict):
         raise CheckpointError(f"'{file}' holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Return the mapping of plain values in a YAML file. Nothing that the file names is built.
+
+    Raises:
+        CheckpointError: There is no such file, or it holds something else.
+    """
+    import yaml  # with NeMo or Bridge, which wrote the file, comes PyYAML
+
+    content = read_bytes(file)
+    refuse_stand_in(file, content)
+    try:
+        value = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as reason:
+        said = " ".join(str(reason).split())
+        raise CheckpointError(f"'{file}' is not YAML of plain values: {said}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"'{file}' holds a {type(value).__name__}, expected a mapping")
     return value
 
 

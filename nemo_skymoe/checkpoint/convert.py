@@ -19,9 +19,11 @@ from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.job import conversion as job
 from nemo_skymoe.checkpoint.sources import Source
+from nemo_skymoe.checkpoint.tensors.mapping import Chunk
 from nemo_skymoe.checkpoint.tensors.model import TensorInfo, Weights
 from nemo_skymoe.checkpoint.tensors.target import Target, check_complete, stored_dtypes
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
+from nemo_skymoe.checkpoint.torch_dist.bridge import BridgeTarget, bridge_files
 from nemo_skymoe.checkpoint.torch_dist.context import context_files
 from nemo_skymoe.checkpoint.torch_dist.names import LAYER_SPECS
 from nemo_skymoe.checkpoint.torch_dist.target import TorchDistTarget
@@ -35,13 +37,13 @@ class TargetOptions:
     """The options of the checkpoint that is to be written."""
 
     to: str
-    """"hf" for Hugging Face's form, or "nemo" for a checkpoint of NeMo 2."""
+    """"hf" for Hugging Face's form, "nemo" for a checkpoint of NeMo 2, or "bridge" for one of Megatron-Bridge."""
     shard_bytes: int = 5_000_000_000
     """Largest size of a safetensors file, in bytes."""
     vocab_size: int | None = None
-    """Rows of embedding and head in a NeMo checkpoint, padding included. None means the next multiple of 128."""
+    """Rows of embedding and head for NeMo or Bridge, padding included. None means the next multiple of 128."""
     layer_spec: str | None = None
-    """"te" or "local": the layers that will load a NeMo checkpoint. None means "te", Transformer Engine's, if it is
+    """"te" or "local": the layers that NeMo or Bridge will load it into. None means "te", Transformer Engine's, if it is
     installed."""
 
     def __post_init__(self) -> None:
@@ -50,8 +52,10 @@ class TargetOptions:
         if self.shard_bytes < 1:
             raise ConfigurationError(f"shard_size is {self.shard_bytes}, expected at least 1 byte")
         for option in ("vocab_size", "layer_spec"):
-            if self.to != "nemo" and getattr(self, option) is not None:
-                raise ConfigurationError(f"{option} belongs to NeMo checkpoints, but to is {self.to}")
+            if self.to == "hf" and getattr(self, option) is not None:
+                raise ConfigurationError(
+                    f"{option} belongs to checkpoints of NeMo or Bridge, but to is {self.to}"
+                )
         if self.layer_spec not in (None, *LAYER_SPECS):
             raise ConfigurationError(
                 f"layer_spec is '{self.layer_spec}', expected {' or '.join(LAYER_SPECS)}"
@@ -172,15 +176,41 @@ def nemo_target(
     weights: Weights, description: Description, tokenizer_folder: Path | None, options: TargetOptions
 ) -> tuple[TorchDistTarget, dict[str, Any]]:
     """Return a NeMo 2 checkpoint, and the options that made it."""
-    spec = options.layer_spec or ("te" if find_spec("transformer_engine") else "local")
-    rows = options.vocab_size or torch_dist_names.padded_vocab_size(weights.architecture.vocab_size)
-    chunks = torch_dist_names.chunks(weights.architecture, rows, spec)
-    states = torch_dist_names.extra_states(weights.architecture, spec)
+    written = _torch_dist_options(weights, options)
+    tensors = _torch_dist_tensors(weights, **written, prefix=torch_dist_names.PREFIX)
+    config = exported_files.config_file(description)
     extras = context_files(
-        description, tokenizer_folder, config=exported_files.config_file(description), padded_vocab_size=rows
+        description, tokenizer_folder, config=config, padded_vocab_size=written["vocab_size"]
     )
-    target = TorchDistTarget(chunks, stored_dtypes(chunks, weights), states, extras=extras)
-    return target, {"vocab_size": rows, "layer_spec": spec}
+    return TorchDistTarget(*tensors, extras), written
 
 
-_TARGETS = {"hf": hugging_face_target, "nemo": nemo_target}
+def bridge_target(
+    weights: Weights, description: Description, tokenizer_folder: Path | None, options: TargetOptions
+) -> tuple[BridgeTarget, dict[str, Any]]:
+    """Return a checkpoint of Megatron-Bridge, and the options that made it."""
+    written = _torch_dist_options(weights, options)
+    tensors = _torch_dist_tensors(weights, **written, prefix="")
+    config = exported_files.config_file(description)
+    extras = bridge_files(
+        description, tokenizer_folder, config=config, padded_vocab_size=written["vocab_size"]
+    )
+    return BridgeTarget(*tensors, extras), written
+
+
+def _torch_dist_options(weights: Weights, options: TargetOptions) -> dict[str, Any]:
+    rows = options.vocab_size or torch_dist_names.padded_vocab_size(weights.architecture.vocab_size)
+    spec = options.layer_spec or ("te" if find_spec("transformer_engine") else "local")
+    return {"vocab_size": rows, "layer_spec": spec}
+
+
+def _torch_dist_tensors(
+    weights: Weights, vocab_size: int, layer_spec: str, prefix: str
+) -> tuple[list[Chunk], dict[str, str], list[str]]:
+    """Return the chunks, their data types, and the names of the extra states."""
+    chunks = torch_dist_names.chunks(weights.architecture, vocab_size, layer_spec, prefix=prefix)
+    states = torch_dist_names.extra_states(weights.architecture, layer_spec, prefix=prefix)
+    return chunks, stored_dtypes(chunks, weights), states
+
+
+_TARGETS = {"hf": hugging_face_target, "nemo": nemo_target, "bridge": bridge_target}

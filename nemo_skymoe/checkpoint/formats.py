@@ -21,6 +21,7 @@ from nemo_skymoe.checkpoint.tensors.model import Storage
 from nemo_skymoe.checkpoint.torch_dist import options
 from nemo_skymoe.checkpoint.torch_dist.names import layout
 from nemo_skymoe.checkpoint.torch_dist.opening import stored_weights
+from nemo_skymoe.checkpoint.torch_dist.run_config import RUN_CONFIG
 from nemo_skymoe.checkpoint.torch_dist.storage import CONFIG, TorchDistStorage, check_backend
 from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 from nemo_skymoe.durable.stand_in import refuse_broken_link
@@ -68,13 +69,13 @@ def form_of(folder: Path) -> str:
         else "is no checkpoint, it is empty"
     )
     raise CheckpointError(
-        f"'{folder}' {has}: expected config.json (Hugging Face), weights/ (NeMo 2) or .metadata"
-        " (Megatron-LM's torch_dist, the folder of one iteration)"
+        f"'{folder}' {has}: expected config.json (Hugging Face), weights/ (NeMo 2), {RUN_CONFIG} (Megatron-Bridge) or"
+        " .metadata (Megatron-LM's torch_dist, the folder of one iteration)"
     )
 
 
 def open_torch_dist(folder: Path, config: Path | None = None) -> tuple[StoredWeights, Description]:
-    """Return the model in a checkpoint folder of NeMo 2 (`weights/`, `context/`) or of Megatron-LM.
+    """Return the model in a checkpoint folder of NeMo 2 (`weights/`, `context/`), Megatron-Bridge or Megatron-LM.
 
     Args:
         folder: Saved at any tensor-, pipeline- and expert-parallel size.
@@ -120,7 +121,10 @@ FORMATS = {
         lambda folder: folder,
     ),
     "nemo": Format("NeMo 2 torch_dist", "weights", TorchDistStorage, open_torch_dist, _in_context),
+    "bridge": Format(
+        "Megatron-Bridge torch_dist", RUN_CONFIG, TorchDistStorage, open_torch_dist, find_companions
+    ),
     "megatron": Format("Megatron-LM torch_dist", ".metadata", TorchDistStorage, open_torch_dist, _in_context),
 }
-"""The formats in the order in which a folder is checked for them. "megatron" is a checkpoint of Megatron-LM, without
-`context/`."""
+"""The formats in the order in which a folder is checked for them. "megatron" is a checkpoint of Megatron-LM, which has
+neither `context/` nor Bridge's `run_config.yaml`."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_skymoe.checkpoint.companions import companion_kinds
 from nemo_skymoe.checkpoint.formats import FORMATS, form_of
-from nemo_skymoe.checkpoint.run_folder import checkpoint_of
+from nemo_skymoe.checkpoint.run_folder import checkpoint_of, receipt_folder
 from nemo_skymoe.checkpoint.sources import Source, open_source
 from nemo_skymoe.checkpoint.tensors.model import Key, Storage, TensorInfo
 from nemo_skymoe.checkpoint.tensors.regions import DTYPE_SIZES
@@ -116,6 +116,7 @@ def _embedding_rows(source: Source) -> int:
 
 def _describe_receipt(found: Inspection, folder: Path) -> None:
     try:
+        folder = receipt_folder(folder)
         written = read_receipt(folder)
     except ConfigurationError as problem:
         found.problems.append(str(problem))

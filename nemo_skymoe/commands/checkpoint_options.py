@@ -31,19 +31,19 @@ class InspectOptions:
 class WritingOptions:
     """Options of every command that writes a checkpoint."""
 
-    to: Annotated[str, typer.Option(help="Format to write: hf or nemo.")]
+    to: Annotated[str, typer.Option(help="Format to write: hf, nemo or bridge.")]
     config: Config = None
     shard_size: Annotated[str, typer.Option(help="Largest size of a safetensors file, as in 5GB.")] = "5GB"
     vocab_size: Annotated[
         int | None,
         typer.Option(
-            help="Rows of embedding and head in a NeMo checkpoint; default: the next multiple of 128."
+            help="Rows of embedding and head for NeMo or Bridge; default: the next multiple of 128."
         ),
     ] = None
     layer_spec: Annotated[
         str | None,
         typer.Option(
-            help="Layers that will load a NeMo checkpoint: te or local; default: te if it is installed."
+            help="Layers that NeMo or Bridge will load it into: te or local; default: te if it is installed."
         ),
     ] = None
     workers: Annotated[
@@ -63,7 +63,7 @@ class WritingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(WritingOptions):
-    """Convert a checkpoint between Hugging Face's form and NeMo's, bit for bit.
+    """Convert a checkpoint between the forms of Hugging Face, NeMo and Megatron-Bridge, bit for bit.
 
     Memory stays bounded at any size. If the command is interrupted, give it again: it continues where it was. With
     --repair it writes the files of a finished output again that are missing, damaged or edited.

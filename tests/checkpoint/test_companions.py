@@ -91,12 +91,13 @@ def test_what_travels_one_way_comes_back(tmp_path: Path):
             (source / file).parent.mkdir(exist_ok=True)
             (source / file).write_bytes(content)
         nemo = convert_to("nemo", source, tmp_path / name / "nemo")
-        back = convert_to("hf", nemo, tmp_path / name / "back")
+        bridge = convert_to("bridge", nemo, tmp_path / name / "bridge")
+        back = convert_to("hf", bridge, tmp_path / name / "back")
         moe = convert_to("nemo", source, tmp_path / name / "moe", Upcycling(2))
         upcycled = convert_to("hf", moe, tmp_path / name / "upcycled")
         for output in (back, upcycled):
             assert beside(output) == files, (name, output)
-        for made in (nemo, back, moe):
+        for made in (nemo, bridge, back, moe):
             found = verify({"base": source}, made)
             assert (found.problems, found.files) == ([], len(files)), (name, made)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from nemo_skymoe.checkpoint.companions import companion_files
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.torch_dist.model_options import llama_options, model_options
 from nemo_skymoe.checkpoint.torch_dist.options import CONTEXT, HF_CONFIG
 
 TOKENIZER = "tokenizer"
@@ -64,36 +65,8 @@ def context_files(
 
 
 def _model(description: Description, padded_vocab_size: int, tokenizer: _Call | None) -> _Call:
-    architecture = description.architecture
-    theta = description.rope_theta
-    options: dict[str, Any] = {
-        "num_layers": architecture.num_layers,
-        "hidden_size": architecture.hidden_size,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_query_groups": architecture.query_groups,
-        "kv_channels": architecture.head_size,
-        "seq_length": description.max_position_embeddings,
-        "vocab_size": padded_vocab_size,
-        "rotary_base": int(theta) if theta.is_integer() else theta,
-        "seq_len_interpolation_factor": description.rope_interpolation_factor,
-        "layernorm_epsilon": description.rms_norm_eps,
-        "share_embeddings_and_output_weights": architecture.tied_embeddings,
-    }
-    kind = "Skywork"
-    if architecture.num_moe_experts is not None:
-        kind = "SkyworkMoE"
-        options |= {
-            "num_moe_experts": architecture.num_moe_experts,
-            "moe_router_topk": architecture.moe_router_topk,
-            "moe_router_logit_norm_scale": description.moe_router_logit_norm_scale,
-            "moe_router_logit_norm_correction": description.moe_router_logit_norm_correction,
-        }
-    if architecture.layers_differ:
-        options |= {
-            "moe_layer_freq": [int(moe) for moe in architecture.moe_layers],
-            "moe_ffn_hidden_size": architecture.expert_ffn_hidden_size,
-        }
+    kind = "Skywork" if description.architecture.num_moe_experts is None else "SkyworkMoE"
+    options = model_options(description, padded_vocab_size)
     config = _Call(f"{_MODELS}.{kind}Config", options)
     return _Call(
         f"{_MODELS}.{kind}Model", {"config": config} | ({} if tokenizer is None else {"tokenizer": tokenizer})
@@ -118,13 +91,7 @@ def _model_yaml(model: _Call) -> bytes:
     import yaml
 
     values = _plain(model)
-    values["config"] |= {
-        "normalization": "RMSNorm",
-        "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
-        "gated_linear_unit": True,
-        "add_bias_linear": False,
-        "position_embedding_type": "rope",
-    }
+    values["config"] |= llama_options()
     return yaml.safe_dump(values).encode()
 
 

@@ -1,4 +1,4 @@
-"""The options that a Megatron checkpoint keeps of its model, in NeMo's `context/` or in the arguments of Megatron-LM."""
+"""The options that a Megatron checkpoint keeps of its model: NeMo's, Bridge's, or the arguments of Megatron-LM."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import tokenizer
 from nemo_skymoe.checkpoint.companions import find_companions
+from nemo_skymoe.checkpoint.config_values import read_yaml
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.tensors.model import Storage
-from nemo_skymoe.checkpoint.torch_dist import saved_arguments
+from nemo_skymoe.checkpoint.torch_dist import run_config, saved_arguments
 from nemo_skymoe.checkpoint.torch_dist.storage import WEIGHTS, weights_folder
 from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 from nemo_skymoe.durable.stand_in import refuse_pointers
 
 CONTEXT = "context"
 HF_CONFIG = "config.json"
-"""The context of a converted checkpoint holds the config.json of its source, so that nothing of it is lost."""
+"""The context of a converted checkpoint, beside the tensors of Bridge's too, holds the config.json of its source, so that
+nothing of it is lost."""
 logger = logging.getLogger(__name__)
 
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -41,6 +43,18 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_rope_scaling": (False,),
     "rope_scaling": (False,),
     "window_size": (None,),
+    "qk_l2_norm": (False,),
+    "softmax_type": ("vanilla",),
+    "softmax_scale": (None,),
+    "attention_output_gate": (False,),
+    "experimental_attention_variant": (None,),
+    "linear_attention_freq": (None,),
+    "no_rope_freq": (None,),
+    "use_mup": (False,),
+    "glu_linear_offset": (0,),
+    "activation_func_clamp_value": (None,),
+    "heterogeneous_block_specs": (False,),
+    "is_hybrid_model": (False,),
 }
 """The values with which a Megatron model computes what a Llama does; an option that is not there has its default."""
 SUPPORTED_MOE: dict[str, tuple[Any, ...]] = {
@@ -55,6 +69,7 @@ SUPPORTED_MOE: dict[str, tuple[Any, ...]] = {
     "moe_router_two_layer_gate": (False,),
     "moe_shared_expert_intermediate_size": (None,),
     "moe_apply_probs_on_input": (False,),
+    "moe_latent_size": (None,),
 }
 """The same for a Skywork-MoE, of whose layers some may be dense."""
 
@@ -66,7 +81,7 @@ def config_file(folder: Path) -> Path | None:
 
 
 def describe(folder: Path, storage: Storage) -> Description:
-    """Return the model whose tensors are `storage`, from its options: those in the context, or the saved arguments.
+    """Return the model whose tensors are `storage`, from its options: the context's, Bridge's, or the saved arguments.
 
     Raises:
         CheckpointError: Neither is there, or they describe a model of another kind.
@@ -77,9 +92,10 @@ def describe(folder: Path, storage: Storage) -> Description:
     dtype = dtypes.pop() if len(dtypes) == 1 else "bfloat16"
     if (context / "model.yaml").is_file():
         options = _nemo_options(context)
-        ours = str(options.get("_target_")).startswith("nemo_skymoe.")
-        family = "skywork" if ours else "llama"
-        return from_options(options, dtype, str(context / "model.yaml"), family)
+        return from_options(options, dtype, str(context / "model.yaml"), _family(options))
+    if (weights / run_config.RUN_CONFIG).is_file():
+        options = _bridge_options(weights)
+        return from_options(options, dtype, str(weights / run_config.RUN_CONFIG), _family(options))
     common = weights / "common.pt"
     try:
         options = _megatron_lm_options(saved_arguments.read(common))
@@ -154,35 +170,45 @@ def _architecture(options: Mapping[str, Any], place: str) -> Architecture:
         raise CheckpointError(f"{place}: {reason}") from None
 
 
+def _family(options: Mapping[str, Any]) -> str:
+    return "skywork" if str(options.get("_target_")).startswith(run_config.OURS) else "llama"
+
+
 def _nemo_options(context: Path) -> dict[str, Any]:
     """Return the plain values of `model.yaml`; a function is its dotted name."""
-    import yaml  # with NeMo, which wrote the file, comes PyYAML
-
     file = context / "model.yaml"
-    try:
-        model = yaml.safe_load(file.read_bytes())
-    except OSError as reason:
-        raise CheckpointError(f"'{file}' cannot be read: {reason.strerror}") from reason
-    except (yaml.YAMLError, ValueError, RecursionError) as reason:
-        said = " ".join(str(reason).split())
-        raise CheckpointError(f"'{file}' is not YAML of plain values: {said}") from None
-    config = model.get("config") if isinstance(model, dict) else None
+    config = read_yaml(file).get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"'{file}' has no 'config': expected what NeMo writes of a model")
     options = {
         name: value.get("_target_") if isinstance(value, dict) else value for name, value in config.items()
     }
-    folder = find_companions(context)
-    if folder is not None:
-        options |= tokenizer.special_ids(folder)
-    if folder is not None and (tokens := tokenizer.size(folder)) is not None:
-        options["vocab_size"] = tokens
-        logger.info("vocab_size is %d, the size of '%s'", tokens, folder)
-    elif options.get("vocab_size") is None:
+    options |= _of_the_tokenizer(find_companions(context), has_padding=True)
+    if options.get("vocab_size") is None:
         raise CheckpointError(
             f"'{context}' has no tokenizer and no vocab_size, which would say how much of the embedding is padding:"
             " expected --config with a config.json that describes the model"
         )
+    return options
+
+
+def _bridge_options(weights: Path) -> dict[str, Any]:
+    """Return the options in `run_config.yaml`. Only our own provider may count the padding in `vocab_size`."""
+    options = run_config.read_options(weights / run_config.RUN_CONFIG)
+    unpadded = options.get("unpadded_vocab_size")
+    ours = _family(options) == "skywork" and not options.get("should_pad_vocab")
+    options |= _of_the_tokenizer(find_companions(weights), has_padding=ours and unpadded is None)
+    return options | ({} if unpadded is None else {"vocab_size": unpadded})
+
+
+def _of_the_tokenizer(folder: Path | None, *, has_padding: bool) -> dict[str, Any]:
+    """Return the special tokens' ids, and the vocabulary of a model whose own number has the padding in it."""
+    if folder is None:
+        return {}
+    options: dict[str, Any] = dict(tokenizer.special_ids(folder))
+    if has_padding and (tokens := tokenizer.size(folder)) is not None:
+        options["vocab_size"] = tokens
+        logger.info("vocab_size is %d, the size of '%s'", tokens, folder)
     return options
 
 

@@ -168,8 +168,9 @@ def weights_folder(checkpoint: Path) -> Path:
             return folder
         if (folder / METADATA).is_file():
             raise CheckpointError(
-                f"'{folder}' has {METADATA} but no {CONFIG}: if it is Megatron's, copy that file anew; a sharded checkpoint"
-                " of FSDP must be gathered first (accelerate merge-weights FOLDER OUTPUT), with config.json and the"
+                f"'{folder}' has {METADATA} but no {CONFIG}: if it is Megatron's, copy that file anew; Megatron-Bridge's"
+                " fsdp_dtensor must be saved with checkpoint.ckpt_format=torch_dist instead; a sharded checkpoint of FSDP"
+                " must be gathered first (accelerate merge-weights FOLDER OUTPUT), with config.json and the"
                 " tokenizer put beside the result"
             )
     raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Writing a `torch_dist` checkpoint as NeMo and Megatron load it: a file a chunk, the metadata last."""
+"""Writing a `torch_dist` checkpoint as NeMo, Bridge and Megatron load it: a file a chunk, the metadata last."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ _ARCHIVE_BYTES = 1536
 
 
 class TorchDistTarget:
-    """The folder `weights/`: `__<n>_0.distcp` for the n-th chunk, without random names or absolute paths.
+    """A folder of tensors: `__<n>_0.distcp` for the n-th chunk, without random names or absolute paths.
 
     Args:
         chunks: Tensors, or pieces of stacked ones.
         dtypes: Data type of each tensor by name (`target.stored_dtypes`).
         extra_states: Names of the empty extra states that Megatron expects; they share one file.
         extras: Further files by path in the output folder, such as `context/`.
+        folder: The folder of the tensors in the output folder.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class TorchDistTarget:
         dtypes: Mapping[str, str],
         extra_states: Sequence[str] = (),
         extras: Mapping[str, bytes] = MappingProxyType({}),
+        *,
+        folder: str = WEIGHTS,
     ):
         self.chunks, self.dtypes, self.extras = tuple(chunks), dict(dtypes), dict(extras)
-        self.extra_states = tuple(extra_states)
+        self.extra_states, self.folder = tuple(extra_states), folder
 
     @property
     def bytes(self) -> int:
@@ -60,7 +63,7 @@ class TorchDistTarget:
     @cached_property
     def _files(self) -> tuple[TargetFile, ...]:
         return tuple(
-            TargetFile(f"{WEIGHTS}/{_file_name(number)}", (chunk,))
+            TargetFile(f"{self.folder}/{_file_name(number)}", (chunk,))
             for number, chunk in enumerate(self.chunks)
         )
 
@@ -87,7 +90,7 @@ class TorchDistTarget:
         files["common.pt"] = common.getvalue()
         files[CONFIG] = json.dumps(_CONFIG).encode()
         files[METADATA] = self._metadata(sizes, len(extra_state.getvalue()))
-        return {f"{WEIGHTS}/{name}": data for name, data in files.items()}
+        return {f"{self.folder}/{name}": data for name, data in files.items()}
 
     def _metadata(self, sizes: Mapping[str, int], extra_state_bytes: int) -> bytes:
         """Return the pickle that torch.distributed.checkpoint reads first: the same bytes for the same table."""

@@ -75,7 +75,9 @@ def _companions(folder: Path) -> set[str]:
 
 
 def _home(folder: Path) -> Path | None:
-    return folder if (folder / "config.json").is_file() else find_companions(folder / "context")
+    if (folder / "config.json").is_file():
+        return folder
+    return find_companions(folder if (folder / "run_config.yaml").is_file() else folder / "context")
 
 
 def _file_problems(path: Path, name: str, written: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemo_skymoe.checkpoint.formats import form_of
 from nemo_skymoe.checkpoint.hugging_face import configuration
-from nemo_skymoe.checkpoint.run_folder import checkpoint_of
+from nemo_skymoe.checkpoint.run_folder import checkpoint_of, receipt_folder
 from nemo_skymoe.checkpoint.sources import Source, open_source
 from nemo_skymoe.checkpoint.verification.files import written_receipt
 from nemo_skymoe.checkpoint.verification.hugging_face_tensors import HuggingFaceModel
@@ -54,7 +54,9 @@ def compare_logits(source: Path, target: Path, text: Path, config: Path | None =
     expected = logits_of(checkpoint_of(source), token_ids, config)
     difference = (logits_of(target, token_ids) - expected).abs().max() / expected.abs().max()
     return LogitDifference(
-        float(difference), token_ids.shape[1], preserves_function(written_receipt(target)["job"]["upcycling"])
+        float(difference),
+        token_ids.shape[1],
+        preserves_function(written_receipt(receipt_folder(target))["job"]["upcycling"]),
     )
 
 

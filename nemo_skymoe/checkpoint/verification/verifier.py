@@ -12,7 +12,7 @@ from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.formats import describe_torch_dist
 from nemo_skymoe.checkpoint.hugging_face import configuration
 from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
-from nemo_skymoe.checkpoint.run_folder import checkpoint_of
+from nemo_skymoe.checkpoint.run_folder import checkpoint_of, receipt_folder
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare, said
 from nemo_skymoe.checkpoint.verification.files import companion_problems, file_problems, written_receipt
@@ -55,9 +55,10 @@ def verify(
         ConfigurationError: There is no receipt, or the sources are not those that it names.
     """
     target = checkpoint_of(target)
-    if not (target / RECEIPT).is_file():
+    written = receipt_folder(target)
+    if not (written / RECEIPT).is_file():
         _refuse_what_is_no_checkpoint(target)
-    upcycling = written_receipt(target)["job"]["upcycling"]
+    upcycling = written_receipt(written)["job"]["upcycling"]
     _check_names(sources, upcycling)
     models: dict[str, Any] = {}
     descriptions: dict[str, Description] = {}
@@ -67,13 +68,13 @@ def verify(
     try:
         found, description = _open(target)
     except Exception as problem:  # of a damaged folder; libraries raise whatever happens to fail
-        return Comparison(problems=[f"'{target}' cannot be read: {said(problem)}", *file_problems(target)])
+        return Comparison(problems=[f"'{target}' cannot be read: {said(problem)}", *file_problems(written)])
     result = Comparison(problems=_described(expected, description))
     recomputed = models["base"] if upcycling is None else Recomputed(models, upcycling)
     compared = compare(recomputed, found, expected.architecture, _counted(expected, progress))
     result.tensors, result.bytes = compared.tensors, compared.bytes
     result.files, beside = companion_problems(checkpoint_of(sources["base"]), target)
-    result.problems += [*compared.problems, *found.problems(), *beside, *file_problems(target)]
+    result.problems += [*compared.problems, *found.problems(), *beside, *file_problems(written)]
     return result
 
 

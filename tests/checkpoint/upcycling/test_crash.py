@@ -20,7 +20,7 @@ from tests.durable import crash
 
 CHANGING = [options for options in INITIALISATIONS if 0.0 not in options.values()]
 initialisations = pytest.mark.parametrize("options", CHANGING, ids=lambda options: options["init"])
-targets = pytest.mark.parametrize("to", ["hf", "nemo"])
+targets = pytest.mark.parametrize("to", ["hf", "nemo", "bridge"])
 
 
 @pytest.fixture

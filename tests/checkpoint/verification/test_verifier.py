@@ -1,5 +1,6 @@
 """`verify` passes what was written rightly, and finds every bit and every mistake of a writer."""
 
+import itertools
 import random
 import shutil
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def plan(sources: dict[str, Path], to: str, upcycling: Upcycling | None = NOISE)
     return convert.plan(opened, TargetOptions(to), upcycling)
 
 
-@pytest.fixture(scope="module", params=["hf", "nemo"])
+@pytest.fixture(scope="module", params=["hf", "nemo", "bridge"])
 def written(
     request: pytest.FixtureRequest, sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Path], Path]:
@@ -79,11 +80,15 @@ def test_conversions_are_verified_there_and_back(sources: dict[str, Path], tmp_p
     hf_models.mistral(tmp_path / "mistral", dtype=torch.bfloat16, tie_word_embeddings=True)
     hf_models.skywork_moe(tmp_path / "moe")
     for source in (sources["base"], tmp_path / "mistral", tmp_path / "moe"):
-        there, back = tmp_path / f"{source.name}.nemo", tmp_path / f"{source.name}.hf"
-        plan({"base": source}, "nemo", None).run(there)
-        plan({"base": there}, "hf", None).run(back)
-        for given, made in ((source, there), (there, back), (source, back)):
-            assert verify({"base": given}, made).problems == []
+        made = [source]
+        for to in ("nemo", "bridge", "nemo", "hf"):
+            plan({"base": made[-1]}, to, None).run(tmp_path / f"{source.name}.{len(made)}.{to}")
+            made.append(tmp_path / f"{source.name}.{len(made)}.{to}")
+        for given, result in itertools.combinations(made, 2):
+            assert verify({"base": given}, result).problems == [], (given, result)
+        first, last = made[1], made[3]
+        weights = [path.relative_to(first) for path in first.glob("[wc]*/**/*") if path.is_file()]
+        assert weights and all((first / name).read_bytes() == (last / name).read_bytes() for name in weights)
 
 
 def test_eight_bits_and_the_authors_names_are_verified(tmp_path: Path):
