@@ -1,6 +1,5 @@
 """Parts that recipes share: model, data, optimizer, logger and resumption as NeMo-Run configurations."""
 
-import math
 from typing import Any, Optional
 
 import nemo_run as run
@@ -10,8 +9,8 @@ from nemo import lightning as nl
 from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 from nemo.collections.llm import MockDataModule
 
-from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import choices
+from nemo_skymoe.experiments.rates import check_rates
 from nemo_skymoe.nemo.learning_rate import LearningRateSchedule, is_expert_parameter
 from nemo_skymoe.nemo.mixture import mixture_data
 from nemo_skymoe.nemo.model import SkyworkModel, SkyworkMoEModel, skywork_local_layer_spec
@@ -92,7 +91,7 @@ def adam(
     Raises:
         ConfigurationError: A rate is out of range. The message names it.
     """
-    _check_rates(max_lr, min_lr, expert_lr_multiplier)
+    check_rates(max_lr, min_lr, expert_lr_multiplier)
     beta1, beta2 = choices.ADAM_BETAS
     experts: dict[str, Any] = {"scale_lr_cond": is_expert_parameter, "lr_mult": expert_lr_multiplier}
     return run.Config(
@@ -119,17 +118,6 @@ def adam(
         ),
         **(experts if expert_lr_multiplier != 1.0 else {}),
     )
-
-
-def _check_rates(max_lr: float, min_lr: float, expert_lr_multiplier: float) -> None:
-    if not 0 < max_lr < math.inf:
-        raise ConfigurationError(f"max_lr is {max_lr}, expected a finite number above 0")
-    if not 0 <= min_lr <= max_lr:
-        raise ConfigurationError(f"min_lr is {min_lr}, expected 0 to max_lr = {max_lr}")
-    if not 0 < expert_lr_multiplier < math.inf:
-        raise ConfigurationError(
-            f"expert_lr_multiplier is {expert_lr_multiplier}, expected a finite number above 0"
-        )
 
 
 def resume_from(checkpoint: Optional[str]) -> run.Config[nl.AutoResume]:

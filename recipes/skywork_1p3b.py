@@ -1,16 +1,14 @@
 """`skywork_1p3b` and `skywork_moe_1p3b_x8`: Figure 8, experts from one or from four dense models (appendix C.2)."""
 
-from dataclasses import replace
 from typing import Optional
 
 import lightning.pytorch as pl
 import nemo_run as run
 from nemo.collections.llm import pretrain
 
-from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import figure_8
 from nemo_skymoe.experiments.arguments import BATCH, EXPERTS, RANKS, RATES, Given, with_arguments
-from nemo_skymoe.experiments.figure_8 import DENSE, SOURCES, SPECIALISED
+from nemo_skymoe.experiments.figure_8 import DENSE
 from nemo_skymoe.experiments.runs import Pretraining
 from nemo_skymoe.nemo.model import Skywork1p3BConfig, SkyworkMoE1p3BX8Config
 from nemo_skymoe.recipes import _parts
@@ -50,18 +48,14 @@ def pretrain_recipe(
 
     The domain is the corpus. Unless they are given, tokens and learning rates follow `train_only_ffn`.
     """
-    if train_only_ffn and given.resume_path is None:
-        raise ConfigurationError(
-            "resume_path is None with train_only_ffn, expected a checkpoint of skywork_1p3b"
-        )
-    usual = SPECIALISED if train_only_ffn else DENSE
-    training = replace(
+    training = figure_8.dense(
         training,
-        name=usual.name,
-        tokens=tokens or usual.tokens,
-        max_lr=max_lr or usual.max_lr,
-        min_lr=usual.min_lr if min_lr is None else min_lr,
-        warmup_steps=usual.warmup_steps if warmup_steps is None else warmup_steps,
+        given.resume_path,
+        train_only_ffn=train_only_ffn,
+        tokens=tokens,
+        max_lr=max_lr,
+        min_lr=min_lr,
+        warmup_steps=warmup_steps,
     )
     return pretraining(training, given, model(training.seq_length, train_only_ffn))
 
@@ -74,7 +68,5 @@ def moe_pretrain_recipe(training: Pretraining, given: Given, sources: int = 1) -
     Four: three experts each of a Chinese and an English model, one of code and one of the base (`skymoe upcycle`
     takes them); `sources` names the run.
     """
-    if sources not in SOURCES:
-        raise ConfigurationError(f"sources is {sources}, expected 1 or 4")
     made = moe_model(training.seq_length, training.expert_capacity_factor)
-    return pretraining(replace(training, name=f"{MOE}_{sources}_sources"), given, made)
+    return pretraining(figure_8.from_sources(training, sources), given, made)

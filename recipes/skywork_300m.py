@@ -1,16 +1,14 @@
 """`skywork_300m` and `skywork_moe_300m_x8`: Figure 1, upcycling against training from scratch (section 3)."""
 
-from dataclasses import replace
 from typing import Optional
 
 import lightning.pytorch as pl
 import nemo_run as run
 from nemo.collections.llm import pretrain
 
-from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import figure_1
-from nemo_skymoe.experiments.arguments import BATCH, EXPERTS, RANKS, RATES, Given, one_of, with_arguments
-from nemo_skymoe.experiments.figure_1 import BUDGETS, DENSE, STARTS
+from nemo_skymoe.experiments.arguments import BATCH, EXPERTS, RANKS, RATES, Given, with_arguments
+from nemo_skymoe.experiments.figure_1 import DENSE
 from nemo_skymoe.experiments.runs import Pretraining
 from nemo_skymoe.nemo.model import Skywork300MConfig, SkyworkMoE300MX8Config
 from nemo_skymoe.recipes import _parts
@@ -52,19 +50,5 @@ def moe_pretrain_recipe(
 
     The name says both. But from scratch, `resume_path` names the dense checkpoint of that age, upcycled.
     """
-    chosen = STARTS[one_of("start", start, STARTS)]
-    if (given.resume_path is None) != (chosen.checkpoint == ""):
-        expected = f"{chosen.checkpoint}, upcycled" if chosen.checkpoint else "none"
-        raise ConfigurationError(
-            f"resume_path is {given.resume_path} with start={start}, expected {expected}"
-        )
-    usual = figure_1.moe(start, one_of("budget", budget, BUDGETS))
-    training = replace(
-        training,
-        name=usual.name,
-        tokens=usual.tokens,
-        max_lr=usual.max_lr,
-        lr_shape=usual.lr_shape,
-        warmup_steps=usual.warmup_steps,
-    )
+    training = figure_1.started(training, start, budget, given.resume_path)
     return pretraining(training, given, moe_model(training.seq_length, training.expert_capacity_factor))

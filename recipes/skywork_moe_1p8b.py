@@ -1,6 +1,5 @@
 """`skywork_moe_1p8b`: Figure 7, the experts' learning rate (appendix C.1)."""
 
-from dataclasses import replace
 from typing import Optional
 
 import lightning.pytorch as pl
@@ -8,8 +7,8 @@ import nemo_run as run
 from lightning.pytorch.callbacks import LearningRateMonitor
 from nemo.collections.llm import pretrain
 
-from nemo_skymoe.experiments.arguments import BATCH, EXPERTS, RANKS, Given, one_of, with_arguments
-from nemo_skymoe.experiments.figure_7 import LEARNING_RATES, MOE, Rates, at_rates
+from nemo_skymoe.experiments.arguments import BATCH, EXPERTS, RANKS, Given, with_arguments
+from nemo_skymoe.experiments.figure_7 import MOE, at_rates
 from nemo_skymoe.experiments.runs import Pretraining
 from nemo_skymoe.nemo.model import SkyworkMoE1p8BConfig
 from nemo_skymoe.recipes import _parts
@@ -40,10 +39,8 @@ def pretrain_recipe(
     Linear to 10% in `tokens` tokens, then in `decay_tokens` to zero, in one run; `max_lr` and
     `expert_lr_multiplier` override the setting's.
     """
-    usual = LEARNING_RATES[one_of("learning_rates", learning_rates, LEARNING_RATES)]
-    multiplier = usual.expert_lr_multiplier if expert_lr_multiplier is None else expert_lr_multiplier
-    training = at_rates(training, Rates(max_lr or usual.max_lr, multiplier))
+    training = at_rates(training, learning_rates, max_lr, expert_lr_multiplier)
     # NeMo logs the learning rate of one group of parameters.
     every_group = run.Config(LearningRateMonitor, logging_interval="step")
     made = model(training.seq_length, training.expert_capacity_factor)
-    return pretraining(replace(training, name=f"{NAME}_{learning_rates}"), given, made, [every_group])
+    return pretraining(training, given, made, [every_group])

@@ -1,14 +1,14 @@
 """`skywork_moe_2p5b`: Figure 3, gating-logit normalisation off and at three scales (section 4.1)."""
 
-from dataclasses import replace
 from typing import Optional
 
 import lightning.pytorch as pl
 import nemo_run as run
 from nemo.collections.llm import pretrain
 
-from nemo_skymoe.experiments.arguments import BATCH, EXPERTS, RANKS, RATES, Given, one_of, with_arguments
-from nemo_skymoe.experiments.figure_3 import LOGIT_NORM_SCALES, MOE
+from nemo_skymoe.experiments.arguments import BATCH, EXPERTS, RANKS, RATES, Given, with_arguments
+from nemo_skymoe.experiments.choices import one_of
+from nemo_skymoe.experiments.figure_3 import LOGIT_NORM_SCALES, MOE, normalised
 from nemo_skymoe.experiments.runs import Pretraining
 from nemo_skymoe.nemo.model import SkyworkMoE2p5BConfig
 from nemo_skymoe.recipes import _parts
@@ -35,4 +35,4 @@ def model(
 def pretrain_recipe(training: Pretraining, given: Given, normalisation: str = "1") -> run.Partial:
     """Pretrain from scratch with `normalisation` off, 0.5, 1 or 2; the name says which."""
     made = model(normalisation, training.seq_length, training.expert_capacity_factor)
-    return pretraining(replace(training, name=f"{NAME}_norm_{normalisation}"), given, made)
+    return pretraining(normalised(training, normalisation), given, made)

@@ -117,10 +117,3 @@ def _size(training: TrainingRun, name: str) -> inspect.Parameter:
 
 def _parameter(name: str, default: Any, hint: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-
-
-def one_of(option: str, value: str, table: Mapping[str, Any]) -> str:
-    """Return the entry of `table` for `value`, or raise a ConfigurationError that names the option."""
-    if value not in table:
-        raise ConfigurationError(f"{option} is {value!r}, expected one of {', '.join(table)}")
-    return value

@@ -1,5 +1,10 @@
 """Values that the reports leave open and that several experiments share. All are ours, with their reasons."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_skymoe.config import ConfigurationError
+
 VOCABULARY = 65536
 """The vocabulary of Table 2, for all models but Skywork-13B."""
 SEQUENCE = 4096
@@ -34,3 +39,14 @@ FINETUNE_SEQUENCE, FINETUNE_BATCH, FINETUNE_STEPS = 2048, 128, 1000
 """NeMo's own values for SQuAD."""
 FINETUNE_WARMUP_STEPS = 50
 """The longest warm-up of a finetuning; a shorter run warms up for a tenth of its steps."""
+
+
+def one_of(option: str, value: str, table: Mapping[str, Any]) -> str:
+    """Return `value`, which chooses an entry of `table`.
+
+    Raises:
+        ConfigurationError: There is no such entry. The message names the option.
+    """
+    if value not in table:
+        raise ConfigurationError(f"{option} is {value!r}, expected one of {', '.join(table)}")
+    return value

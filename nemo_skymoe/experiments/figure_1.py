@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import choices
 from nemo_skymoe.experiments.runs import Pretraining
 
@@ -74,4 +75,26 @@ def moe(start: str, budget: str) -> Pretraining:
         warmup_steps=chosen.warmup_steps,
         saved_tokens=None,
         kept_checkpoints=1,
+    )
+
+
+def started(run: Pretraining, start: str, budget: str, resume_path: str | None) -> Pretraining:
+    """Return `run` with the tokens and learning rates of a start and a budget.
+
+    Raises:
+        ConfigurationError: There is no such start or budget, or the start needs a checkpoint and has none, or the other
+            way round.
+    """
+    chosen = STARTS[choices.one_of("start", start, STARTS)]
+    if (resume_path is None) != (chosen.checkpoint == ""):
+        expected = f"{chosen.checkpoint}, upcycled" if chosen.checkpoint else "none"
+        raise ConfigurationError(f"resume_path is {resume_path} with start={start}, expected {expected}")
+    usual = moe(start, choices.one_of("budget", budget, BUDGETS))
+    return replace(
+        run,
+        name=usual.name,
+        tokens=usual.tokens,
+        max_lr=usual.max_lr,
+        lr_shape=usual.lr_shape,
+        warmup_steps=usual.warmup_steps,
     )

@@ -1,5 +1,7 @@
 """Figure 3: an MoE of 2.5B parameters without normalisation of the gate's logits, and at three scales (section 4.1)."""
 
+from dataclasses import replace
+
 from nemo_skymoe.experiments import choices
 from nemo_skymoe.experiments.figure_1 import DENSE, SKYWORK_300M
 from nemo_skymoe.experiments.runs import Pretraining
@@ -24,3 +26,13 @@ MOE = Pretraining(
     micro_batch_size=choices.MICRO_BATCH,
     num_nodes=choices.NODES,
 )
+
+
+def normalised(run: Pretraining, normalisation: str) -> Pretraining:
+    """Return `run` with a value of lambda: off, 0.5, 1 or 2. The name says which.
+
+    Raises:
+        ConfigurationError: The value is another.
+    """
+    scale = LOGIT_NORM_SCALES[choices.one_of("normalisation", normalisation, LOGIT_NORM_SCALES)]
+    return replace(run, name=f"{run.name}_norm_{normalisation}", logit_norm_scale=scale)

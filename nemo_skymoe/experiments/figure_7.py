@@ -52,11 +52,28 @@ MOE = Pretraining(
 )
 
 
-def at_rates(run: Pretraining, rates: Rates) -> Pretraining:
-    """Return `run` with other learning rates, which end at the same share of their peak."""
+def at_rates(
+    run: Pretraining, learning_rates: str, max_lr: float | None, expert_lr_multiplier: float | None
+) -> Pretraining:
+    """Return `run` at learning rates that end at the same share of their peak. The name says which.
+
+    Args:
+        run: The training.
+        learning_rates: A setting of LEARNING_RATES.
+        max_lr: Another peak than the setting's.
+        expert_lr_multiplier: Another multiplier than the setting's.
+
+    Raises:
+        ConfigurationError: There is no such setting.
+    """
+    usual = LEARNING_RATES[choices.one_of("learning_rates", learning_rates, LEARNING_RATES)]
+    peak = max_lr or usual.max_lr
     return replace(
         run,
-        max_lr=rates.max_lr,
-        min_lr=FINAL_FRACTION * rates.max_lr,
-        expert_lr_multiplier=rates.expert_lr_multiplier,
+        name=f"{run.name}_{learning_rates}",
+        max_lr=peak,
+        min_lr=FINAL_FRACTION * peak,
+        expert_lr_multiplier=usual.expert_lr_multiplier
+        if expert_lr_multiplier is None
+        else expert_lr_multiplier,
     )

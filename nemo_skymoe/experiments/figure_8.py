@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import choices
 from nemo_skymoe.experiments.figure_1 import DENSE as FIGURE_1_DENSE
 from nemo_skymoe.experiments.runs import Pretraining
@@ -40,6 +41,7 @@ DENSE = Pretraining(
 SPECIALISED = replace(
     DENSE,
     name="skywork_1p3b_ffn",
+    train_only_ffn=True,
     # Appendix C.2: 100B tokens of one domain, training the FFN part only.
     tokens=100e9,
     # Ours: constant, where the dense run ends, which a specialised source continues.
@@ -62,3 +64,47 @@ MOE = Pretraining(
     num_nodes=choices.NODES,
     edp=2,
 )
+
+
+def dense(
+    run: Pretraining,
+    resume_path: str | None,
+    *,
+    train_only_ffn: bool,
+    tokens: float | None,
+    max_lr: float | None,
+    min_lr: float | None,
+    warmup_steps: int | None,
+) -> Pretraining:
+    """Return `run` as the dense model or, with `train_only_ffn`, as a specialised source that continues it.
+
+    Tokens and learning rates that are None follow `train_only_ffn`.
+
+    Raises:
+        ConfigurationError: A specialised source has no checkpoint to continue.
+    """
+    if train_only_ffn and resume_path is None:
+        raise ConfigurationError(
+            "resume_path is None with train_only_ffn, expected a checkpoint of skywork_1p3b"
+        )
+    usual = SPECIALISED if train_only_ffn else DENSE
+    return replace(
+        run,
+        name=usual.name,
+        train_only_ffn=train_only_ffn,
+        tokens=tokens or usual.tokens,
+        max_lr=max_lr or usual.max_lr,
+        min_lr=usual.min_lr if min_lr is None else min_lr,
+        warmup_steps=usual.warmup_steps if warmup_steps is None else warmup_steps,
+    )
+
+
+def from_sources(run: Pretraining, sources: int) -> Pretraining:
+    """Return the MoE's `run` from one dense model or from four. The name says which.
+
+    Raises:
+        ConfigurationError: The number of sources is another.
+    """
+    if sources not in SOURCES:
+        raise ConfigurationError(f"sources is {sources}, expected 1 or 4")
+    return replace(run, name=f"{run.name}_{sources}_sources")

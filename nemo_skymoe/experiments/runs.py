@@ -17,6 +17,10 @@ class TrainingRun:
     rotary_base: int = 10_000
     expert_capacity_factor: float | None = choices.CAPACITY_FACTOR
     """An expert of an MoE takes this multiple of its fair share of tokens. None drops nothing."""
+    logit_norm_scale: float | None = 1.0
+    """Lambda of eq. (6), to which an MoE's gate normalises its logits. None does not normalise them."""
+    train_only_ffn: bool = False
+    """Whether to train nothing but the weights of the MLPs (appendix C.2)."""
 
     seq_length: int
     """Tokens of a sequence."""

@@ -1,16 +1,11 @@
 """Mixtures of Megatron's indexed datasets, in phases, as a NeMo data module."""
 # No `from __future__ import annotations`: NeMo-Run reads the signature of `mixture_data`.
 
-import hashlib
-import math
 from pathlib import Path
 from typing import Any, Optional
 
 import fiddle as fdl
-import numpy as np
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -18,9 +13,9 @@ from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 from nemo.utils import logging
 
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.data import indexed
 from nemo_skymoe.data.corpus import MANIFEST
 from nemo_skymoe.data.mixture import DEFAULT, Blend, parse
+from nemo_skymoe.data.streams import MixedSamples, check_datasets, check_numbers, fingerprint, mixed_samples
 from nemo_skymoe.data.tokenizer import tokenizer_file
 from nemo_skymoe.nemo.corpus import corpus_data
 
@@ -67,9 +62,7 @@ def mixture_data(
     if mixtures is None and steps is None and (folder / MANIFEST).is_file():
         return corpus_data(corpus, index_cache=index_cache, **sizes)
     mixtures = mixtures or [DEFAULT]
-    for mixture in mixtures:
-        for domain, _ in parse(mixture).weights:
-            _check_dataset(folder, domain, mixture)
+    check_datasets(folder, mixtures)
     tokenizer = _tokenizer(folder)
     return MixtureDataModule(
         str(folder), mixtures, steps, tokenizer=tokenizer, held_out=held_out, index_cache=index_cache, **sizes
@@ -99,7 +92,7 @@ class MixtureDataModule(PreTrainingDataModule):
     ) -> None:
         self.mixtures = [parse(mixture) for mixture in mixtures]
         self.steps, self.held_out = steps, held_out
-        _check_numbers(mixtures, steps, held_out)
+        check_numbers(mixtures, steps, held_out)
         self.domains = sorted({domain for mixture in self.mixtures for domain, _ in mixture.weights})
         self.prefixes = {domain: str(Path(folder) / domain) for domain in self.domains}
         self.blend: Optional[Blend] = None
@@ -116,7 +109,7 @@ class MixtureDataModule(PreTrainingDataModule):
             seed=seed,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            index_mapping_dir=str(cache / _fingerprint(paths, held_out)),
+            index_mapping_dir=str(cache / fingerprint(paths, held_out)),
         )
         again: Any = fdl.Config(
             mixture_data,
@@ -191,25 +184,15 @@ class MixtureDataModule(PreTrainingDataModule):
     def _epochs(self) -> dict[str, int]:
         return {domain: len(stream.dataset) for domain, stream in self._train_ds.streams.items()}
 
-    def _mixed(self, split: Split, blend: Blend) -> "MixedSamples":
-        return MixedSamples({domain: self._stream(domain, split) for domain in sorted(blend.taken)}, blend)
-
-    def _stream(self, domain: str, split: Split) -> "Stream":
-        config, prefix = self.gpt_dataset_config, self.prefixes[domain]
-        documents = GPTDataset.build_low_level_dataset(prefix, config)
-        count = GPTDataset.numel_low_level_dataset(documents)
-        kept = count - math.ceil(count * self.held_out)
-        chosen = np.arange(kept) if split is Split.train else np.arange(kept, count)
-        tokens = int(documents.sequence_lengths[chosen].sum())
-        if tokens <= self.seq_length:
-            raise ConfigurationError(
-                f"the dataset '{prefix}' has {tokens} tokens in {len(chosen)} documents for {split.name}: expected more"
-                f" than seq_length={self.seq_length}"
-            )
-        dataset: Any = BlendedMegatronDatasetBuilder.build_generic_dataset(
-            GPTDataset, lambda: True, True, documents, prefix, chosen.astype(np.int32), None, split, config
+    def _mixed(self, split: Split, blend: Blend) -> MixedSamples:
+        return mixed_samples(
+            self.prefixes,
+            blend,
+            held_out=self.held_out,
+            seed=self.seed,
+            split=split,
+            config=self.gpt_dataset_config,
         )
-        return Stream(dataset, self.seed)
 
     def _log(self, steps: list[int]) -> None:
         assert self.blend is not None
@@ -220,78 +203,12 @@ class MixtureDataModule(PreTrainingDataModule):
             logging.info(f"'{domain}' is seen {epochs:.2f} times: {samples * self.seq_length} tokens")
 
 
-class Stream:
-    """One domain's samples in an endless order, epoch after epoch of `dataset`, that only the seed decides."""
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self._seed = dataset, seed
-        self._epoch, self._step, self._shift = 0, 1, 0
-
-    def __getitem__(self, position: int) -> Any:
-        size = len(self.dataset)
-        epoch, index = divmod(position, size)
-        if epoch != self._epoch:
-            self._begin(epoch, size)
-        return self.dataset[(index * self._step + self._shift) % size]
-
-    def _begin(self, epoch: int, size: int) -> None:
-        """Begin an epoch with a permutation that needs no table: a multiplier coprime to the size, and a shift."""
-        self._epoch, self._step, self._shift = epoch, 1, 0
-        if epoch:
-            draw = np.random.default_rng([self._seed, epoch])
-            steps = draw.integers(1, size + 1, 1000)
-            self._step = next((int(step) for step in steps if np.gcd(step, size) == 1), 1)
-            self._shift = int(draw.integers(size))
-
-
-class MixedSamples(torch.utils.data.Dataset):
-    """The samples of a blend by their number."""
-
-    def __init__(self, streams: dict[str, Stream], blend: Blend) -> None:
-        self.streams, self.blend = streams, blend
-
-    def __len__(self) -> int:
-        return len(self.blend)
-
-    def __getitem__(self, sample: int) -> Any:
-        domain, position = self.blend.locate(int(sample))
-        return self.streams[domain][position]
-
-
 def _tokenizer(folder: Path) -> Any:
     file = tokenizer_file(folder / "tokenizer")
     return AutoTokenizer(str(file.parent)) if file.suffix == ".json" else SentencePieceTokenizer(str(file))
-
-
-def _check_dataset(folder: Path, domain: str, mixture: str) -> None:
-    for file in indexed.files(folder / domain):
-        if not file.is_file():
-            found = sorted(each.stem for each in folder.glob("*.idx"))
-            raise ConfigurationError(
-                f"the mixture '{mixture}' has the domain '{domain}', for which '{file}' is missing; in the folder are:"
-                f" {', '.join(found) or 'none'} (made by skymoe preprocess)"
-            )
-
-
-def _check_numbers(mixtures: list[str], steps: Optional[list[int]], held_out: float) -> None:
-    if len(mixtures) != len(steps or [0]):
-        raise ConfigurationError(
-            f"there are {len(mixtures)} mixtures and steps={steps}, expected steps for every mixture"
-        )
-    if any(count < 1 for count in steps or ()):
-        raise ConfigurationError(f"the phases' steps are {steps}, expected at least 1 each")
-    if not 0 < held_out < 1:
-        raise ConfigurationError(f"held_out is {held_out}, expected a share between 0 and 1")
 
 
 def _batches(limit: Any, option: str) -> int:
     if not isinstance(limit, int):
         raise ConfigurationError(f"trainer.{option} is {limit}, expected a number of batches")
     return limit
-
-
-def _fingerprint(prefixes: list[str], held_out: float) -> str:
-    """Return a checksum of the data. Megatron names an index by its path, so changed data would find the old one."""
-    stats = [file.stat() for prefix in prefixes for file in indexed.files(Path(prefix))]
-    content = [held_out, *((stat.st_size, stat.st_mtime_ns) for stat in stats)]
-    return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()

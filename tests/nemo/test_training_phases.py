@@ -13,13 +13,14 @@ import pytest
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.data import streams
 from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.data.preprocess import preprocess
+from nemo_skymoe.data.streams import Stream
 from nemo_skymoe.experiments.phases import Phase, read_phases
-from nemo_skymoe.nemo import mixture
 from nemo_skymoe.nemo.callbacks import SkyworkMoECallback
 from nemo_skymoe.nemo.learning_rate import LearningRateSchedule
-from nemo_skymoe.nemo.mixture import MixtureDataModule, Stream, mixture_data
+from nemo_skymoe.nemo.mixture import MixtureDataModule, mixture_data
 from nemo_skymoe.nemo.training_phases import PhasedLearningRate
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
@@ -61,7 +62,7 @@ class Keep(pl.Callback):
         trainer.should_stop = trainer.global_step == self.stop
 
 
-class Recorded(mixture.MixedSamples):
+class Recorded(streams.MixedSamples):
     """Remembers which training samples were read."""
 
     read: ClassVar[list[tuple[str, int]]] = []
@@ -90,7 +91,7 @@ def recipe(folder: Path, name: str, phases: str = "phases.yaml") -> Any:
 
 def train(made: Any, stop: int | None = None) -> Kept:
     nemo_cpu.apply()
-    mixture.MixedSamples = Recorded  # type: ignore[misc]
+    streams.MixedSamples = Recorded  # type: ignore[misc]
     keep = Keep(stop)
     partial = fdl.build(made)
     partial.keywords["trainer"].callbacks.append(keep)
