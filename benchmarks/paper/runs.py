@@ -176,11 +176,12 @@ class Workshop:
 def _child(recipe: Any, seed: int, terminal: int, log: Path) -> None:
     import nemo_run as run
 
+    from nemo_skymoe.demo import through_nemo
     from nemo_skymoe.demo.phases import train
     from nemo_skymoe.nemo.seed import InitialSeed
 
     recipe.trainer.callbacks.append(run.Config(InitialSeed, seed=seed))
-    train(recipe, recipe.log.name, terminal, log)
+    train(through_nemo, recipe, recipe.log.name, terminal, log)
 
 
 def _upcycle(sources: Mapping[str, Path], upcycling: Upcycling, output: Path, log: Path) -> None:

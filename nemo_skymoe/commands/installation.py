@@ -38,13 +38,14 @@ class DemoOptions:
 
     output: Annotated[Path, typer.Option(help="Folder for corpus, runs and report.")] = Path("runs/demo")
     quick: Annotated[bool, typer.Option("--quick", help="Take 20 steps in every training.")] = False
+    frontdoor: Annotated[str, typer.Option(help="Front door that trains.")] = "nemo"
 
 
 def demo(options: DemoOptions) -> None:
     """Run the demo."""
     from nemo_skymoe.demo import story
 
-    story.run(options.output, options.quick)
+    story.run(options.output, options.quick, options.frontdoor)
 
 
 COMMANDS = (Command("doctor", DoctorOptions, doctor), Command("demo", DemoOptions, demo))

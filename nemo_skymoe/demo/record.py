@@ -16,6 +16,8 @@ class Story:
     output: Path
     dense_steps: int
     steps: int
+    door: str = "NeMo"
+    """The front door that trained, by the name that people know."""
     corpus: Any = None
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)

@@ -8,20 +8,21 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from nemo_skymoe.checkpoint.run_folder import last_checkpoint
+from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.demo.door import RANKS, Door, Training
 from nemo_skymoe.demo.output import output_to
 from nemo_skymoe.demo.record import SMOOTHING, Story, minutes
 from nemo_skymoe.doctor import require_supported
 from nemo_skymoe.ranks import run_ranks
 
-RANKS = 2
 STEPS, QUICK_STEPS = (120, 150), (20, 20)
 """Steps of the dense model, and of each of the two that follow it."""
 PEAK_LR, FINAL_LR = 1.5e-3, 1.5e-4
@@ -32,32 +33,42 @@ _COSTS = {"dense": 1.0, "upcycling": 40.0, "moe": 2.0, "dense_continued": 1.0, "
 from them."""
 
 
-def run(output: Path, quick: bool = False) -> Path:
+DOORS = {"nemo": "NeMo"}
+"""The front doors by name, and what people call them."""
+
+
+def run(output: Path, quick: bool = False, frontdoor: str = "nemo") -> Path:
     """Tell the whole story in `output`, and write its report. The runs of an earlier demo there are removed.
 
     Args:
         output: Folder for the corpus (kept from an earlier run), the runs and the report.
         quick: Whether every training takes 20 steps, which shows that it works and teaches the models nothing.
+        frontdoor: The front door that trains, one of `DOORS`.
 
     Returns:
         The report's path.
+
+    Raises:
+        ConfigurationError: `output` holds other files, or the front door is unknown or not installed.
     """
-    require_supported(nemo=True)
+    if frontdoor not in DOORS:
+        raise ConfigurationError(f"frontdoor is '{frontdoor}', expected {' or '.join(DOORS)}")
+    require_supported(nemo=frontdoor == "nemo")
     console = Console()
-    story = Story(output.resolve(), *(QUICK_STEPS if quick else STEPS))
+    story = Story(output.resolve(), *(QUICK_STEPS if quick else STEPS), DOORS[frontdoor])
     _clear(story.output, console)
     console.print("[bold]Skywork-MoE on a laptop[/]: a dense model, upcycled and continued as an MoE")
     begin = time.monotonic()
     with _corpus(story, console):
-        console.print("  NeMo is imported meanwhile, about 20 s; the third step shows the time left")
+        console.print(f"  {story.door} is imported meanwhile, about 20 s; the third step shows the time left")
         with output_to(story.folder("logs") / "import.log"):
-            from nemo_skymoe.demo import phases
+            door: Any = import_module(f"nemo_skymoe.demo.through_{frontdoor}")
             from nemo_skymoe.demo.summary import write
-    story.seconds["corpus, import of NeMo"] = time.monotonic() - begin
-    _dense(story, phases, console)
-    _upcycle(story, phases, console)
-    _continue(story, phases, console)
-    report = write(story)
+    story.seconds[f"corpus, import of {story.door}"] = time.monotonic() - begin
+    _dense(story, door, console)
+    _upcycle(story, door, console)
+    _continue(story, door, console)
+    report = write(story, door)
     console.print(
         f"\n{_verdict(story)}\nReport: [bold]{report}[/]  ({minutes(sum(story.seconds.values()))} in all)"
     )
@@ -103,75 +114,74 @@ def _corpus(story: Story, console: Console) -> Iterator[None]:
     story.corpus = build_corpus(story.folder("corpus"))
 
 
-def _dense(story: Story, phases: Any, console: Console) -> None:
-    from nemo_skymoe.recipes import skywork_tiny
-
-    recipe = skywork_tiny.pretrain_recipe(
-        dir=str(story.output), name="dense", corpus=str(story.folder("corpus")), devices=RANKS,
-        max_steps=story.dense_steps, val_check_interval=story.dense_steps // 3,
-    )  # fmt: skip
-    _train(story, phases, console, "dense", "Dense pretraining (skywork_tiny, 2 ranks)", recipe)
+def _dense(story: Story, door: Door, console: Console) -> None:
+    training = _training(story, "dense", story.dense_steps)
+    _train(story, door, console, "Dense pretraining (skywork_tiny, 2 ranks)", training, door.dense)
 
 
-def _upcycle(story: Story, phases: Any, console: Console) -> None:
+def _upcycle(story: Story, door: Door, console: Console) -> None:
+    from nemo_skymoe.demo import phases
+
     def upcycle() -> dict[str, float]:
-        dense = last_checkpoint(story.folder("dense"))
+        dense = checkpoint_of(story.folder("dense"))
         log = story.folder("logs") / "upcycle.log"
         return run_ranks(
-            phases.upcycle_and_compare, RANKS, story.corpus, dense, story.folder("upcycled"), log
+            phases.upcycle_and_compare, RANKS, door, story.corpus, dense, story.folder("upcycled"), log
         )[0]
 
     story.before = _timed(story, console, "upcycling", "Upcycling to 16 experts", upcycle)
     _print_losses(console, "Loss on held-out text before the first step", story.before)
 
 
-def _continue(story: Story, phases: Any, console: Console) -> None:
+def _continue(story: Story, door: Door, console: Console) -> None:
+    from nemo_skymoe.demo import phases
     from nemo_skymoe.moe.mesh import mesh_table
-    from nemo_skymoe.recipes import skywork_moe_tiny, skywork_tiny
 
-    shared = {
-        "dir": str(story.output),
-        "corpus": str(story.folder("corpus")),
-        "devices": RANKS,
-        "max_steps": story.steps,
-        "val_check_interval": story.steps // 3,
-        "max_lr": PEAK_LR,
-        "min_lr": FINAL_LR,
-        "data_seed": 2,
-    }
-    moe = skywork_moe_tiny.pretrain_recipe(name="moe", resume_path=str(story.folder("upcycled")), **shared)
-    moe.model.config.moe_adaptive_aux_loss_smoothing = SMOOTHING
-    results = _train(story, phases, console, "moe", "MoE pretraining (skywork_moe_tiny, EDP on 2 ranks)", moe)
+    shared: dict[str, Any] = {"learning_rates": (PEAK_LR, FINAL_LR), "data_seed": 2}
+    upcycled, dense_checkpoint = story.folder("upcycled"), checkpoint_of(story.folder("dense"))
+    moe = _training(story, "moe", story.steps, start=upcycled, smoothing=SMOOTHING, **shared)
+    dense = _training(story, "dense_continued", story.steps, start=dense_checkpoint, **shared)
+    results = _train(
+        story, door, console, "MoE pretraining (skywork_moe_tiny, EDP on 2 ranks)", moe, door.moe
+    )
     story.mesh = results[0]["mesh"]
     console.print("Device mesh: the expert-parallel (ep) group is the tensor-parallel (tp) group")
     console.print(mesh_table(story.mesh), highlight=False)
-    dense_checkpoint = last_checkpoint(story.folder("dense"))
-    dense = skywork_tiny.pretrain_recipe(name="dense_continued", resume_path=str(dense_checkpoint), **shared)
-    _train(story, phases, console, "dense_continued", "Dense continued, same batches, same schedule", dense)
+    _train(story, door, console, "Dense continued, same batches, same schedule", dense, door.dense)
 
     def compare() -> dict[str, float]:
-        checkpoints = [last_checkpoint(story.folder(name)) for name in ("dense_continued", "moe")]
+        checkpoints = [checkpoint_of(story.folder(name)) for name in ("dense_continued", "moe")]
         log = story.folder("logs") / "compare.log"
-        return run_ranks(phases.compare, RANKS, story.corpus, *checkpoints, log)[0]
+        return run_ranks(phases.compare, RANKS, door, story.corpus, *checkpoints, log)[0]
 
     story.after = _timed(story, console, "comparison", "Comparison", compare)
     _print_losses(console, "Loss on held-out text at the end", story.after)
 
 
+def _training(story: Story, name: str, steps: int, **more: Any) -> Training:
+    return Training(folder=story.output, name=name, corpus=story.folder("corpus"), max_steps=steps, **more)
+
+
 def _train(
-    story: Story, phases: Any, console: Console, name: str, title: str, recipe: Any
+    story: Story,
+    door: Door,
+    console: Console,
+    title: str,
+    training: Training,
+    recipe_of: Callable[[Training], Any],
 ) -> list[dict[str, Any]]:
-    recipe.log.ckpt.save_top_k = 0  # the last one is enough, and the same again
-    terminal = os.dup(1)
+    from nemo_skymoe.demo import phases
+
+    name, terminal = training.name, os.dup(1)
     log = story.folder("logs") / f"{name}.log"
-    later = _later(story, name)
+    later, recipe = _later(story, name), recipe_of(training)
     try:
         results = _timed(
             story,
             console,
             name,
             title,
-            lambda: run_ranks(phases.train, RANKS, recipe, name, terminal, log, later, timeout=3600),
+            lambda: run_ranks(phases.train, RANKS, door, recipe, name, terminal, log, later, timeout=3600),
         )
     finally:
         os.close(terminal)

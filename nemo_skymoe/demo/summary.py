@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from nemo_skymoe.checkpoint.run_folder import last_checkpoint
+from nemo_skymoe.checkpoint.run_folder import checkpoint_of
+from nemo_skymoe.demo.door import Door
 from nemo_skymoe.demo.phases import BATCH, BATCHES, SEQUENCE
 from nemo_skymoe.demo.record import SMOOTHING, Story
 from nemo_skymoe.report.curves import LossCurve, read_curves
@@ -11,7 +12,7 @@ from nemo_skymoe.report.page import Table, Text, write_report
 HELD_OUT_TOKENS = BATCH * BATCHES * SEQUENCE
 
 
-def write(story: Story) -> Path:
+def write(story: Story, door: Door) -> Path:
     """Write the report of a finished story, and return its path."""
     curves = {
         name: read_curves(story.output / "tensorboard" / name) for name in ("dense", "moe", "dense_continued")
@@ -32,7 +33,7 @@ def write(story: Story) -> Path:
             _corpus_table(story),
             _mesh_table(story),
             _time_table(story),
-            _configuration(story),
+            Text("Configuration of the MoE", door.configuration(checkpoint_of(story.folder("moe")))),
         ],
     )
 
@@ -44,7 +45,7 @@ def _lead(story: Story) -> str:
         f" standard library for {story.dense_steps} steps, upcycled to 16 experts of which two see each token, and"
         f" continued for {story.steps} steps with the report's normalised gate (scale 1), adaptive auxiliary-loss"
         f" coefficients (its constants, but smoothed by {SMOOTHING} a step instead of 0.99) and Expert Data Parallelism,"
-        " in NeMo and Megatron-Core on two CPU ranks."
+        f" in {story.door} and Megatron-Core on two CPU ranks."
         " For comparison the dense model was continued on the same batches with the same schedule.\n\n"
         f"At the end the MoE's loss on held-out text is {abs(difference):.4f} nats"
         f" {'below' if difference < 0 else 'above'} the continued dense model's."
@@ -106,8 +107,3 @@ def _time_table(story: Story) -> Table:
         [(name, f"{seconds:.0f}") for name, seconds in story.seconds.items()],
         f"Peak memory of all processes together, at most: {story.memory / 2**30:.1f} GiB.",
     )
-
-
-def _configuration(story: Story) -> Text:
-    path = last_checkpoint(story.folder("moe")) / "context" / "model.yaml"
-    return Text("Configuration of the MoE", path.read_text())

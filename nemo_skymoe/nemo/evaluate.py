@@ -1,13 +1,11 @@
-"""The loss of a NeMo checkpoint on given batches, without a trainer, on ranks that each hold the whole model."""
+"""The model in a NeMo checkpoint, without a trainer, on ranks that each hold the whole model."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from torch import Tensor
 
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
 from nemo_skymoe.checkpoint.torch_dist.storage import PREFIX, weights_folder
@@ -47,20 +45,3 @@ def load_model(config: Any, checkpoint: Path, vocab_size: int) -> torch.nn.Modul
     left_out = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
     assert not left_out, f"the checkpoint and the model differ in {left_out}"
     return model
-
-
-@torch.no_grad()
-def mean_loss(model: torch.nn.Module, batches: Iterable[dict[str, Tensor | None]]) -> float:
-    """Compute the mean cross-entropy per token over all batches, in nats."""
-    model.eval()
-    total, tokens = 0.0, 0
-    for batch in batches:
-        losses = model(
-            input_ids=batch["tokens"],
-            position_ids=batch["position_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=batch["labels"],
-        )
-        total += float(losses.double().sum())
-        tokens += losses.numel()
-    return total / tokens

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from nemo_skymoe.demo import progress, story
-from nemo_skymoe.demo.progress import TerminalProgress
+from nemo_skymoe.demo.progress import Bar
 from nemo_skymoe.demo.record import Story
 
 
@@ -15,16 +14,15 @@ def test_the_time_left_in_all_is_said_from_the_third_step_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a clock by which every step takes two seconds, and with work of fifty more afterwards."""
-    loss = {"reduced_train_loss": 4.5}
-    trainer: Any = SimpleNamespace(is_global_zero=True, max_steps=100, callback_metrics=loss)
-    monkeypatch.setattr(progress, "monotonic", lambda: 2.0 * trainer.global_step)
+    now = SimpleNamespace(step=0)
+    monkeypatch.setattr(progress, "monotonic", lambda: 2.0 * now.step)
     file = tmp_path / "in place of a terminal"
     with file.open("w") as terminal:
-        callback = TerminalProgress("dense", terminal.fileno(), later=50)
-        callback.on_train_start(trainer, None)  # type: ignore[arg-type]
-        for trainer.global_step in range(1, 101):
-            callback.on_train_batch_end(trainer)
-        callback.on_train_end(trainer, None)  # type: ignore[arg-type]
+        bar = Bar("dense", terminal.fileno(), later=50)
+        bar.start(100)
+        for now.step in range(1, 101):
+            bar.move(now.step, 4.5)
+        bar.stop()
     lines = file.read_text().splitlines()
     assert len(lines) == 11
     assert lines[0] == "  dense: step 3/100, loss 4.500, 4 min 54 s left in all"

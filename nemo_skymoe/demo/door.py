@@ -1,0 +1,67 @@
+"""What the story asks of a front door: NeMo (`through_nemo`) or Megatron-Bridge (`through_bridge`)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nemo_skymoe.demo.progress import Bar
+
+RANKS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One training of the story, in values that every front door has a name for."""
+
+    folder: Path
+    """Folder of all runs, with their TensorBoard logs in `tensorboard/NAME`."""
+    name: str
+    corpus: Path
+    max_steps: int
+    start: Path | None = None
+    """The checkpoint to start from. None is random weights."""
+    learning_rates: tuple[float, float] | None = None
+    """Peak and end. None leaves the recipe's."""
+    data_seed: int | None = None
+    smoothing: float | None = None
+    """Smoothing of an MoE's adaptive coefficients. None leaves the recipe's."""
+
+    @property
+    def validation_interval(self) -> int:
+        """Steps between two validations."""
+        return self.max_steps // 3
+
+
+class Door(Protocol):
+    """A front door: a module with these names. Recipes are made in the story's process and trained on every rank."""
+
+    FORMAT: str
+    """The name of its checkpoints' format, as `skymoe upcycle --to` has it."""
+
+    def dense(self, training: Training, /) -> Any:
+        """Return the recipe of `skywork_tiny`."""
+        ...
+
+    def moe(self, training: Training, /) -> Any:
+        """Return the recipe of `skywork_moe_tiny`."""
+        ...
+
+    def train(self, recipe: Any, bar: Bar, /) -> list[dict[str, int]]:
+        """Run a recipe on this rank, show its progress, and return the mesh that it trained on."""
+        ...
+
+    def start_single_rank(self) -> None:
+        """Create Megatron's process groups for a rank that shares no model with another."""
+        ...
+
+    def load(
+        self, checkpoint: Path, vocab_size: int, /, *, experts: bool, capacity_factor: float | None = None
+    ) -> torch.nn.Module:
+        """Return the dense model or the MoE with the weights of a checkpoint."""
+        ...
+
+    def configuration(self, checkpoint: Path, /) -> str:
+        """Return what a checkpoint of a training says about its model, as text."""
+        ...

@@ -1,0 +1,103 @@
+"""The story's front door of NeMo."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+import lightning.pytorch as pl
+import nemo_run as run
+import torch
+
+from nemo_skymoe.demo.door import RANKS, Training
+from nemo_skymoe.demo.progress import Bar
+from nemo_skymoe.moe.mesh import edp_mesh_rows
+from nemo_skymoe.nemo import evaluate
+from nemo_skymoe.nemo.model import SkyworkMoETinyConfig, SkyworkTinyConfig
+from nemo_skymoe.patches import nemo_cpu
+from nemo_skymoe.recipes import skywork_moe_tiny, skywork_tiny
+
+FORMAT: str = "nemo"
+start_single_rank = evaluate.start_single_rank
+
+
+def dense(training: Training) -> Any:
+    """Return the recipe of `skywork_tiny`."""
+    return _recipe(skywork_tiny, training)
+
+
+def moe(training: Training) -> Any:
+    """Return the recipe of `skywork_moe_tiny`."""
+    made = _recipe(skywork_moe_tiny, training)
+    if training.smoothing is not None:
+        made.model.config.moe_adaptive_aux_loss_smoothing = training.smoothing
+    return made
+
+
+def _recipe(module: Any, training: Training) -> Any:
+    given: dict[str, Any] = {}
+    if training.learning_rates is not None:
+        given["max_lr"], given["min_lr"] = training.learning_rates
+    if training.data_seed is not None:
+        given["data_seed"] = training.data_seed
+    if training.start is not None:
+        given["resume_path"] = str(training.start)
+    made = module.pretrain_recipe(
+        dir=str(training.folder),
+        name=training.name,
+        corpus=str(training.corpus),
+        devices=RANKS,
+        max_steps=training.max_steps,
+        val_check_interval=training.validation_interval,
+        **given,
+    )
+    made.log.ckpt.save_top_k = 0  # the last one is enough, and the same again
+    return made
+
+
+def train(recipe: Any, bar: Bar) -> list[dict[str, int]]:
+    """Run a recipe on this rank, show its progress, and return the mesh that it trained on."""
+    nemo_cpu.apply()
+    recipe.trainer.callbacks.append(
+        run.Config(Progress, title=bar.title, terminal=bar.terminal, later=bar.later)
+    )
+    fdl.build(recipe)()
+    return edp_mesh_rows()
+
+
+class Progress(pl.Callback):
+    """Moves a `Bar`. It is made of plain values, because NeMo writes the callbacks of a training into its checkpoints."""
+
+    def __init__(self, title: str, terminal: int, later: float) -> None:
+        self.bar = Bar(title, terminal, later)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the bar on rank 0."""
+        if trainer.is_global_zero:
+            self.bar.start(trainer.max_steps)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        value = trainer.callback_metrics.get("reduced_train_loss")
+        self.bar.move(trainer.global_step, None if value is None else float(value))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the finished bar."""
+        self.bar.stop()
+
+
+def load(
+    checkpoint: Path, vocab_size: int, *, experts: bool, capacity_factor: float | None = None
+) -> torch.nn.Module:
+    """Return the dense model or the MoE with the weights of a checkpoint."""
+    config: Any = (
+        partial(SkyworkMoETinyConfig, moe_expert_capacity_factor=capacity_factor)
+        if experts
+        else SkyworkTinyConfig
+    )
+    return evaluate.load_model(config(), checkpoint, vocab_size)
+
+
+def configuration(checkpoint: Path) -> str:
+    """Return what a checkpoint says about its model."""
+    return (checkpoint / "context" / "model.yaml").read_text()
