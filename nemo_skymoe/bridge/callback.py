@@ -58,8 +58,9 @@ class SkyworkMoECallback(Callback):
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Log the step that was just committed. Bridge counts it only afterwards."""
         assert self._controller is not None
+        config: Any = context.state.cfg
         step, interval = context.state.train_state.step + 1, self.log_interval
-        interval = context.state.cfg.logger.tensorboard_log_interval if interval is None else interval
+        interval = config.logger.tensorboard_log_interval if interval is None else interval
         scalars: dict[str, float] = {}
         if interval and step % interval == 0:
             scalars |= router_scalars(self._controller, self.histogram)
