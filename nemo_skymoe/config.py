@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from nemo_skymoe import option_values
+from nemo_skymoe import option_values, unfit_options
 from nemo_skymoe.dispatchers import DISPATCHERS
 from nemo_skymoe.durable.errors import ConfigurationError
 
@@ -143,6 +143,7 @@ class SkyworkOptions:
         if getattr(self, "num_moe_experts", None) is None:
             return
         _refuse(option_values.wrong_moe_value(self))
+        _refuse(unfit_options.unfit_for_router(self))
         self._check_router()
 
     def _check_router(self) -> None:
@@ -313,14 +314,7 @@ class SkyworkOptions:
 
     def _check_edp_dispatcher(self) -> None:
         config: Any = self
-        for option in (
-            "moe_shared_expert_overlap",
-            "moe_router_padding_for_fp8",
-            "moe_router_padding_for_quantization",
-            "overlap_moe_expert_parallel_comm",
-        ):
-            if getattr(config, option, False):
-                raise ConfigurationError(f"{option} is not available under moe_edp, expected False")
+        _refuse(unfit_options.unfit_for_edp(config))
         if (
             config.moe_router_force_load_balancing
             and not config.sequence_parallel

@@ -13,7 +13,7 @@ from tests.modules import MODULES, ROOT, imported, parsed, python_files
 # One way: a module imports only from rooms that stand before its own. It belongs to the longest name that it begins with.
 ORDER = (
     "durable",
-    *("option_values", "traffic", "dispatchers", "config"),
+    *("option_values", "unfit_options", "traffic", "dispatchers", "config"),
     *("shell", "names", "folders", "quantities", "credentials", "ranks", "architecture"),
     *("patches", "moe", "pipeline"),
     # What the formats share, the formats, what is made of them, and the second path that checks the result.
@@ -54,6 +54,7 @@ LIGHT = (
     *(".durable", *(f".durable.{file.stem}" for file in (ROOT / "nemo_skymoe/durable").glob("[a-z]*.py"))),
     ".config",
     ".option_values",
+    ".unfit_options",
     ".traffic",
     ".dispatchers",
     ".quantities",
