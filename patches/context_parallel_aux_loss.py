@@ -7,16 +7,16 @@ add up to the whole, but DDP averages over them, so both losses act context_para
 
 import functools
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 
 def apply() -> bool:
     """Make up for the average, and say whether that was needed and not done yet."""
-    from megatron.core import package_info
     from megatron.core.pipeline_parallel import schedules
 
     original = schedules.forward_step_calc_loss
-    if [package_info.MAJOR, package_info.MINOR] >= [0, 16] or hasattr(original, "__wrapped__"):
+    if hasattr(original, "__wrapped__") or not needed():
         return False
     signature = inspect.signature(original)
 
@@ -29,6 +29,35 @@ def apply() -> bool:
 
     schedules.forward_step_calc_loss = forward_step_calc_loss
     return True
+
+
+@functools.cache
+def needed() -> bool:
+    """Run Megatron's function for a micro-batch that two ranks share, and say whether it forgets that."""
+    import torch
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    scaler: Any = MoEAuxLossAutoScaler
+    kept, scaler.main_loss_backward_scale = scaler.main_loss_backward_scale, None
+    try:
+        inspect.unwrap(schedules.forward_step_calc_loss)(
+            model=None,
+            output_tensor=torch.zeros(1),
+            loss_func=None,
+            config=SimpleNamespace(
+                num_moe_experts=2, calculate_per_token_loss=False, grad_scale_func=None, timers=None
+            ),
+            vp_stage=None,
+            collect_non_loss_data=False,
+            num_microbatches=1,
+            forward_data_store=[],
+            cp_group_size=2,
+            is_last_stage=False,
+        )
+        return scaler.main_loss_backward_scale.item() != 2.0
+    finally:
+        scaler.main_loss_backward_scale = kept
 
 
 def _scale_by_context_ranks(config: Any, size: int | None) -> None:

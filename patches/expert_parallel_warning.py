@@ -12,21 +12,29 @@ from typing import Any
 
 def apply() -> bool:
     """Allow such a configuration, and say whether that was needed and not done yet."""
-    from megatron.core import model_parallel_config, package_info
+    from megatron.core import model_parallel_config
 
-    if [package_info.MAJOR, package_info.MINOR] < [0, 15]:
-        return _allow(model_parallel_config.ModelParallelConfig)
-    if hasattr(model_parallel_config, "warnings"):
-        return False
-    setattr(model_parallel_config, "warnings", warnings)  # noqa: B010
-    return True
+    failure = _failure(model_parallel_config.ModelParallelConfig)
+    if isinstance(failure, NameError):
+        setattr(model_parallel_config, "warnings", warnings)  # noqa: B010
+    elif isinstance(failure, ValueError):
+        _allow(model_parallel_config.ModelParallelConfig)
+    return failure is not None
 
 
-def _allow(config_class: Any) -> bool:
+def _failure(config_class: Any) -> Exception | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config_class(tensor_model_parallel_size=2, expert_model_parallel_size=2)
+    except (NameError, ValueError) as failure:
+        return failure
+    return None
+
+
+def _allow(config_class: Any) -> None:
     """Hide the experts' parallelism from the check, which looks at nothing else."""
     check = config_class.__post_init__
-    if hasattr(check, "__wrapped__"):
-        return False
 
     @functools.wraps(check)
     def __post_init__(self: Any) -> None:
@@ -39,4 +47,3 @@ def _allow(config_class: Any) -> bool:
             self.expert_model_parallel_size = size
 
     config_class.__post_init__ = __post_init__
-    return True

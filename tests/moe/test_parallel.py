@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from megatron.core import package_info, parallel_state
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_skymoe.moe import aux_loss
 from nemo_skymoe.moe.gradients import ScaleGradient
 from nemo_skymoe.moe.router import SkyworkRouter
+from nemo_skymoe.patches import context_parallel_aux_loss
 from nemo_skymoe.ranks import run_ranks
 from tests.cases import every
 from tests.moe.worlds import (
@@ -113,13 +114,16 @@ def test_the_auxiliary_losses_matter_to_that(name: str) -> None:
 
 
 # What is taken away, where the gradients then go wrong, and whether the installed Megatron needs it.
-NEEDED_BEFORE_16 = [package_info.MAJOR, package_info.MINOR] < [0, 16]
 MUTATIONS: dict[str, tuple[Layout, str]] = {
     "the per-token correction of the auxiliary loss": (Layout(tp=2, ep=2), "per token, square"),
     "the per-token correction of the z-loss": (Layout(cp=2), "per token"),
     "the mean gate over the group": (Layout(tp=2, ep=2), "square"),
     "the sequence-parallel tag of the gate": (Layout(tp=2, ep=2), "other gates"),
-    **({"the scale over context ranks": (Layout(cp=2), "switch")} if NEEDED_BEFORE_16 else {}),
+    **(
+        {"the scale over context ranks": (Layout(cp=2), "switch")}
+        if context_parallel_aux_loss.needed()
+        else {}
+    ),
 }
 
 
@@ -142,8 +146,6 @@ def without(mutation: str) -> Iterator[None]:
             yield
     elif "context" in mutation:
         make_router(configuration())  # what applies it
-        from nemo_skymoe.patches import context_parallel_aux_loss
-
         context_parallel_aux_loss.apply()
         with (
             patch(schedules, "forward_step_calc_loss", schedules.forward_step_calc_loss.__wrapped__),  # pyright: ignore
