@@ -8,6 +8,7 @@ GPU is in `on_cpu`.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Iterator
@@ -131,7 +132,9 @@ def build(setting: Setting) -> Any:
         edp_dispatcher="auto" if setting.stock else setting.dispatcher,
     )
     spec: Any = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
-    layer: Any = (MoELayer if setting.stock else SkyworkMoELayer)(config, spec.submodules.mlp.submodules)
+    mlp = spec.submodules.mlp
+    experts = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    layer: Any = (MoELayer if setting.stock else SkyworkMoELayer)(config, experts)
     pieces = [routing(setting, rank) for rank in range(RANKS)]
     layer.router = pieces[distributed.get_rank()]
     if not setting.split:

@@ -85,21 +85,26 @@ def patches(versions: Mapping[str, str | None], devices: Sequence[str]) -> list[
 
 def _applies(module: str, versions: Mapping[str, str | None], devices: Sequence[str]) -> bool:
     core = versions["megatron-core"] or ""
+    te, nemo, bridge = (
+        bool(versions[name]) for name in ("transformer-engine", "nemo-toolkit", "megatron-bridge")
+    )
     single = {
         "executor_values": bool(versions["nemo_run"]),
-        "router_without_te": not versions["transformer-engine"],
-        "lora_without_te": bool(versions["nemo-toolkit"]) and not versions["transformer-engine"],
+        "router_without_te": not te and core.startswith(("0.14.", "0.15.", "0.16.")),
+        "lora_without_te": nemo and not te,
+        "bridge_without_te": bridge and not te,
+        "bridge_compiled_helpers": bridge,
         "context_parallel_aux_loss": core.startswith(("0.14.", "0.15.")),
         "expert_parallel_warning": core.startswith(("0.14.", "0.15.")),
         "unified_memory": not devices and core.startswith("0.15."),
-        "optimizer_arguments": bool(versions["nemo-toolkit"]) and core.startswith("0.16."),
-        "tensorstore_import": bool(versions["nemo-toolkit"]) and core.startswith("0.16."),
-        "checked_context": bool(versions["nemo-toolkit"]),
-        "torchrun_executor": not devices and bool(versions["nemo-toolkit"]),
+        "optimizer_arguments": nemo and core.startswith("0.16."),
+        "tensorstore_import": nemo and core.startswith("0.16."),
+        "checked_context": nemo,
+        "torchrun_executor": not devices and nemo,
     }
-    # All others stand in for CUDA; those named after NeMo do so in NeMo.
-    for_cpu = not devices and (bool(versions["nemo-toolkit"]) or not module.startswith("nemo_"))
-    return single.get(module, for_cpu)
+    # All others stand in for CUDA; those named after a front door do so there.
+    door = {"nemo": nemo, "bridge": bridge}.get(module.partition("_")[0], True)
+    return single.get(module, not devices and door)
 
 
 def _declared(module: str, tree: ast.Module) -> list[Patch]:
@@ -142,6 +147,7 @@ def _remark(name: str, versions: Mapping[str, str | None]) -> str:
         "torch": "needed",
         "megatron-core": "needed",
         "nemo-toolkit": "for recipes and the demo",
+        "megatron-bridge": "the other front door, without NeMo",
         "transformer-engine": "Megatron's local layers take its place",
         "apex": "optional",
     }.get(name, "NeMo needs it")

@@ -16,15 +16,20 @@ from nemo_skymoe.config import ConfigurationError
 
 PYTHON = ("3.11", "3.12")
 OLDEST_TORCH = "2.6"
-MEGATRON = ("0.14", "0.15", "0.16")
+MEGATRON = ("0.14", "0.15", "0.16", "0.17", "0.18", "0.19")
+"""The minor versions of megatron-core with which `make versions` runs the tests of everything below NeMo and Bridge."""
+ONLY_WITH_312 = ("0.17", "0.18", "0.19")
 TESTED = ("2.7.3", "0.15.3")
 PAIRS = (("2.5.3", "0.14.0"), ("2.6.2", "0.15.3"), ("2.6.2", "0.16.1"), TESTED, ("2.7.3", "0.16.1"))
 """The pairs of NeMo and megatron-core that `make compat` imports, dry-runs, trains and resumes on a CPU."""
+BRIDGE = ("0.6.2", "0.19.2")
+"""The pair of Megatron-Bridge and megatron-core that `make test-bridge` runs with."""
 PACKAGES = (
     "torch",
     "nemo-toolkit",
     "nemo_run",
     "megatron-core",
+    "megatron-bridge",
     "lightning",
     "pytorch-lightning",
     "transformer-engine",
@@ -42,6 +47,33 @@ _VERSION_FILES = {
 
 
 @dataclass(frozen=True)
+class Container:
+    """One of NVIDIA's containers, and what its release notes say is in it. All of them have Python 3.12."""
+
+    name: str
+    megatron: str
+    nemo: str | None = None
+    bridge: str | None = None
+
+    def has(self, versions: Mapping[str, str | None]) -> bool:
+        """Say whether an installation has the same minor versions of NeMo or Megatron-Bridge and of megatron-core."""
+        front_end = ("nemo-toolkit", self.nemo) if self.nemo is not None else ("megatron-bridge", self.bridge)
+        pairs = (("megatron-core", self.megatron), front_end)
+        return all(_minor(versions.get(name)) == _minor(version) for name, version in pairs)
+
+
+CONTAINERS = (
+    Container("25.09", "0.14", nemo="2.5"),
+    Container("25.11", "0.15", nemo="2.6"),
+    Container("26.02", "0.16", nemo="2.7"),
+    Container("26.04", "0.17", bridge="0.4"),
+    Container("26.06", "0.18", bridge="0.5"),
+    Container("26.08", "0.19", bridge="0.6"),
+)
+"""nvcr.io/nvidia/nemo by tag. Those up to 26.02 also have a Megatron-Bridge, which is older than what this supports."""
+
+
+@dataclass(frozen=True)
 class Verdict:
     """A judgement on a combination of versions, and the sentence that gives the reason."""
 
@@ -49,11 +81,12 @@ class Verdict:
     sentence: str
 
 
-def require_supported(*, nemo: bool = False) -> None:
+def require_supported(*, nemo: bool = False, bridge: bool = False) -> None:
     """Refuse an installation that cannot work, before anything is built.
 
     Args:
-        nemo: Whether the caller needs NeMo. Otherwise Megatron-Core alone is enough.
+        nemo: Whether the caller needs NeMo.
+        bridge: Whether the caller needs Megatron-Bridge. Without either, Megatron-Core alone is enough.
 
     Raises:
         ConfigurationError: A dependency is missing, too old, or does not work with another.
@@ -64,6 +97,8 @@ def require_supported(*, nemo: bool = False) -> None:
         raise ConfigurationError(verdict.sentence)
     if nemo and versions["nemo-toolkit"] is None:
         raise ConfigurationError(f"nemo-toolkit is absent, expected {_either(_GROUPS)}.")
+    if bridge and (problem := _bridge_problem(versions)):
+        raise ConfigurationError(f"{problem}.")
 
 
 def judge(versions: Mapping[str, str | None]) -> Verdict:
@@ -73,12 +108,12 @@ def judge(versions: Mapping[str, str | None]) -> Verdict:
         versions: Versions by the names that `installed` gives. None or a missing name means an absent package.
     """
     nemo, megatron = versions.get("nemo-toolkit"), versions.get("megatron-core")
-    problem = _core_problem(versions) or (nemo and _nemo_problem(versions, nemo))
-    if problem:
+    if problem := _core_problem(versions) or (nemo and _nemo_problem(versions, nemo)):
         return Verdict(False, f"Not supported: {problem}.")
+    container = next((f" (nvcr.io/nvidia/nemo:{one.name})" for one in CONTAINERS if one.has(versions)), "")
     if nemo is None:
-        return Verdict(True, f"Supported for plain Megatron-Core use: megatron-core {megatron} without NeMo.")
-    pair = f"nemo-toolkit {nemo} with megatron-core {megatron}"
+        return Verdict(True, _without_nemo(versions, container))
+    pair = f"nemo-toolkit {nemo} with megatron-core {megatron}{container}"
     [tried] = [found for found in PAIRS if _minors(*found) == _minors(nemo, megatron)]
     if tried == TESTED:
         return Verdict(True, f"Supported: {pair}, the pair that the tests run with.")
@@ -90,6 +125,30 @@ def judge(versions: Mapping[str, str | None]) -> Verdict:
     )
 
 
+def _without_nemo(versions: Mapping[str, str | None], container: str) -> str:
+    core, bridge = f"megatron-core {versions.get('megatron-core')}", versions.get("megatron-bridge")
+    if bridge is None:
+        return f"Supported for plain Megatron-Core use: {core} without NeMo."
+    if problem := _bridge_problem(versions):
+        return (
+            f"Supported for plain Megatron-Core use: {core}{container}; not with Megatron-Bridge: {problem}."
+        )
+    return (
+        f"Supported: megatron-bridge {bridge} with {core}{container}; the tests of Megatron-Bridge run with"
+        f" {' and '.join(BRIDGE)}."
+    )
+
+
+def _bridge_problem(versions: Mapping[str, str | None]) -> str | None:
+    bridge, megatron = versions.get("megatron-bridge"), versions.get("megatron-core")
+    if _minors(bridge, megatron) == _minors(*BRIDGE):
+        return None
+    return (
+        f"megatron-bridge is {bridge or 'absent'} with megatron-core {megatron}, expected"
+        f" {_minor(BRIDGE[0])} with {_minor(BRIDGE[1])}"
+    )
+
+
 def _core_problem(versions: Mapping[str, str | None]) -> str | None:
     python, torch, megatron = (versions.get(name) for name in ("python", "torch", "megatron-core"))
     if _minor(python) not in PYTHON:
@@ -98,6 +157,8 @@ def _core_problem(versions: Mapping[str, str | None]) -> str | None:
         return f"torch is {torch or 'absent'}, expected {OLDEST_TORCH} or later"
     if _minor(megatron) not in MEGATRON:
         return f"megatron-core is {megatron or 'absent'}, expected {_either(MEGATRON)}"
+    if _minor(megatron) in ONLY_WITH_312 and _minor(python) != "3.12":
+        return f"Python is {python}, expected 3.12, which megatron-core {megatron} needs"
     return None
 
 
@@ -107,6 +168,11 @@ def _nemo_problem(versions: Mapping[str, str | None], nemo: str) -> str | None:
         removed = " (3.0 removed nemo.collections.llm)" if _numbers(nemo) >= (3, 0) else ""
         return f"nemo-toolkit is {nemo}, expected {_either(_GROUPS)}{removed}"
     needed = [core for core in MEGATRON if (_minor(nemo), core) in {_minors(*pair) for pair in PAIRS}]
+    if _minor(megatron) in ONLY_WITH_312:
+        return (
+            f"nemo-toolkit {nemo} has the last LLM collection of NeMo, which was made for megatron-core"
+            f" {_either(needed)}, not {megatron}; expected one of these, or Megatron-Bridge in NeMo's place"
+        )
     if _minor(megatron) not in needed:
         lack = f"megatron-core {megatron} has no {_GROUPS[_minor(nemo)]}"
         return f"{lack}, which nemo-toolkit {nemo} imports; expected megatron-core {_either(needed)}"

@@ -26,8 +26,8 @@ def test_json_and_table_hold_the_same():
     assert as_json.returncode == table.returncode == 0
     found = json.loads(as_json.stdout)
     assert [row["name"] for row in found["rows"]] == [
-        "Python", "operating system", "torch", "nemo-toolkit", "nemo_run", "megatron-core", "lightning",
-        "pytorch-lightning", "transformer-engine", "apex", "hydra-core", "CUDA",
+        "Python", "operating system", "torch", "nemo-toolkit", "nemo_run", "megatron-core",
+        "megatron-bridge", "lightning", "pytorch-lightning", "transformer-engine", "apex", "hydra-core", "CUDA",
     ]  # fmt: skip
     words = " ".join(table.stdout.split())
     for row in found["rows"]:

@@ -25,7 +25,8 @@ COMPLETE = {
     "hydra-core": "1.3.2",
     "cuda": None,
 }
-SUPPORTED = {(None, megatron) for megatron in ("0.14.0", "0.15.3", "0.16.1")} | {
+OLD, NEW = ("0.14.0", "0.15.3", "0.16.1"), ("0.17.1", "0.18.2", "0.19.2")
+SUPPORTED = {(None, megatron) for megatron in OLD + NEW} | {
     ("2.5.3", "0.14.0"),
     ("2.6.2", "0.15.3"),
     ("2.6.2", "0.16.1"),
@@ -37,11 +38,12 @@ SUPPORTED = {(None, megatron) for megatron in ("0.14.0", "0.15.3", "0.16.1")} | 
 @every(
     python=["3.10.14", "3.11.7", "3.12.4", "3.13.0"],
     nemo=["1.23.0", "2.4.1", "2.5.3", "2.6.2", "2.7.3", "2.8.0", "3.0.0", None],
-    megatron=["0.12.3", "0.13.1", "0.14.0", "0.15.3", "0.16.1", "0.17.0", "1.0.0", None],
+    megatron=["0.12.3", "0.13.1", "0.14.0", "0.15.3", "0.16.1", *NEW, "0.20.0", "1.0.0", None],
 )
 def test_matrix(python: str, nemo: str | None, megatron: str | None):
     verdict = judge(COMPLETE | {"python": python, "nemo-toolkit": nemo, "megatron-core": megatron})
-    assert verdict.supported == (python[:4] in ("3.11", "3.12") and (nemo, megatron) in SUPPORTED)
+    pythons = ("3.12",) if megatron in NEW else ("3.11", "3.12")
+    assert verdict.supported == (python[:4] in pythons and (nemo, megatron) in SUPPORTED)
     assert verdict.sentence.startswith("Supported" if verdict.supported else "Not supported: ")
     assert verdict.sentence.endswith(".") and "\n" not in verdict.sentence
 
@@ -52,7 +54,9 @@ def test_matrix(python: str, nemo: str | None, megatron: str | None):
         ({"python": "3.10.14"}, ["Python is 3.10.14", "3.11 or 3.12"]),
         ({"torch": None}, ["torch is absent", "2.6"]),
         ({"torch": "2.5.1"}, ["torch is 2.5.1", "2.6"]),
-        ({"megatron-core": None}, ["megatron-core is absent", "0.14, 0.15 or 0.16"]),
+        ({"megatron-core": None}, ["megatron-core is absent", "0.14, 0.15, 0.16, 0.17, 0.18 or 0.19"]),
+        ({"megatron-core": "0.17.1", "nemo-toolkit": None}, ["Python is 3.11.7, expected 3.12", "0.17.1 needs"]),
+        ({"megatron-core": "0.18.2", "python": "3.12.1"}, ["made for megatron-core 0.15 or 0.16", "Bridge"]),
         ({"megatron-core": "0.14.0"}, ["has no ProcessGroupCollection", "expected megatron-core 0.15 or 0.16"]),
         ({"nemo-toolkit": "2.5.3"}, ["has no ModelCommProcessGroups", "expected megatron-core 0.14."]),
         ({"nemo-toolkit": "2.6.2", "megatron-core": "0.14.0"}, ["has no ProcessGroupCollection"]),
@@ -87,6 +91,29 @@ def test_only_the_tested_pair_is_called_tested():
 def test_packages_without_nemo_need_none_of_what_nemo_needs():
     core = {"python": "3.12.1", "torch": "2.6.0", "megatron-core": "0.16.1"}
     assert judge(core).sentence.startswith("Supported for plain Megatron-Core use")
+
+
+BRIDGE = {"python": "3.12.1", "torch": "2.13.0", "megatron-core": "0.19.2", "megatron-bridge": "0.6.2"}
+
+
+def test_megatron_bridge_needs_its_own_megatron_core():
+    found = judge(BRIDGE).sentence
+    assert found.startswith(
+        "Supported: megatron-bridge 0.6.2 with megatron-core 0.19.2 (nvcr.io/nvidia/nemo:26.08)"
+    )
+    older = judge(BRIDGE | {"megatron-core": "0.18.2", "megatron-bridge": "0.5.0"})
+    words = ("plain Megatron-Core", "nemo:26.06", "not with Megatron-Bridge", "expected 0.6 with 0.19")
+    assert older.supported and [word for word in words if word not in older.sentence] == []
+
+
+@every("container", doctor.CONTAINERS, ids=lambda container: container.name)
+def test_what_a_container_has_is_recognised_by_its_name(container: doctor.Container):
+    pair = {"megatron-core": f"{container.megatron}.0", "python": "3.12.3"}
+    if container.nemo:
+        found = judge(COMPLETE | pair | {"nemo-toolkit": f"{container.nemo}.0", "megatron-bridge": "0.1.0"})
+    else:
+        found = judge(BRIDGE | pair | {"megatron-bridge": f"{container.bridge}.0"})
+    assert found.supported and f"(nvcr.io/nvidia/nemo:{container.name})" in found.sentence
 
 
 def test_installed_agrees_with_the_metadata():
@@ -136,8 +163,14 @@ def test_require_supported(monkeypatch: pytest.MonkeyPatch):
     require_supported()
     with pytest.raises(ConfigurationError, match=r"^nemo-toolkit is absent, expected 2\.5, 2\.6 or 2\.7\.$"):
         require_supported(nemo=True)
+    with pytest.raises(
+        ConfigurationError, match=r"^megatron-bridge is absent .* expected 0\.6 with 0\.19\.$"
+    ):
+        require_supported(bridge=True)
+    having(**{name.replace("-", "_"): version for name, version in BRIDGE.items()}, nemo_toolkit=None)
+    require_supported(bridge=True)
     having(megatron_core="0.13.1")
     with pytest.raises(
-        ConfigurationError, match=r"megatron-core is 0\.13\.1, expected 0\.14, 0\.15 or 0\.16\.$"
+        ConfigurationError, match=r"megatron-core is 0\.13\.1, expected 0\.14, .* or 0\.19\.$"
     ):
         require_supported()
