@@ -9,6 +9,7 @@ from megatron.bridge.utils import instantiate_utils  # noqa: E402
 
 TARGETS = (
     "nemo_skymoe.bridge.checkpoint.SkyworkCheckpointManager",
+    "nemo_skymoe.bridge.learning_rate.ExpertLearningRate",
     "nemo_skymoe.bridge.provider.SkyworkProvider",
     "nemo_skymoe.bridge.provider.skywork_layer_spec",
 )

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.config import SkyworkOptions
+from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.moe.layer import get_skywork_block_spec, have_transformer_engine
 from nemo_skymoe.patches import expert_parallel_warning
+from nemo_skymoe.pipeline.apply import apply_layout, apply_recompute
 
 _TE = have_transformer_engine()
 _CUDA = torch.cuda.is_available()
@@ -43,6 +45,9 @@ class SkyworkProvider(SkyworkOptions, _FinalizedProvider):
 
     train_only_ffn: bool = False
     """Whether to train nothing but the weights of the MLPs (appendix C.2)."""
+    pipeline_recompute: Any = None
+    """`[stage][virtual stage]` is the number of layers of that chunk, from its first, that are recomputed in full. It
+    belongs to a `pipeline_model_parallel_layout`. None leaves recomputation as the other options say."""
 
     transformer_layer_spec: Callable[..., Any] = skywork_layer_spec
     normalization: str = "RMSNorm"
@@ -84,7 +89,37 @@ class SkyworkProvider(SkyworkOptions, _FinalizedProvider):
             ConfigurationError: A value cannot work. The message names the option and what was expected.
         """
         expert_parallel_warning.apply()
+        self._apply_layout()
         SkyworkOptions.__post_init__(self)
+
+    def _apply_layout(self) -> None:
+        layout = self.pipeline_model_parallel_layout
+        if isinstance(layout, PipelineParallelLayerLayout):  # Bridge finalises more than once
+            layout = layout.input_data
+        if layout is None:
+            if self.pipeline_recompute is not None:
+                raise ConfigurationError(
+                    "pipeline_recompute says what each stage recomputes, but pipeline_model_parallel_layout is None:"
+                    " expected the layout that it belongs to"
+                )
+        elif isinstance(layout, str):
+            apply_layout(self, layout, self.pipeline_recompute)
+
+    def provide(self, *args: Any, **kwargs: Any) -> Any:
+        """Return one chunk of the model, with what is not trained frozen before DDP and the optimizer see it."""
+        model = super().provide(*args, **kwargs)
+        if self.train_only_ffn:
+            for name, parameter in model.named_parameters():
+                # Transformer Engine keeps the norm before the MLP inside the MLP.
+                parameter.requires_grad_(".mlp." in name and "layer_norm" not in name)
+        return model
+
+    def provide_distributed_model(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return this rank's chunks as Bridge makes them, each of which recomputes the layers that the plan says."""
+        model = super().provide_distributed_model(*args, **kwargs)
+        if self.pipeline_recompute is not None:
+            apply_recompute(model, self.pipeline_recompute)
+        return model
 
 
 def provider_of(architecture: Architecture, **options: Any) -> SkyworkProvider:

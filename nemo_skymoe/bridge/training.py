@@ -7,30 +7,54 @@ from megatron.bridge.training import finetune as bridge_finetune
 from megatron.bridge.training import pretrain as bridge_pretrain
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.training.gpt_step import forward_step
 
 from nemo_skymoe.bridge.callback import with_callback
 from nemo_skymoe.bridge.checkpoint import manager_name
+from nemo_skymoe.bridge.forward import forward_step
 from nemo_skymoe.patches import bridge_compiled_helpers, bridge_cpu
 
 
-def pretrain(config: ConfigContainer, *, callbacks: Sequence[Callback] = ()) -> None:
+def pretrain(
+    config: ConfigContainer,
+    *,
+    forward_step_func: Callable[..., Any] = forward_step,
+    callbacks: Sequence[Callback] = (),
+) -> None:
     """Pretrain with Bridge, as `megatron.bridge.training.pretrain` does.
 
     Without CUDA the function applies the CPU runtime first. It gives a Skywork-MoE model the callback that runs its
     adaptive auxiliary loss, unless one is among `callbacks`, and checkpoints that keep the coefficients.
+
+    Args:
+        config: The training.
+        forward_step_func: As Bridge takes it. The default is Bridge's own for GPT models, which also tells the routers
+            what is padding.
+        callbacks: Further callbacks, or a `SkyworkMoECallback` with other arguments.
     """
-    _train(bridge_pretrain.pretrain, config, callbacks)
+    _train(bridge_pretrain.pretrain, config, forward_step_func, callbacks)
 
 
-def finetune(config: ConfigContainer, *, callbacks: Sequence[Callback] = ()) -> None:
-    """Finetune with Bridge, as `megatron.bridge.training.finetune` does, from a checkpoint that must exist."""
-    _train(bridge_finetune.finetune, config, callbacks)
+def finetune(
+    config: ConfigContainer,
+    *,
+    forward_step_func: Callable[..., Any] = forward_step,
+    callbacks: Sequence[Callback] = (),
+) -> None:
+    """Finetune with Bridge, as `megatron.bridge.training.finetune` does, from a checkpoint that must exist.
+
+    The arguments are those of `pretrain`.
+    """
+    _train(bridge_finetune.finetune, config, forward_step_func, callbacks)
 
 
-def _train(train: Callable[..., None], config: ConfigContainer, callbacks: Sequence[Callback]) -> None:
+def _train(
+    train: Callable[..., None],
+    config: ConfigContainer,
+    forward_step_func: Callable[..., Any],
+    callbacks: Sequence[Callback],
+) -> None:
     bridge_cpu.apply()
     bridge_compiled_helpers.apply()
     config.checkpoint.custom_manager_class = manager_name()
     given: Any = with_callback(callbacks, config.model)
-    train(config, forward_step, callbacks=given)
+    train(config, forward_step_func, callbacks=given)

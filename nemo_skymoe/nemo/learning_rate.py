@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from nemo_skymoe.experiments.schedule import Schedule
+from nemo_skymoe.moe import EXPERT_PARAMETERS
 
 
 class LearningRateSchedule(LRSchedulerModule):
@@ -65,4 +66,4 @@ class LearningRateSchedule(LRSchedulerModule):
 
 def is_expert_parameter(name: str, parameter: nn.Parameter) -> bool:
     """Say whether a parameter is a routed expert's; Megatron's `scale_lr_cond` multiplies its rate by `lr_mult`."""
-    return ".mlp.experts." in name
+    return EXPERT_PARAMETERS in name

@@ -21,12 +21,13 @@ from nemo_skymoe.experiments.demonstration import SKYWORK_TINY
 from nemo_skymoe.experiments.figure_1 import SKYWORK_300M, SKYWORK_MOE_300M_X8
 from nemo_skymoe.experiments.figure_7 import SKYWORK_MOE_1P8B
 from nemo_skymoe.experiments.figure_8 import SKYWORK_1P3B, SKYWORK_MOE_1P3B_X8
+from nemo_skymoe.moe.batch_padding import on_this_context_rank, padding_of
 from nemo_skymoe.moe.controller import find_routers
 from nemo_skymoe.moe.layer import get_skywork_block_spec, have_transformer_engine
 from nemo_skymoe.moe.padding import padding_told
 from nemo_skymoe.moe.router import SkyworkRouter
 from nemo_skymoe.nemo.connectors import connect
-from nemo_skymoe.nemo.padding import Remembering, on_this_context_rank, padding_of
+from nemo_skymoe.nemo.padding import Remembering
 from nemo_skymoe.patches import expert_parallel_warning
 
 _TE = have_transformer_engine()

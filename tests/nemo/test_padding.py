@@ -7,9 +7,9 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
+from nemo_skymoe.moe.batch_padding import padding_of
 from nemo_skymoe.moe.telemetry import LayerMetrics, reduce_statistics
 from nemo_skymoe.nemo.model import SkyworkMoEModel, SkyworkMoETinyConfig
-from nemo_skymoe.nemo.padding import padding_of
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
 
