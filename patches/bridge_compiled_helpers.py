@@ -7,6 +7,8 @@ the wheel has no Makefile, and ends the process where that fails. Bridge calls i
 
 from pathlib import Path
 
+from .targets import replace
+
 
 def apply() -> bool:
     """Leave the compilation out where the helpers are there and cannot be compiled; say whether that was needed."""
@@ -18,7 +20,7 @@ def apply() -> bool:
     folder = Path(datasets.__file__).parent
     if (folder / "Makefile").exists() or not any(folder.glob("helpers_cpp*.so")):
         return False
-    initialize.compile_helpers = _compiled_already
+    replace(initialize, "compile_helpers", _compiled_already)
     return True
 
 

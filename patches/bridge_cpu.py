@@ -13,6 +13,7 @@ import numpy
 import torch
 
 from . import cpu_runtime
+from .targets import MissingTarget, replace
 
 _applied: list[str] = []
 
@@ -24,7 +25,7 @@ def apply() -> list[str]:
         The names of the substitutions in place, none if CUDA is available.
 
     Raises:
-        RuntimeError: What a substitution replaces is not in this Bridge. The message names it.
+        MissingTarget: What a substitution replaces is not in this Bridge. The message names it.
     """
     if torch.cuda.is_available():
         return []
@@ -52,21 +53,21 @@ def initialization() -> None:
 
     original = setup.initialize_megatron
     if "allow_no_cuda" not in inspect.signature(original).parameters:
-        raise RuntimeError("initialize_megatron of megatron.bridge.training.setup has no allow_no_cuda")
+        raise MissingTarget(
+            f"{original.__module__}.initialize_megatron has no allow_no_cuda, which a patch sets"
+        )
 
     def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
         return original(*args, **{"allow_no_cuda": True, **kwargs})
 
-    setup.initialize_megatron = initialize_megatron
+    replace(setup, "initialize_megatron", initialize_megatron)
 
 
 def random_seed() -> None:
     """training/initialize.py seeds Megatron's RNG tracker only where it counts a GPU."""
     from megatron.bridge.training import initialize
 
-    _present(initialize, "_set_random_seed")
-    _present(initialize, "get_pg_rank")
-    initialize._set_random_seed = _set_random_seed
+    replace(initialize, "_set_random_seed", _set_random_seed)
 
 
 def _set_random_seed(
@@ -95,17 +96,29 @@ def memory_report() -> None:
     """training/utils/train_utils.py reports the allocator of the GPU in the first line of the log."""
     from megatron.bridge.training.utils import train_utils
 
-    _present(train_utils, "report_memory")
-
     def report_memory(*_: Any, **__: Any) -> dict[str, Any]:
         return {}
 
-    train_utils.report_memory = report_memory
+    replace(train_utils, "report_memory", report_memory)
 
 
-def _present(module: Any, name: str) -> None:
-    if not hasattr(module, name):
-        raise RuntimeError(f"{module.__name__} has no {name}, which the CPU runtime replaces")
+def async_worker() -> None:
+    """dist_checkpointing/strategies/async_utils.py (megatron-core): the process that saves in the background runs the
+    main script again, takes a device by the number of GPUs, which is 0, and ends; the ranks wait for it for ever."""
+    from megatron.core.dist_checkpointing.strategies import async_utils
+
+    caller: Any = async_utils.PersistentAsyncCaller
+    loop, start = caller.async_loop, caller._get_process
+
+    def async_loop(*args: Any, **kwargs: Any) -> None:
+        setattr(torch.cuda, "device_count", lambda: 1)  # noqa: B010
+        loop(*args, **kwargs)
+
+    def _get_process(_: Any, rank: int, mp_mode: str = "fork", *args: Any, **kwargs: Any) -> Any:
+        return start(rank, "fork", *args, **kwargs)
+
+    replace(caller, "async_loop", staticmethod(async_loop))
+    replace(caller, "_get_process", classmethod(_get_process))
 
 
-SUBSTITUTIONS = (initialization, random_seed, memory_report)
+SUBSTITUTIONS = (initialization, random_seed, memory_report, async_worker)
