@@ -11,7 +11,7 @@ import nemo_run as run
 from nemo.collections.llm import finetune, pretrain
 
 from nemo_skymoe.experiments.arguments import BATCH, EXPERTS, RATES, Given, GivenFinetuning, with_arguments
-from nemo_skymoe.experiments.moe_146b import FINETUNING, LORA, PRETRAINING
+from nemo_skymoe.experiments.moe_146b import FINETUNING, LORA, PRETRAINING, RECOMPUTE
 from nemo_skymoe.experiments.runs import Finetuning, Pretraining
 from nemo_skymoe.nemo.model import SkyworkMoE146BConfig
 from nemo_skymoe.recipes import _parts
@@ -20,7 +20,6 @@ from nemo_skymoe.recipes._pretrain import pretraining
 
 NAME = PRETRAINING.name
 CHECKPOINT = "nemo://Skywork/Skywork-MoE-Base"
-RECOMPUTE = [list(stage) for stage in PRETRAINING.pipeline_recompute or ()]
 
 
 @run.cli.factory(name=f"{NAME}_model")

@@ -9,9 +9,11 @@ from megatron.bridge.utils import instantiate_utils  # noqa: E402
 
 TARGETS = (
     "nemo_skymoe.bridge.checkpoint.SkyworkCheckpointManager",
+    "nemo_skymoe.bridge.data.CorpusConfig",
     "nemo_skymoe.bridge.learning_rate.ExpertLearningRate",
     "nemo_skymoe.bridge.provider.SkyworkProvider",
     "nemo_skymoe.bridge.provider.skywork_layer_spec",
+    "nemo_skymoe.bridge.schedule.SkyworkSchedulerConfig",
 )
 """All that a checkpoint's `run_config.yaml` may name of this package. Bridge makes nothing that it was not told of."""
 

@@ -35,15 +35,21 @@ class Given:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GivenFinetuning:
-    """The arguments that every finetuning recipe takes."""
+class GivenTask:
+    """The arguments that every recipe takes that finetunes in one way."""
 
     dir: Optional[str] = "runs"
     name: Optional[str] = None
     resume_path: Optional[str] = None
     scale: Optional[str] = None
-    peft_scheme: Optional[str] = "lora"
     max_lr: Optional[float] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenFinetuning(GivenTask):
+    """The arguments that every recipe takes that finetunes every parameter or adapters."""
+
+    peft_scheme: Optional[str] = "lora"
 
 
 def with_arguments(

@@ -30,6 +30,8 @@ PRETRAINING = Pretraining(
     pipeline_layout="Et*5|(t*5|)*3(t*4|)*7t*4L",
     pipeline_recompute=((0,),) * 12,
 )
+RECOMPUTE = [list(stage) for stage in PRETRAINING.pipeline_recompute or ()]
+"""The pretraining's recomputed layers as an argument of recipes."""
 LORA = Finetuning(
     name="skywork_moe_146b_finetune",
     architecture=SKYWORK_MOE_146B,

@@ -2,15 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import fiddle as fdl
-from pydantic import TypeAdapter, ValidationError
-from pydantic.errors import PydanticUserError
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo.options import options, parameters
+from nemo_skymoe.typed import checked, hints_of, kinds
 
 MISSING = "???"
 """Hydra's mark of a value that has to be given."""
@@ -29,10 +28,10 @@ def configure(section: str, factory: Callable[..., Any], values: Mapping[str, An
             another type.
     """
     check_missing(section, values)
-    parameters, hints = inspect.signature(factory).parameters, _hints(factory)
+    parameters, hints = inspect.signature(factory).parameters, hints_of(factory)
     arguments = {name: value for name, value in values.items() if name in parameters}
     made = factory(
-        **{name: _checked(f"{section}.{name}", hints.get(name), value) for name, value in arguments.items()}
+        **{name: checked(f"{section}.{name}", hints.get(name), value) for name, value in arguments.items()}
     )
     also = {f"{section}.{name}" for name in parameters}
     set_values(section, made, {k: v for k, v in values.items() if k not in parameters}, also)
@@ -42,7 +41,7 @@ def configure(section: str, factory: Callable[..., Any], values: Mapping[str, An
 def set_values(section: str, made: Any, values: Mapping[str, Any], also: Iterable[str] = ()) -> None:
     """Set `values` on a Fiddle configuration, and mappings on its parts. `also` names further options that exist."""
     known, also = parameters(made), {*options(section, made), *also}
-    hints = _hints(made.__fn_or_cls__)
+    hints = hints_of(made.__fn_or_cls__)
     for name, value in values.items():
         if name not in known:
             raise unknown("option", f"{section}.{name}", also)
@@ -55,17 +54,12 @@ def set_values(section: str, made: Any, values: Mapping[str, Any], also: Iterabl
                 f" {section}.{name}.{min(parameters(part))}=VALUE"
             )
         else:
-            setattr(made, name, _checked(f"{section}.{name}", hints.get(name), value))
+            setattr(made, name, checked(f"{section}.{name}", hints.get(name), value))
 
 
 def _replaces(hint: Any, value: Any) -> bool:
     """Say whether a plain value may replace a factory's part: None if it is optional, a name if names are allowed."""
-    return type(value) in _kinds(hint)
-
-
-def _kinds(hint: Any) -> set[Any]:
-    """Return the types of an annotation."""
-    return {hint, *get_args(hint)}
+    return type(value) in kinds(hint)
 
 
 def check_missing(section: str, value: Any) -> None:
@@ -78,30 +72,3 @@ def check_missing(section: str, value: Any) -> None:
             check_missing(section, part)
     elif value == MISSING:
         raise ConfigurationError(f"{section} is missing, expected {section}=VALUE")
-
-
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    target = function.__init__ if inspect.isclass(function) else function
-    try:
-        return get_type_hints(target)
-    except (NameError, TypeError):  # annotations of other packages that only their type checker can read
-        return {}
-
-
-def _checked(name: str, hint: Any, value: Any) -> Any:
-    """Return `value` as `hint` demands, if that is made of plain types."""
-    if hint is None:
-        return value
-    if isinstance(value, bool) and {int, float} & _kinds(hint) and bool not in _kinds(hint):
-        raise ConfigurationError(f"{name} is {value!r}, expected a number")  # which Python takes for 0 or 1
-    try:
-        adapter = TypeAdapter(hint)
-    except (PydanticUserError, TypeError):
-        return value
-    try:
-        return adapter.validate_python(value)
-    except ValidationError:
-        expected = (
-            getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("typing.", "")
-        )
-        raise ConfigurationError(f"{name} is {value!r}, expected {expected}") from None

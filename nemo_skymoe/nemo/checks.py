@@ -12,9 +12,9 @@ from nemo.lightning.pytorch.callbacks.deepep import DeepEPCallback
 from nemo.utils import logging
 from torch import nn
 
+from nemo_skymoe.checkpoint.torch_dist.fitting import check_architecture
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
-from nemo_skymoe.nemo.checkpoint import check_architecture
 from nemo_skymoe.nemo.index_check import check_data_module
 from nemo_skymoe.nemo.run_numbers import check_batches, check_numbers
 from nemo_skymoe.nemo.schedule_length import check_early_end, follow_max_steps

@@ -12,9 +12,9 @@ from nemo.lightning.pytorch.callbacks.deepep import DeepEPCallback
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.tensors.model import TensorInfo
+from nemo_skymoe.checkpoint.torch_dist.fitting import check_architecture, check_sizes
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo import checks
-from nemo_skymoe.nemo.checkpoint import check_architecture, check_sizes
 from nemo_skymoe.nemo.learning_rate import LearningRateSchedule
 from nemo_skymoe.nemo.model import SkyworkMoETinyConfig, SkyworkTinyConfig
 from nemo_skymoe.patches import lora_without_te

@@ -10,8 +10,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from nemo_skymoe.checkpoint.tensors.model import TensorInfo
+from nemo_skymoe.checkpoint.torch_dist.fitting import _store_alike, check_sizes
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.nemo.checkpoint import _store_alike, check_sizes
 from nemo_skymoe.nemo.model import SkyworkModel, SkyworkMoEModel, SkyworkMoETinyConfig, SkyworkTinyConfig
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks

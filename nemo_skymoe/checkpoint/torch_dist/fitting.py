@@ -1,4 +1,4 @@
-"""Check a NeMo 2 checkpoint against the model that will load it, and let Megatron find its layers as they are stored."""
+"""Check a checkpoint of Megatron against the model that will load it, and let Megatron find its layers as they are stored."""
 
 import logging
 from collections.abc import Mapping
@@ -7,9 +7,14 @@ from typing import Any
 
 from nemo_skymoe.architecture import layer_pattern
 from nemo_skymoe.checkpoint.tensors.model import TensorInfo
+from nemo_skymoe.checkpoint.torch_dist.layer_tensors import (
+    LAYER,
+    LEAST_OTHER_VOCABULARY,
+    expected_globals,
+    expected_layer,
+)
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.nemo.layer_tensors import LAYER, LEAST_OTHER_VOCABULARY, expected_globals, expected_layer
 
 _QKV, _ROUTER = "self_attention.linear_qkv.weight", "mlp.router.weight"
 Layers = dict[int, dict[str, tuple[int, ...]]]

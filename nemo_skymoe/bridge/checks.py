@@ -1,0 +1,75 @@
+"""Check a training of Bridge before it begins: the checkpoints that it reads, its data, and all that Bridge checks."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron.bridge.training.config import ConfigContainer, runtime_config_update
+
+from nemo_skymoe.checkpoint.run_folder import checkpoint_of
+from nemo_skymoe.checkpoint.torch_dist.fitting import check_architecture
+from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
+from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.doctor import require_supported
+from nemo_skymoe.durable.errors import CheckpointError
+
+TRACKER = "latest_train_state.pt"
+RUN_CONFIG = "run_config.yaml"
+
+
+def check(config: ConfigContainer) -> None:
+    """Run every check, and Bridge's own, which also settle what follows from other options.
+
+    Raises:
+        ConfigurationError: The training cannot work. The message names the option and what was expected.
+        CheckpointError: A checkpoint is damaged, or would build what is not allowed.
+    """
+    require_supported()
+    _check_data(config)
+    _settle(config)
+    check_start(config)
+
+
+def check_start(config: ConfigContainer) -> None:
+    """Refuse a checkpoint to start or continue from that is missing, of another model, or that builds anything else.
+
+    Bridge itself begins with random weights where the folder has no checkpoint.
+    """
+    settings = config.checkpoint
+    if settings.pretrained_checkpoint is not None:
+        _check_checkpoint(Path(settings.pretrained_checkpoint), config, "checkpoint.pretrained_checkpoint")
+    if settings.load is not None and (Path(settings.load) / TRACKER).is_file():
+        _check_checkpoint(Path(settings.load), config, "checkpoint.load")
+
+
+def _check_checkpoint(folder: Path, config: ConfigContainer, option: str) -> None:
+    try:
+        iteration = checkpoint_of(folder)
+    except CheckpointError as refused:
+        raise ConfigurationError(f"{option}: {refused}") from None
+    if not (iteration / RUN_CONFIG).is_file():
+        raise ConfigurationError(
+            f"{option} is '{folder}', which has no checkpoint of Megatron-Bridge ({RUN_CONFIG}): `skymoe upcycle --to"
+            " bridge` and `skymoe convert --to bridge` write one"
+        )
+    check_checkpoint(iteration)
+    for file in folder.glob("*.pt"):
+        check_checkpoint(file.parent)
+    if config.peft is None:
+        check_architecture(iteration, config.model)
+
+
+def _check_data(config: ConfigContainer) -> None:
+    dataset: Any = config.dataset
+    sizes = {"model.seq_length": config.model.seq_length, "dataset.seq_length": dataset.seq_length}
+    if len({*sizes.values()}) > 1:
+        said = " and ".join(f"{name} is {size}" for name, size in sizes.items())
+        raise ConfigurationError(f"{said}, expected the same: the recipe's argument seq_length sets both")
+
+
+def _settle(config: ConfigContainer) -> None:
+    try:
+        runtime_config_update(config)
+    except (AssertionError, ValueError, TypeError, NotImplementedError) as refused:
+        if isinstance(refused, ConfigurationError | CheckpointError):
+            raise
+        raise ConfigurationError(" ".join(str(refused).split()) or repr(refused)) from refused
