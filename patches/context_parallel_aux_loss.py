@@ -43,7 +43,7 @@ def needed() -> bool:
     try:
         inspect.unwrap(schedules.forward_step_calc_loss)(
             model=None,
-            output_tensor=torch.zeros(1),
+            output_tensor=torch.zeros(1, device="cpu"),  # a model may be in the making on the meta device
             loss_func=None,
             config=SimpleNamespace(
                 num_moe_experts=2, calculate_per_token_loss=False, grad_scale_func=None, timers=None
