@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# The tests of nemo_skymoe/moe, and of the names in checkpoints, with the other Megatron-Cores that it supports: tests/versions.sh [VERSION...]
-# Each is downloaded once into a folder of its own, which hides the installed one for the run.
+# The tests of what needs neither NeMo nor Megatron-Bridge, with every Megatron-Core that it supports: tests/versions.sh [VERSION...]
+# Each is downloaded once into a folder of its own, which hides the installed one for the run. 0.17 and later need Python 3.12.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-.venv/bin/python}
-[ $# -gt 0 ] || set -- 0.14.0 0.16.1
+[ $# -gt 0 ] || set -- 0.14.0 0.15.3 0.16.1 0.17.1 0.18.2 0.19.2
+tests=(tests/moe tests/pipeline tests/checkpoint tests/patches --ignore=tests/patches/nemo)
+tests+=(tests/test_config.py tests/test_unfit_options.py tests/test_ranks.py)
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
+failed=()
 for version in "$@"; do
+    case $version in
+        0.14.* | 0.15.* | 0.16.*) python=${PYTHON:-.venv/bin/python} ;;
+        *) python=${PYTHON312:-.venv-bridge/bin/python} ;;
+    esac
     folder=build/versions/megatron-core-$version
     if [ ! -d "$folder" ]; then
         rm -rf "$folder.part"
@@ -13,9 +20,11 @@ for version in "$@"; do
             --target "$folder.part" "megatron-core==$version"
         mv "$folder.part" "$folder"
     fi
-    echo "megatron-core $version"
-    export PYTHONPATH=$PWD/$folder OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
-    found=$("$python" -c "from megatron.core.package_info import __version__ as v; print(v)")
-    [ "$found" = "$version" ] || { echo "megatron-core $version is not what is imported, but $found" >&2; exit 1; }
-    "$python" -m pytest tests/moe tests/test_config.py tests/checkpoint/torch_dist/test_names.py -m "${MARKERS:-not long}"
+    export PYTHONPATH=$PWD/$folder:$PWD
+    found=$("$python" -c "import megatron.core as m; print(m.__version__, m.__file__)" 2>/dev/null)
+    [ "$found" = "${version} $PWD/$folder/megatron/core/__init__.py" ] ||
+        { echo "megatron-core $version is not what is imported, but $found" >&2; exit 1; }
+    "$python" -c "import platform, torch; print('megatron-core $version, Python', platform.python_version() + ', torch', torch.__version__)"
+    "$python" -m pytest "${tests[@]}" -m "${MARKERS:-not long}" || failed+=("$version")
 done
+[ ${#failed[@]} -eq 0 ] || { echo "tests failed with megatron-core ${failed[*]}" >&2; exit 1; }
