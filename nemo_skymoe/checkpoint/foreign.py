@@ -28,8 +28,8 @@ _MISTRAL = (
     "is in Mistral's own layout: convert it with transformers' convert_mistral_weights_to_hf.py, or give the files of the"
     " same model in Hugging Face's (config.json, model*.safetensors)"
 )
-_SAFETENSORS = (
-    r".*\.safetensors(\.index\.json)?",
+_WEIGHTS = (
+    r"(?!consolidated).*\.safetensors(\.index\.json)?|pytorch_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?",
     "is one file of a model: give its folder, with config.json",
 )
 _PART = (r".*\.distcp|\.metadata", "is one file of a checkpoint: give the folder of the whole")
@@ -50,7 +50,7 @@ _FILES: tuple[tuple[str, str], ...] = (
     ),
     (r"consolidated.*\.safetensors", _MISTRAL),
     (
-        r"(?!(rng_state|optimizer|scheduler|scaler|training_args|random_states).*).*\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?",
+        r"(?!(rng_state|optimizer|scheduler|scaler|training_args|random_states|pytorch_model(-\d{5}-of-\d{5})?\.bin).*).*\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?",
         f"is a pickle, {_SAVE_SAFE}",
     ),
     (
@@ -109,7 +109,7 @@ def refuse_path(path: Path) -> None:
     if path.is_file():
         refuse_pointer(path)
         advice = (
-            _advice(path.name, (_PART, *_FILES, _SAFETENSORS))
+            _advice(path.name, (_PART, _WEIGHTS, *_FILES))
             or _advice_by_content(path)
             or "is a file: give the folder of a checkpoint"
         )

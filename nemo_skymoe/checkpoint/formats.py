@@ -15,7 +15,7 @@ from nemo_skymoe.checkpoint.config_values import read_json
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config
 from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
-from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
+from nemo_skymoe.checkpoint.hugging_face.storage import open_storage
 from nemo_skymoe.checkpoint.tensors.mapping import StoredWeights
 from nemo_skymoe.checkpoint.tensors.model import Storage
 from nemo_skymoe.checkpoint.torch_dist import options
@@ -60,7 +60,7 @@ def form_of(folder: Path) -> str:
     if (folder / CONFIG).is_file():
         check_backend(folder / CONFIG)
     names = sorted(path.name for path in folder.iterdir())
-    weights = [name for name in names if name.endswith(".safetensors")]
+    weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
     has = (
         f"has '{weights[0]}' but no config.json"
         if weights
@@ -114,9 +114,9 @@ def _in_context(folder: Path) -> Path | None:
 
 FORMATS = {
     "hf": Format(
-        "Hugging Face safetensors",
+        "Hugging Face",
         "config.json",
-        SafetensorsStorage,
+        open_storage,
         _open_hugging_face,
         lambda folder: folder,
     ),

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.checkpoint.foreign import MERGE
+from nemo_skymoe.checkpoint.hugging_face.fp8 import block_of
 from nemo_skymoe.durable.errors import CheckpointError
 
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _QUANTISED_TENSORS: tuple[tuple[str, str], ...] = (
-    (".weight_scale_inv", "block-scaled FP8 (DeepSeek's)"),
     (".qweight", "GPTQ or AWQ"),
     (".qzeros", "GPTQ or AWQ"),
     (".weight.absmax", "bitsandbytes in 4 bits"),
@@ -30,7 +30,7 @@ _ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_v
 _EMBEDDING = "embed_tokens.weight"
 _WHOLE = "model."
 _UNQUANTISE = (
-    "only FP8 with one weight_scale a tensor is read here: give the checkpoint in bfloat16 that it was made from, or one"
+    "only FP8 with scales by tensor or block is read here: give the checkpoint in bfloat16 that it was made from, or one"
     " that was dequantised and saved anew"
 )
 _WHOLE_NUMBERS = ("int8", "uint8", "int32", "uint32", "int16", "uint16")
@@ -91,7 +91,12 @@ def check_quantization(name: str, config: Any, wrong: Callable[[str, str], Check
     if config is None:
         return
     method = config.get("quant_method") if isinstance(config, dict) else None
-    if isinstance(config, dict) and method == "fp8" and not config.get("weight_block_size"):
-        return
-    kind = f"quant_method {method!r}" if method != "fp8" else "FP8 with a scale for each block"
-    raise wrong(name, f"none, or quant_method 'fp8' with one scale a tensor; {kind}: {_UNQUANTISE}")
+    if method != "fp8":
+        raise wrong(
+            name,
+            f"none, or quant_method 'fp8' with scales by tensor or block; quant_method {method!r}: {_UNQUANTISE}",
+        )
+    try:
+        block_of({name: config})
+    except ValueError as reason:
+        raise wrong(name, f"FP8 with scales by tensor or block; {reason}") from None

@@ -10,9 +10,9 @@ from pathlib import Path
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import configuration
 from nemo_skymoe.checkpoint.hugging_face.foreign_tensors import refuse_foreign_tensors, refuse_quantised_files
-from nemo_skymoe.checkpoint.hugging_face.fp8 import EIGHT_BITS, SCALE, Dequantized
+from nemo_skymoe.checkpoint.hugging_face.fp8 import BLOCK_SCALES, EIGHT_BITS, SCALE, Dequantized, block_of
 from nemo_skymoe.checkpoint.hugging_face.names import EMBEDDING, HEAD, chunks
-from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
+from nemo_skymoe.checkpoint.hugging_face.storage import open_storage
 from nemo_skymoe.checkpoint.tensors.mapping import StoredWeights, listed
 from nemo_skymoe.checkpoint.tensors.model import ITEM_SIZES, TensorInfo
 from nemo_skymoe.checkpoint.tensors.redundant import one_embedding, without_buffers
@@ -42,11 +42,14 @@ def open_hugging_face(folder: Path) -> tuple[StoredWeights, Description]:
     """
     description = configuration.read(folder)
     refuse_quantised_files(folder)
-    storage = SafetensorsStorage(folder)
+    storage = open_storage(folder)
     refuse_foreign_tensors(folder, {name: info.dtype for name, info in storage.tensors.items()})
     storage = without_buffers(_without_ignored(storage), description)
-    if any(name.endswith(SCALE) or info.dtype in EIGHT_BITS for name, info in storage.tensors.items()):
-        storage = Dequantized(storage)
+    if any(
+        name.endswith((SCALE, BLOCK_SCALES)) or info.dtype in EIGHT_BITS
+        for name, info in storage.tensors.items()
+    ):
+        storage = Dequantized(storage, block_of(description.raw))
     _check_types(storage)
     tied = description.architecture.tied_embeddings
     storage = one_embedding(storage, embedding=EMBEDDING, head=HEAD, tied=tied)

@@ -1,20 +1,15 @@
-"""Folders of safetensors files as Hugging Face lays them out, read without trusting a byte of their headers.
-
-The library's own `get_slice` does not say where in the file a tensor is, which checksums need; it takes a header that has
-a name twice; and it maps the file: copies took twice the time, and the memory of the whole file.
-"""
+"""Folders of weights as Hugging Face lays them out: safetensors, or what `torch.save` writes, read as data alone."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_skymoe.checkpoint import foreign
+from nemo_skymoe.checkpoint.hugging_face.safetensors_header import LONGEST_HEADER, parse_json, read_header
 from nemo_skymoe.checkpoint.tensors.buffers import empty
 from nemo_skymoe.checkpoint.tensors.mapping import listed
 from nemo_skymoe.checkpoint.tensors.model import TensorInfo
@@ -26,171 +21,143 @@ from nemo_skymoe.checkpoint.tensors.regions import (
     first_element,
     tensor_bytes,
 )
+from nemo_skymoe.checkpoint.tensors.saved_tensor import ARCHIVE, SavedTensor, find_tensors
 from nemo_skymoe.durable.errors import CheckpointError
-from nemo_skymoe.durable.reading import are_sizes, member, read_bytes, read_into
+from nemo_skymoe.durable.reading import member, read_bytes, read_into
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "C64": "complex64",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-"""The format's names of data types, and torch's."""
-LONGEST_HEADER = 100_000_000
-"""Bytes; the format's own limit."""
-_NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+PICKLED = "pytorch_model.bin"
 
 
 @dataclass(frozen=True)
-class _Place:
-    file: Path
-    start: int
-    shape: tuple[int, ...]
-    dtype: str
+class _Kind:
+    """A kind of files with weights: the name of a single one, that of the index of several, and theirs."""
 
-    @property
-    def stop(self) -> int:
-        return self.start + prod(self.shape) * DTYPE_SIZES[self.dtype]
+    single: str
+    index: str
+    numbered: re.Pattern[str]
+    read: Callable[[Path], dict[str, SavedTensor]]
+    """Returns the tensors of a file by name."""
+
+    def has(self, name: str) -> bool:
+        """Say whether a file of this name holds weights, or the index of some."""
+        return name in (self.single, self.index) or self.numbered.fullmatch(name) is not None
 
 
-class SafetensorsStorage:
-    """`model.safetensors`, or the shards that `model.safetensors.index.json` names. Reads headers only.
+class HuggingFaceStorage:
+    """The tensors of a folder: of one file with weights, or of the shards that an index names.
 
     Raises:
-        CheckpointError: A file is missing, truncated, not what its header or the index says, or a pickle.
+        CheckpointError: A file is missing, truncated, or not what its header or the index says.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, kind: _Kind):
         self.folder = Path(folder)
-        index = self.folder / INDEX
-        shards = _shards(self.folder)
+        index = self.folder / kind.index
+        shards = _shards(self.folder, kind)
         self.files = (*shards, index) if index.is_file() else tuple(shards)
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, tuple[Path, SavedTensor]] = {}
         for shard, indexed in shards.items():
-            places = read_header(shard)
-            _check_index(shard, indexed, places.keys())
+            places = kind.read(shard)
+            _check_index(shard, kind.index, indexed, places.keys())
             twice = self._places.keys() & places.keys()
             if twice:
                 raise CheckpointError(f"'{shard}' holds '{min(twice)}', as another shard does")
-            self._places |= places
+            self._places |= {name: (shard, place) for name, place in places.items()}
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(place.shape, place.dtype) for name, place in self._places.items()
+            name: TensorInfo(place.shape, place.dtype) for name, (_, place) in self._places.items()
         }
 
     def extents(self, file: Path) -> list[Extent]:
-        """Return the tensors of one file by position."""
-        held = [
-            Extent(name, place.dtype, place.start, place.stop)
-            for name, place in self._places.items()
-            if place.file == file
-        ]
-        return sorted(held, key=lambda extent: extent.start)
+        """Return the tensors of one file by position; where several lie in the same place, the first of them."""
+        held = sorted(
+            (place.start, place.stop, name, place.dtype)
+            for name, (its_file, place) in self._places.items()
+            if its_file == file
+        )
+        extents: list[Extent] = []
+        for start, stop, name, dtype in held:
+            if not extents or start >= extents[-1].stop:
+                extents.append(Extent(name, dtype, start, stop))
+        return extents
 
     def read(self, name: str, index: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
         """Read as `Storage.read` says."""
-        place = self._places[name]
+        file, place = self._places[name]
         region = box(place.shape, index, rows)
         tensor = empty(box_shape(region, index), place.dtype)
         start = place.start + first_element(region, place.shape) * DTYPE_SIZES[place.dtype]
-        read_into(place.file, start, tensor_bytes(tensor))
+        read_into(file, start, tensor_bytes(tensor))
         return tensor
 
 
-def read_header(file: Path) -> dict[str, _Place]:
-    """Return the tensors of one safetensors file, of which every byte is checked to be accounted for."""
-    size = file.stat().st_size
-    if size < 8:
-        raise CheckpointError(f"'{file}' is truncated: {size} bytes, expected a safetensors header")
-    length = int.from_bytes(read_bytes(file, 0, 8), "little")
-    if not 2 <= length <= min(LONGEST_HEADER, size - 8):
-        raise CheckpointError(
-            f"'{file}' claims a header of {length:,} bytes, expected 2 to {min(LONGEST_HEADER, size - 8):,}"
-        )
-    header = parse_json(read_bytes(file, 8, length), file)
-    header.pop("__metadata__", None)
-    places: dict[str, _Place] = {}
-    position = 8 + length
-    entries = [(_entry(file, name, value), name) for name, value in header.items()]
-    for (offsets, shape, dtype), name in sorted(entries):
-        place = _Place(file, 8 + length + offsets[0], shape, dtype)
-        if place.start != position:
-            kind = "overlaps the tensor before it" if place.start < position else "follows a hole"
-            raise CheckpointError(f"'{name}' in '{file}' {kind}")
-        if place.stop != 8 + length + offsets[1]:
+class SafetensorsStorage(HuggingFaceStorage):
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` names. Reads headers only.
+
+    Raises:
+        CheckpointError: As for every storage, or the weights are pickles, which a library would unpickle.
+    """
+
+    def __init__(self, folder: Path):
+        if (kind := _kind_of(Path(folder))) is _PICKLED:
             raise CheckpointError(
-                f"'{name}' in '{file}' is {offsets[1] - offsets[0]:,} bytes, expected"
-                f" {place.stop - place.start:,} for {dtype} of shape {list(shape)}"
+                f"'{folder}' has its weights in pickles ('{kind.single}'): make safetensors of them with skymoe convert"
+                f" {folder} FOLDER --to hf"
             )
-        places[name], position = place, place.stop
-    if position != size:
-        raise CheckpointError(f"'{file}' is {size:,} bytes, expected {position:,} by its header")
-    return places
+        super().__init__(folder, kind)
 
 
-def parse_json(data: bytes, file: Path) -> dict[str, Any]:
-    """Read a JSON object, and refuse repeated names."""
+def open_storage(folder: Path) -> HuggingFaceStorage:
+    """Open the tensors of a folder: its safetensors or, without any, its `pytorch_model.bin` or the shards of it.
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a name occurs twice")
-        return result
+    The latter are pickles. Their description is read as data, and their tensors from where it says that they are:
+    nothing is imported, built or called.
 
-    try:
-        result = json.loads(data.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as reason:
-        raise CheckpointError(f"'{file}' has no valid JSON where expected: {reason}") from None
-    if not isinstance(result, dict):
-        raise CheckpointError(f"'{file}' holds a JSON {type(result).__name__}, expected an object")
-    return result
+    Raises:
+        CheckpointError: As for every storage; a pickle refers to anything but tensors.
+    """
+    return HuggingFaceStorage(folder, _kind_of(Path(folder)))
 
 
-def _entry(file: Path, name: str, value: object) -> tuple[tuple[int, int], tuple[int, ...], str]:
-    """Return offsets, shape and torch's data type of a header's entry."""
-    entry = value if isinstance(value, dict) else {}
-    shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
-    if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"'{name}' in '{file}' has the shape {shape!r} and offsets {offsets!r}")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+def _kind_of(folder: Path) -> _Kind:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    safetensors, pickled = (any(map(kind.has, names)) for kind in (_SAFETENSORS, _PICKLED))
+    return _PICKLED if pickled and not safetensors else _SAFETENSORS
+
+
+def _read_pickled(file: Path) -> dict[str, SavedTensor]:
+    if read_bytes(file, 0, min(len(ARCHIVE), file.stat().st_size)) != ARCHIVE:
         raise CheckpointError(
-            f"'{name}' in '{file}' is of data type {dtype!r}, expected one of {', '.join(DTYPES)}"
+            f"'{file}' is not an archive as torch.save writes since torch 1.6: load it with the torch that wrote it, and"
+            " save the model as safetensors"
         )
-    return (offsets[0], offsets[1]), tuple(shape), DTYPES[dtype]
+    return find_tensors(file)
 
 
-def _shards(folder: Path) -> dict[Path, set[str] | None]:
+_SAFETENSORS = _Kind(SINGLE, INDEX, re.compile(r"model-\d{5}-of-\d{5}\.safetensors"), read_header)
+_PICKLED = _Kind(
+    PICKLED, f"{PICKLED}.index.json", re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin"), _read_pickled
+)
+
+
+def _shards(folder: Path, kind: _Kind) -> dict[Path, set[str] | None]:
     """Return the files of a model by name, each with the tensors that the index says it holds, if there is one."""
     if not folder.is_dir():
         raise CheckpointError(f"'{folder}' is not a folder")
     names = sorted(path.name for path in folder.iterdir())
-    index = folder / INDEX
-    if INDEX not in names:
-        if SINGLE in names:
-            return {member(folder, SINGLE, folder): None}
-        raise CheckpointError(_what_is_missing(folder, names))
-    if SINGLE in names:
-        raise CheckpointError(f"'{folder}' has both '{SINGLE}' and '{INDEX}': delete the one that is stale")
-    index = member(folder, INDEX, folder)
+    if kind.index not in names:
+        if kind.single in names:
+            return {member(folder, kind.single, folder): None}
+        raise CheckpointError(_what_is_missing(folder, names, kind))
+    if kind.single in names:
+        raise CheckpointError(
+            f"'{folder}' has both '{kind.single}' and '{kind.index}': delete the one that is stale"
+        )
+    index = member(folder, kind.index, folder)
     if (size := index.stat().st_size) > LONGEST_HEADER:
         raise CheckpointError(f"'{index}' is {size:,} bytes, expected at most {LONGEST_HEADER:,}")
     weight_map = parse_json(read_bytes(index, 0, size), index).get("weight_map")
@@ -199,25 +166,27 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
     shards: dict[Path, set[str] | None] = {}
     for shard in sorted(set(map(str, weight_map.values()))):
         shards[member(folder, shard, index)] = {name for name, file in weight_map.items() if file == shard}
-    strays = {name for name in names if _NUMBERED.fullmatch(name)} - {shard.name for shard in shards}
+    strays = {name for name in names if kind.numbered.fullmatch(name)} - {shard.name for shard in shards}
     if strays:
         raise CheckpointError(
-            f"'{folder / min(strays)}' is not in '{INDEX}': delete it if it is left from another save"
+            f"'{folder / min(strays)}' is not in '{kind.index}': delete it if it is left from another save"
         )
     return shards
 
 
-def _what_is_missing(folder: Path, names: list[str]) -> str:
+def _what_is_missing(folder: Path, names: list[str], kind: _Kind) -> str:
     foreign.refuse_folder(folder, is_model=False)
-    shards = [name for name in names if name.endswith(".safetensors")]
-    found = f"'{shards[0]}' but no '{INDEX}'" if shards else f"neither '{SINGLE}' nor '{INDEX}'"
+    shards = [name for name in names if name.endswith(Path(kind.single).suffix)]
+    found = (
+        f"'{shards[0]}' but no '{kind.index}'" if shards else f"neither '{kind.single}' nor '{kind.index}'"
+    )
     return f"'{folder}' has {found}: expected a complete Hugging Face model"
 
 
-def _check_index(shard: Path, indexed: set[str] | None, held: Any) -> None:
+def _check_index(shard: Path, index: str, indexed: set[str] | None, held: Any) -> None:
     if indexed is None:
         return
     problems = [f"'{name}' is in the index only" for name in sorted(indexed - held)]
     problems += [f"'{name}' is not in the index" for name in sorted(held - indexed)]
     if problems:
-        raise CheckpointError(f"'{shard}' and '{INDEX}' differ: {listed(problems)}")
+        raise CheckpointError(f"'{shard}' and '{index}' differ: {listed(problems)}")

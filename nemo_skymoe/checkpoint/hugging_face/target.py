@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from types import MappingProxyType
 
-from nemo_skymoe.checkpoint.hugging_face.storage import DTYPES, INDEX, SINGLE
+from nemo_skymoe.checkpoint.hugging_face.safetensors_header import DTYPES
+from nemo_skymoe.checkpoint.hugging_face.storage import INDEX, SINGLE
 from nemo_skymoe.checkpoint.tensors.mapping import Chunk, assemble
 from nemo_skymoe.checkpoint.tensors.model import Weights
 from nemo_skymoe.checkpoint.tensors.regions import tensor_bytes

@@ -21,7 +21,7 @@ from nemo_skymoe.checkpoint.tensors.regions import (
     first_element,
     tensor_bytes,
 )
-from nemo_skymoe.checkpoint.torch_dist.saved_tensor import SavedTensor, find_tensor
+from nemo_skymoe.checkpoint.tensors.saved_tensor import SavedTensor, find_tensor
 from nemo_skymoe.checkpoint.untrusted import inert_pickle
 from nemo_skymoe.checkpoint.untrusted.inert_pickle import Global, Record
 from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError

@@ -1,7 +1,11 @@
-"""A Hugging Face folder's tensors by meaning, read with safetensors' own reader."""
+"""A Hugging Face folder's tensors by meaning, read with safetensors' own reader, or with torch's for tensors alone."""
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,14 +17,16 @@ from nemo_skymoe.durable.errors import CheckpointError
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
-_BESIDE_WEIGHTS = ("inv_freq", "_scale")
+_BESIDE_WEIGHTS = ("inv_freq", "_scale", "_scale_inv")
+_PICKLE = ".bin"
 
 
 class HuggingFaceModel:
     """Llama's names for a dense model; the release's or its authors' for an MoE. 8 bits are read as bfloat16.
 
     Args:
-        folder: With `model.safetensors.index.json`, or a single safetensors file.
+        folder: With `model.safetensors.index.json`, a single safetensors file, or the same of `pytorch_model.bin`. Those
+            are pickles: check the folder with `open_storage`, which refuses all but tensors, before it is opened here.
         architecture: It says whether embedding and head are tied, so that either may be stored, or both.
 
     Raises:
@@ -35,8 +41,8 @@ class HuggingFaceModel:
 
     @property
     def has_eight_bits(self) -> bool:
-        """Whether some weights are stored in 8 bits, each with a scale beside it."""
-        return any(f"{name}_scale" in self._files for name in self._files)
+        """Whether some weights are stored in 8 bits, each with its scales beside it."""
+        return any(name.endswith((".weight_scale", ".weight_scale_inv")) for name in self._files)
 
     @property
     def head_stands_for_both(self) -> bool:
@@ -94,32 +100,71 @@ class HuggingFaceModel:
             if weight in self._files:
                 self._read.add(weight)
                 tensor = self._open(weight)
-                if tensor.dtype in _EIGHT_BITS:
-                    return (tensor.float() * self._open(f"{weight}_scale").float().item()).bfloat16()
-                return tensor
+                return self._widened(weight, tensor) if tensor.dtype in _EIGHT_BITS else tensor
         raise KeyError(f"{names[0]}.weight")
 
+    def _widened(self, weight: str, tensor: Tensor) -> Tensor:
+        if f"{weight}_scale" in self._files:
+            return (tensor.float() * self._open(f"{weight}_scale").float().item()).bfloat16()
+        quantization = json.loads((self.folder / "config.json").read_text())["quantization_config"]
+        scales = self._open(f"{weight}_scale_inv").float()
+        blocks = torch.ones(quantization["weight_block_size"])
+        rows, columns = tensor.shape
+        return (tensor.float() * torch.kron(scales, blocks)[:rows, :columns]).bfloat16()
+
     def _open(self, name: str) -> Tensor:
-        with safe_open(self.folder / self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        with _opened(self.folder / self._files[name]) as tensors:
+            return tensors[name]
 
     def problems(self) -> list[str]:
         """Return the tensors that nobody asked for."""
         return [f"'{name}' has no place in the model" for name in sorted(self._files.keys() - self._read)]
 
 
+class _Safetensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for."""
+
+    def __init__(self, file: Any):
+        self._file, self._names = file, list(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Mapping[str, Tensor]]:
+    """Open a file of weights, of which nothing but what is asked for is read."""
+    try:
+        if file.suffix != _PICKLE:
+            with safe_open(file, framework="pt") as opened:
+                yield _Safetensors(opened)
+            return
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, SafetensorError, RuntimeError) as reason:
+        raise CheckpointError(f"'{file}' cannot be read as safetensors: {reason}") from None
+    except UnpicklingError:  # at length, torch would say how to load it unsafely
+        raise CheckpointError(f"'{file}' holds other things than tensors") from None
+    yield tensors
+
+
 def _placed(folder: Path) -> dict[str, str]:
     """Return the file of every tensor."""
-    index = folder / "model.safetensors.index.json"
+    pattern = "*.safetensors" if any(folder.glob("*.safetensors")) else f"pytorch_model*{_PICKLE}"
+    index = folder / (
+        "model.safetensors.index.json" if pattern == "*.safetensors" else "pytorch_model.bin.index.json"
+    )
     indexed = _weight_map(index) if index.is_file() else None
-    files = sorted(set(indexed.values()) if indexed else (path.name for path in folder.glob("*.safetensors")))
+    files = sorted(set(indexed.values()) if indexed else (path.name for path in folder.glob(pattern)))
     placed: dict[str, str] = {}
     for file in files:
-        try:
-            with safe_open(folder / file, framework="pt") as opened:
-                placed |= dict.fromkeys(opened.keys(), file)
-        except (OSError, SafetensorError) as reason:
-            raise CheckpointError(f"'{folder / file}' cannot be read as safetensors: {reason}") from None
+        with _opened(folder / file) as tensors:
+            placed |= dict.fromkeys(tensors, file)
     if indexed is not None and placed != indexed:
         wrong = sorted(set(placed.items()) ^ set(indexed.items()))
         raise CheckpointError(f"'{index}' and the files disagree on '{wrong[0][0]}'")

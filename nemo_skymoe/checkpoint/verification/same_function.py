@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemo_skymoe.checkpoint.formats import form_of
 from nemo_skymoe.checkpoint.hugging_face import configuration
+from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of, receipt_folder
 from nemo_skymoe.checkpoint.sources import Source, open_source
 from nemo_skymoe.checkpoint.verification.files import written_receipt
@@ -111,6 +112,7 @@ def _transformers_logits(folder: Path, token_ids: Tensor) -> Tensor:
     from nemo_skymoe.checkpoint.hugging_face.export.configuration_skywork import SkyworkConfig
     from nemo_skymoe.checkpoint.hugging_face.export.modeling_skywork import SkyworkForCausalLM
 
+    SafetensorsStorage(folder)  # says how to make some of pickles
     description = configuration.read(folder)
     stored = HuggingFaceModel(folder, description.architecture)
     if stored.has_eight_bits:

@@ -11,7 +11,7 @@ from nemo_skymoe.checkpoint import foreign
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.formats import describe_torch_dist
 from nemo_skymoe.checkpoint.hugging_face import configuration
-from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
+from nemo_skymoe.checkpoint.hugging_face.storage import open_storage
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of, receipt_folder
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.checkpoint.verification.comparison import Comparison, compare, said
@@ -82,7 +82,7 @@ def _open(folder: Path, config: Path | None = None) -> tuple[HuggingFaceModel | 
     _refuse_what_is_no_checkpoint(folder)
     # The storages refuse what is damaged, pickles, and metadata that would run code.
     if (folder / "config.json").is_file():
-        SafetensorsStorage(folder)
+        open_storage(folder)
         description = configuration.read(folder)
         return HuggingFaceModel(folder, description.architecture), description
     storage = TorchDistStorage(folder)

@@ -1,4 +1,4 @@
-"""The FP8 release's form as a source: every tensor times its own scale, rounded to bfloat16 once."""
+"""FP8 as a source, by tensor (the release's form) and by block: numbers times their scale, rounded to bfloat16 once."""
 
 import json
 import logging
@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_skymoe.checkpoint import convert
+from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.hugging_face.fp8 import Dequantized
 from nemo_skymoe.checkpoint.hugging_face.opening import open_hugging_face
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.tensors.model import Key
+from nemo_skymoe.checkpoint.verification.verifier import verify
 from nemo_skymoe.config import ConfigurationError
 from tests.checkpoint import hf_models
 from tests.checkpoint.fakes import DictStorage
@@ -103,4 +107,69 @@ def test_refused_when_read(scale: float):
     with pytest.raises(
         ConfigurationError, match=r"'w1\.weight_scale' in 'in-memory' is .*, expected a positive"
     ):
+        storage.read(WEIGHT)
+
+
+def test_every_code_in_any_block():
+    """Blocks that do not divide the tensor, against a product that is written out."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes.view(torch.float8_e4m3fn).reshape(16, 16)[:, :13].contiguous()
+    rows, columns = 5, 4
+    scales = torch.rand(4, 4) + 0.1
+    storage = Dequantized(DictStorage({WEIGHT: codes, f"{WEIGHT}_scale_inv": scales}), (rows, columns))
+    expected = torch.stack(
+        [
+            torch.stack([codes[i, j].float() * scales[i // rows, j // columns] for j in range(13)])
+            for i in range(16)
+        ]
+    ).to(torch.bfloat16)
+    reads = (((), None), ((), (3, 9)), ((), (0, 0)), ((7,), None), ((7,), (2, 9)), ((7, 3), None))
+    for index, wanted in reads:
+        part = expected[index] if wanted is None else expected[index][wanted[0] : wanted[1]]
+        found = storage.read(WEIGHT, index, wanted)
+        assert found.shape == part.shape
+        assert torch.equal(found.view(torch.int16), part.view(torch.int16)), (index, wanted)
+
+
+def by_block(folder: Path, block: tuple[int, int]) -> None:
+    """A dense model whose projections are stored in blocks of 8 bits, as Qwen3 and DeepSeek-V3 are."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in hf_models.skywork_dense(folder).items():
+        stored[name] = tensor
+        if "proj" in name:
+            sizes = [-(-size // side) for size, side in zip(tensor.shape, block, strict=True)]
+            scales = torch.rand(sizes) + 0.5
+            spread = torch.kron(scales, torch.ones(block))[: tensor.shape[0], : tensor.shape[1]]
+            stored[name] = (tensor.float() / spread).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scales
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
+    for file in folder.iterdir():
+        file.unlink()
+    hf_models.save(folder, stored, config)
+
+
+def test_a_model_in_blocks_is_converted_and_verified(tmp_path: Path):
+    by_block(tmp_path / "model", (24, 40))
+    for to in ("hf", "nemo"):
+        convert.plan({"base": open_source(tmp_path / "model")}, TargetOptions(to)).run(tmp_path / to)
+        assert verify({"base": tmp_path / "model"}, tmp_path / to).problems == []
+
+
+def test_blocks_that_do_not_fit_are_refused():
+    scales = f"{WEIGHT}_scale_inv"
+    for block, tensors, message in (
+        (
+            (2, 1),
+            GOOD | {f"{WEIGHT}_scale": None, scales: torch.ones(1, 1)},
+            r"expected \[1, 2\] for blocks of \[2, 1\]",
+        ),
+        ((2, 2), GOOD, "'w1.weight_scale_inv' is missing"),
+        (None, GOOD | {f"{WEIGHT}_scale": None, scales: torch.ones(1, 1)}, "has the scales of blocks"),
+    ):
+        named = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        with pytest.raises(ConfigurationError, match=message):
+            Dequantized(DictStorage(named), block)
+    storage = Dequantized(DictStorage({WEIGHT: GOOD[WEIGHT], scales: torch.tensor([[1.0, -2.0]])}), (2, 1))
+    with pytest.raises(ConfigurationError, match=r"is -2\.0, expected a positive number"):
         storage.read(WEIGHT)

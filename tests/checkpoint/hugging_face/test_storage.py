@@ -258,7 +258,8 @@ def test_refuses_stale_shards_and_ambiguity(folder: Path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pytorch_model.bin", "is a pickle, which runs code.*safe_serialization=True"),
+        ("pytorch_model.bin", "has its weights in pickles.*skymoe convert"),
+        ("pytorch_model.pt", "is a pickle, which runs code.*safe_serialization=True"),
         ("consolidated.00.pth", "is a pickle"),
         ("model-00001-of-00002.safetensors", "but no .model.safetensors.index.json."),
         ("readme.md", "neither"),
