@@ -54,10 +54,10 @@ def verify(
     Raises:
         ConfigurationError: There is no receipt, or the sources are not those that it names.
     """
-    target = checkpoint_of(target)
-    written = receipt_folder(target)
+    # A damaged folder of a run may not say any more which checkpoint is its last.
+    written = target if (target / RECEIPT).is_file() else receipt_folder(checkpoint_of(target))
     if not (written / RECEIPT).is_file():
-        _refuse_what_is_no_checkpoint(target)
+        _refuse_what_is_no_checkpoint(checkpoint_of(target))
     upcycling = written_receipt(written)["job"]["upcycling"]
     _check_names(sources, upcycling)
     models: dict[str, Any] = {}
@@ -66,6 +66,7 @@ def verify(
         models[name], descriptions[name] = _open(checkpoint_of(folder), config)
     expected = _expected(descriptions["base"], upcycling)
     try:
+        target = checkpoint_of(target)
         found, description = _open(target)
     except Exception as problem:  # of a damaged folder; libraries raise whatever happens to fail
         return Comparison(problems=[f"'{target}' cannot be read: {said(problem)}", *file_problems(written)])
