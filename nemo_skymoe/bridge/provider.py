@@ -93,17 +93,21 @@ class SkyworkProvider(SkyworkOptions, _FinalizedProvider):
         SkyworkOptions.__post_init__(self)
 
     def _apply_layout(self) -> None:
-        layout = self.pipeline_model_parallel_layout
+        layout, recompute = self.pipeline_model_parallel_layout, self.pipeline_recompute
+        if recompute is not None and not _is_plan(recompute):
+            raise ConfigurationError(
+                f"pipeline_recompute is {recompute!r}, expected a list of each stage's recomputed layers by virtual stage"
+            )
         if isinstance(layout, PipelineParallelLayerLayout):  # Bridge finalises more than once
             layout = layout.input_data
         if layout is None:
-            if self.pipeline_recompute is not None:
+            if recompute is not None:
                 raise ConfigurationError(
                     "pipeline_recompute says what each stage recomputes, but pipeline_model_parallel_layout is None:"
                     " expected the layout that it belongs to"
                 )
         elif isinstance(layout, str):
-            apply_layout(self, layout, self.pipeline_recompute)
+            apply_layout(self, layout, recompute)
 
     def provide(self, *args: Any, **kwargs: Any) -> Any:
         """Return one chunk of the model, with what is not trained frozen before DDP and the optimizer see it."""
@@ -120,6 +124,11 @@ class SkyworkProvider(SkyworkOptions, _FinalizedProvider):
         if self.pipeline_recompute is not None:
             apply_recompute(model, self.pipeline_recompute)
         return model
+
+
+def _is_plan(value: Any) -> bool:
+    rows = value if isinstance(value, list | tuple) else [None]
+    return all(isinstance(row, list | tuple) and all(type(count) is int for count in row) for row in rows)
 
 
 def provider_of(architecture: Architecture, **options: Any) -> SkyworkProvider:

@@ -11,7 +11,7 @@ from megatron.bridge.training.config import ConfigContainer
 from nemo_skymoe.bridge.callback import with_callback
 from nemo_skymoe.bridge.checkpoint import manager_name
 from nemo_skymoe.bridge.forward import forward_step
-from nemo_skymoe.patches import bridge_compiled_helpers, bridge_cpu
+from nemo_skymoe.patches import bridge_compiled_helpers, bridge_cpu, chained_optimizers
 
 
 def pretrain(
@@ -55,6 +55,7 @@ def _train(
 ) -> None:
     bridge_cpu.apply()
     bridge_compiled_helpers.apply()
+    chained_optimizers.apply()
     config.checkpoint.custom_manager_class = manager_name()
     given: Any = with_callback(callbacks, config.model)
     train(config, forward_step_func, callbacks=given)

@@ -12,7 +12,7 @@ from megatron.core.utils import unwrap_model
 from nemo_skymoe.bridge.callback import SkyworkMoECallback
 from nemo_skymoe.bridge.checkpoint import coefficients_of
 from nemo_skymoe.bridge.training import pretrain
-from tests.moe.worlds import parameters
+from tests.moe.worlds import global_shape, local_part, parameters, weight
 
 
 @dataclass
@@ -76,6 +76,13 @@ def optimizer_tensors(optimizer: Any) -> list[torch.Tensor]:
     weights = [weight for one in inner for group in one.param_groups for weight in group["params"]]
     kept = [one.state[weight] for one in inner for group in one.param_groups for weight in group["params"]]
     return weights + [state[name] for state in kept for name in sorted(state) if torch.is_tensor(state[name])]
+
+
+def start_alike(context: CallbackContext) -> None:
+    """Give every parameter the weights that its global name stands for: the same model in every layout."""
+    for name, parameter in parameters(unwrap_model(context.model)).items():
+        whole = weight(name, global_shape(name, parameter))
+        parameter.data.copy_(local_part(name, parameter, whole))
 
 
 def train(config: ConfigContainer, recorder: Recorder | None = None, **callback: Any) -> Record:

@@ -1,9 +1,14 @@
 """A run that Bridge resumes continues bit for bit: losses, weights, optimizer and coefficients, from every kind of checkpoint."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import nemo_skymoe.bridge  # noqa: F401  (before Bridge is imported)
 from nemo_skymoe.ranks import run_ranks
@@ -18,6 +23,7 @@ EDP = {
     "sequence_parallel": True,
 }
 STAGES = {"pipeline_model_parallel_size": 2}
+DROPLESS = {"moe_expert_capacity_factor": None}  # a capacity counts the tokens of a rank
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
     "edp": (2, EDP),
@@ -60,3 +66,48 @@ def test_a_resumed_run_is_the_run_left_alone(layout: str, kind: str, tmp_path: P
         assert same_bits(rest.optimizer, whole.optimizer) and rest.optimizer
     if kind == "only the last two":
         assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000004", "iter_0000005"]
+
+
+RESHARDABLE = KINDS["reshardable"]
+
+
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint, whole."""
+    [reader] = [FileSystemReader(path) for path in sorted(folder.glob("iter_*"))[-1:]]
+    described = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in described.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    torch.distributed.checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def common_state(folder: Path) -> dict[str, Any]:
+    """What the last checkpoint has beside tensors."""
+    [path] = sorted(folder.glob("iter_*"))[-1:]
+    return load_common_state_dict(str(path))
+
+
+@every(("before", "after"), [("one rank", "edp"), ("edp", "pipeline"), ("pipeline", "one rank")])
+def test_another_layout_continues_from_the_same_bits(before: str, after: str, tmp_path: Path):
+    """The state is loaded under another TP, EP and PP, and saved again; then training goes on from it."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    ranks, model = LAYOUTS[before]
+    trained = run(ranks, {**model, **DROPLESS}, first, steps=3, **RESHARDABLE)
+    ranks, model = LAYOUTS[after]
+    again = {"load": str(first), "save": str(second), "save_interval": 1000, **RESHARDABLE}
+    run(ranks, {**model, **DROPLESS}, None, steps=3, **again)
+    old, new = saved_tensors(first), saved_tensors(second)
+    assert old.keys() == new.keys() and any("exp_avg" in name for name in old)
+    assert [name for name in old if not torch.equal(old[name], new[name])] == []
+    key = ("opt_param_scheduler", "skywork_moe", "aux_loss_coefficients")
+    kept = [functools.reduce(dict.__getitem__, key, common_state(folder)) for folder in (first, second)]
+    expected = {layer: value for record in trained for layer, value in record.coefficients[-1].items()}
+    assert kept == [expected, expected] and len({0.01, *expected.values()}) == 3
+    alone = run(LAYOUTS[before][0], {**LAYOUTS[before][1], **DROPLESS}, None, steps=5)
+    rest = run(ranks, {**model, **DROPLESS}, first, steps=5, **RESHARDABLE)
+    assert {n: v for record in rest for n, v in record.coefficients[0].items()} == expected
+    losses = [next(record.losses for record in records if record.losses) for records in (alone, rest)]
+    assert losses[1] == pytest.approx(losses[0][3:], rel=1e-5)
