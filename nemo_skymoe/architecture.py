@@ -194,7 +194,7 @@ def as_architecture(model: str | Architecture | Mapping[str, Any]) -> Architectu
     if isinstance(model, str) and "=" not in model:
         if model.lower() not in MODELS:
             raise ConfigurationError(
-                f"model is {model!r}, expected one of {', '.join(MODELS)}, or its dimensions"
+                f"model is {model!r}, expected one of {', '.join(MODELS)}, a folder, or its dimensions"
             )
         return MODELS[model.lower()]
     sizes = _sizes(model) if isinstance(model, str) else model

@@ -32,7 +32,7 @@ class PlanOptions:
         Architecture,
         MODEL,
         typer.Option(
-            help="skywork-13b, skywork-moe-146b, or dimensions: num_layers=24,hidden_size=2048,ffn_hidden_size=5632,"
+            help="skywork-13b, skywork-moe-146b, the folder of a checkpoint, or dimensions: num_layers=24,hidden_size=2048,ffn_hidden_size=5632,"
             "num_attention_heads=16,vocab_size=32000[,num_moe_experts=8,moe_router_topk=2,num_query_groups=4,moe_layer_freq=2].",
         ),
     ]

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -10,6 +11,7 @@ from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.quantities import parse_tokens
 from tests.cases import every
+from tests.checkpoint import hf_models
 
 REPORT = shlex.split(
     "--model skywork-moe-146b --hardware A800-80G --num-gpus 1536 --seq-length 8192 --global-batch-size 2048"
@@ -67,6 +69,33 @@ def test_no_dense_checkpoint() -> None:
     assert answer.exit_code == 0 and answer.stdout.startswith(
         "from scratch, sunk cost\nThere is no dense checkpoint"
     )
+
+
+def test_a_dense_model_by_its_folder(tmp_path: Path) -> None:
+    hf_models.llama(tmp_path / "dense")
+    given = ["--hardware", "A800-80G", "--num-gpus", "1", "--seq-length", "256", "--global-batch-size", "64"]
+    given += ["--dense-tokens", "1B", "--moe-tokens", "1B"]
+    sizes = "num_layers=2,hidden_size=64,ffn_hidden_size=96,num_attention_heads=4,vocab_size=419"
+    answers = [
+        CliRunner().invoke(app, ["advise", *given, *model, "--json"]).stdout
+        for model in (
+            ["--dense", str(tmp_path / "dense"), "--num-experts", "8", "--moe-router-topk", "1"],
+            ["--model", f"{sizes},num_moe_experts=8,moe_router_topk=1"],
+        )
+    ]
+    assert json.loads(answers[0]) == json.loads(answers[1])
+    hf_models.skywork_moe(tmp_path / "moe")
+    for model, message in (
+        ([], "model and dense are both absent, expected one of --model and --dense"),
+        (
+            ["--dense", str(tmp_path / "dense"), "--model", "skywork-moe-146b"],
+            "model and dense are both given",
+        ),
+        (["--dense", str(tmp_path / "moe")], "an MoE of 4 experts, expected a dense checkpoint"),
+        (["--dense", str(tmp_path / "nowhere")], "is not a folder"),
+    ):
+        answer = CliRunner().invoke(app, ["advise", *given, *model])
+        assert (answer.exit_code, answer.stdout) == (2, "") and message in answer.stderr
 
 
 def test_cumulative() -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from nemo_skymoe.cli import app
 from tests.cases import every
+from tests.checkpoint import hf_models
 
 SKYMOE = str(Path(sys.executable).with_name("skymoe"))
 REPORT = shlex.split(
@@ -77,6 +78,23 @@ def test_a_model_by_its_dimensions_and_a_layout_of_ones_own():
     assert found["layout"] == "Et*5|(t*5|)*3t*4L"
     assert found["model"]["num_layers"] == 24
     assert found["training"]["num_gpus"] == 40
+
+
+def test_a_model_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    hf_models.llama(Path("skywork-13b"), num_key_value_heads=2)
+    options = ["--hardware", "H100", "--dp", "1", "--seq-length", "256", "--global-batch-size", "4"]
+    dimensions = "num_layers=2,hidden_size=64,ffn_hidden_size=96,num_attention_heads=4,vocab_size=419,num_query_groups=2"
+    expected = planned("--model", dimensions, *options)
+    for folder in ("./skywork-13b", str(tmp_path / "skywork-13b")):
+        assert planned("--model", folder, *options) == expected
+    assert planned("--model", "skywork-13b", *options, "--pp", "4")["model"]["num_layers"] == 52  # the name
+    for folder, message in (
+        ("./nowhere", "'nowhere' is not a folder"),
+        (".", "is no checkpoint itself: give"),
+    ):
+        answer = run("--model", folder, *options)
+        assert answer.exit_code == 2 and message in answer.stderr and answer.stderr.count("\n") == 1
 
 
 def test_memory_and_recomputation(report: dict):
