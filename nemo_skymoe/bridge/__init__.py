@@ -14,8 +14,11 @@ TARGETS = (
     "nemo_skymoe.bridge.provider.SkyworkProvider",
     "nemo_skymoe.bridge.provider.skywork_layer_spec",
     "nemo_skymoe.bridge.schedule.SkyworkSchedulerConfig",
+    "nemo_skymoe.bridge.tokenizer.beside_the_weights",
 )
 """All that a checkpoint's `run_config.yaml` may name of this package. Bridge makes nothing that it was not told of."""
 
 for _target in TARGETS:
     instantiate_utils.target_allowlist.add_exact(_target)
+
+from nemo_skymoe.bridge import hugging_face  # noqa: E402, F401 (AutoBridge finds what has been imported)

@@ -49,6 +49,10 @@ class SkyworkProvider(SkyworkOptions, _FinalizedProvider):
     """`[stage][virtual stage]` is the number of layers of that chunk, from its first, that are recomputed in full. It
     belongs to a `pipeline_model_parallel_layout`. None leaves recomputation as the other options say."""
 
+    unpadded_vocab_size: int | None = None
+    """Tokens of the vocabulary, where `vocab_size` counts rows of embedding and head that no token refers to. A
+    conversion leaves these rows out."""
+
     transformer_layer_spec: Callable[..., Any] = skywork_layer_spec
     normalization: str = "RMSNorm"
     layernorm_epsilon: float = 1e-6
