@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
-from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge, WeightConversionTask
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.param_mapping import (
     AutoMapping,
     GatedMLPMapping,
@@ -63,10 +63,10 @@ AutoConfig.register("skywork", SkyworkConfig, exist_ok=True)
 AutoModelForCausalLM.register(SkyworkConfig, SkyworkForCausalLM, exist_ok=True)
 
 
-@MegatronModelBridge.register_bridge(
+@MegatronModelBridge.register_bridge(  # type: ignore[arg-type]
     source="SkyworkForCausalLM", target=GPTModel, provider=SkyworkProvider, model_type="skywork"
 )
-class SkyworkBridge(MegatronModelBridge):
+class SkyworkBridge(MegatronModelBridge[Any, SkyworkProvider, GPTModel]):
     """Skywork-13B and Skywork-MoE. Whether it is an MoE, and in which layers, is what the configuration says."""
 
     def provider_bridge(self, hf_pretrained: Any) -> SkyworkProvider:
@@ -146,7 +146,7 @@ class SkyworkBridge(MegatronModelBridge):
         return tasks
 
 
-def _names(tasks: Iterable[WeightConversionTask]) -> set[str]:
+def _names(tasks: Iterable[Any]) -> set[str]:
     names: set[str] = set()
     for task in tasks:
         theirs: str | Mapping[str, str] = task.mapping.hf_param

@@ -10,6 +10,7 @@ import pytest
 import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.training.model_load_save import load_tokenizer, temporary_distributed_context
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -167,12 +168,11 @@ def test_the_logits_are_those_of_transformers(make: Callable[..., Any], tmp_path
 def test_what_convert_refuses_is_refused(tmp_path: Path):
     """A tensor that is missing would be left as it was drawn: Bridge itself only warns."""
     hf_models.skywork_moe(tmp_path / "hf")
-    shard = sorted((tmp_path / "hf").glob("*.safetensors"))[1]
-    index = tmp_path / "hf/model.safetensors.index.json"
-    listed = json.loads(index.read_text())
-    listed["weight_map"] = {name: file for name, file in listed["weight_map"].items() if file != shard.name}
-    index.write_text(json.dumps(listed))
-    shard.unlink()
+    name = "model.layers.1.input_layernorm.weight"
+    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
+    shard = tmp_path / "hf" / index["weight_map"].pop(name)
+    (tmp_path / "hf/model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({kept: tensor for kept, tensor in load_file(shard).items() if kept != name}, shard)
     with pytest.raises(RankFailed, match=r"is not the model its configuration describes: .* is missing"):
         run_ranks(logits_by_bridge, 1, tmp_path / "hf", torch.zeros(1, 4, dtype=torch.int64), timeout=300)
     shutil.rmtree(tmp_path / "hf")
