@@ -1,15 +1,16 @@
 """The callback that runs and logs the adaptive auxiliary loss in a training of Bridge."""
 
-import logging
+from pathlib import Path
 from typing import Any
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
-from nemo_skymoe.bridge.checkpoint import coefficients_of
+from nemo_skymoe.bridge.checkpoint import KEY, coefficients_of, manager_name
+from nemo_skymoe.checkpoint.run_folder import checkpoint_of
+from nemo_skymoe.checkpoint.torch_dist.common_state import read_common_state
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.controller import AuxLossController
 from nemo_skymoe.moe.scalars import check_logging, over_the_pipeline, router_scalars, similarity_scalars
-
-logger = logging.getLogger(__name__)
 
 
 class SkyworkMoECallback(Callback):
@@ -49,8 +50,11 @@ class SkyworkMoECallback(Callback):
         """Attach a controller to the model and the optimizer, with the coefficients that Bridge has loaded by now."""
         controller = AuxLossController(context.model)
         coefficients = coefficients_of(context.state)
+        _check_saved(context.state.cfg, controller)
         if coefficients.restored is not None:
             controller.load_state_dict(coefficients.restored)
+        elif self.warm_start == "keep":
+            controller.load_state_dict(_saved_state(context.state.cfg))
         controller.attach(context.optimizer)
         self._controller = coefficients.controller = controller
         self._log(context, context.state.train_state.step, similarity_scalars(context.model))
@@ -81,6 +85,28 @@ class SkyworkMoECallback(Callback):
         for other in (state.mlflow_logger, state.comet_logger):
             if other is not None:
                 other.log_metrics(scalars, step=step)
+
+
+def _check_saved(config: Any, controller: AuxLossController) -> None:
+    """Refuse to train with coefficients that no checkpoint would keep."""
+    manager = config.checkpoint.custom_manager_class
+    if controller.adaptive and config.checkpoint.save is not None and manager != manager_name():
+        raise ConfigurationError(
+            f"checkpoint.custom_manager_class is {manager!r}, expected '{manager_name()}', without which checkpoints do not"
+            " keep the coefficients; nemo_skymoe.bridge.training.pretrain sets it"
+        )
+
+
+def _saved_state(config: Any) -> dict[str, Any]:
+    """Return the controller's state in the checkpoint that the run starts from, empty if it has none."""
+    settings = config.checkpoint
+    folder = settings.pretrained_checkpoint or (settings.load if settings.finetune else None)
+    if folder is None:
+        return {}
+    state: Any = read_common_state(checkpoint_of(Path(folder)))
+    for key in ("opt_param_scheduler", KEY):
+        state = state.get(key) if isinstance(state, dict) else None
+    return state if isinstance(state, dict) else {}
 
 
 def with_callback(callbacks: Any, config: Any) -> list[Callback]:

@@ -5,6 +5,8 @@ from typing import Any
 
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 
+from nemo_skymoe.bridge.layout_check import check_ranks, check_resumed_layout
+from nemo_skymoe.bridge.options_check import check_options
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.torch_dist.fitting import check_architecture
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
@@ -24,7 +26,9 @@ def check(config: ConfigContainer) -> None:
         CheckpointError: A checkpoint is damaged, or would build what is not allowed.
     """
     require_supported()
+    check_options(config)
     _check_data(config)
+    check_ranks(config)
     _settle(config)
     check_start(config)
 
@@ -38,10 +42,12 @@ def check_start(config: ConfigContainer) -> None:
     if settings.pretrained_checkpoint is not None:
         _check_checkpoint(Path(settings.pretrained_checkpoint), config, "checkpoint.pretrained_checkpoint")
     if settings.load is not None and (Path(settings.load) / TRACKER).is_file():
-        _check_checkpoint(Path(settings.load), config, "checkpoint.load")
+        iteration = _check_checkpoint(Path(settings.load), config, "checkpoint.load")
+        if not settings.finetune:
+            check_resumed_layout(iteration, config)
 
 
-def _check_checkpoint(folder: Path, config: ConfigContainer, option: str) -> None:
+def _check_checkpoint(folder: Path, config: ConfigContainer, option: str) -> Path:
     try:
         iteration = checkpoint_of(folder)
     except CheckpointError as refused:
@@ -56,11 +62,15 @@ def _check_checkpoint(folder: Path, config: ConfigContainer, option: str) -> Non
         check_checkpoint(file.parent)
     if config.peft is None:
         check_architecture(iteration, config.model)
+    return iteration
 
 
 def _check_data(config: ConfigContainer) -> None:
     dataset: Any = config.dataset
-    sizes = {"model.seq_length": config.model.seq_length, "dataset.seq_length": dataset.seq_length}
+    model: Any = config.model
+    sizes = {"model.seq_length": model.seq_length}
+    if hasattr(dataset, "seq_length"):
+        sizes["dataset.seq_length"] = dataset.seq_length
     if len({*sizes.values()}) > 1:
         said = " and ".join(f"{name} is {size}" for name, size in sizes.items())
         raise ConfigurationError(f"{said}, expected the same: the recipe's argument seq_length sets both")

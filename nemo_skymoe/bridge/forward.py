@@ -1,7 +1,7 @@
 """Bridge's forward step, with routers that know the batch's padding. Bridge itself tells no router about it."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from megatron.bridge.training import gpt_step
 from megatron.bridge.training.state import GlobalState
@@ -14,20 +14,20 @@ _ROUTERS = "_skywork_routers"
 
 
 def forward_step(
-    state: GlobalState, data_iterator: Iterator[Any] | None, model: Any, return_schedule_plan: bool = False
+    state: GlobalState, data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool = False
 ) -> tuple[Any, Any]:
     """Run `megatron.bridge.training.gpt_step.forward_step` on the next batch.
 
     Returns:
         The output of this pipeline stage, and the function of its loss.
     """
-    routers = _routers(model)
+    routers, config = _routers(model), cast(Any, state.cfg)
     if not routers or data_iterator is None:
         return gpt_step.forward_step(state, data_iterator, model, return_schedule_plan)
     batch = next(data_iterator)
     padding = None
     # Under context parallelism the documents of packed sequences are split one by one.
-    if not (_is_packed(batch) and state.cfg.model.context_parallel_size > 1):
+    if not (_is_packed(batch) and config.model.context_parallel_size > 1):
         padding = on_this_context_rank(padding_of(batch), routers[0].weight.device)
     with padding_told(routers, padding):
         return gpt_step.forward_step(state, iter([batch]), model, return_schedule_plan)

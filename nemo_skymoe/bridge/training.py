@@ -10,8 +10,9 @@ from megatron.bridge.training.config import ConfigContainer
 
 from nemo_skymoe.bridge.callback import with_callback
 from nemo_skymoe.bridge.checkpoint import manager_name
+from nemo_skymoe.bridge.checks import check
 from nemo_skymoe.bridge.forward import forward_step
-from nemo_skymoe.patches import bridge_compiled_helpers, bridge_cpu, chained_optimizers
+from nemo_skymoe.patches import bridge_compiled_helpers, bridge_cpu, bridge_warnings, chained_optimizers
 
 
 def pretrain(
@@ -30,6 +31,10 @@ def pretrain(
         forward_step_func: As Bridge takes it. The default is Bridge's own for GPT models, which also tells the routers
             what is padding.
         callbacks: Further callbacks, or a `SkyworkMoECallback` with other arguments.
+
+    Raises:
+        ConfigurationError: The training cannot work. Nothing was started.
+        CheckpointError: A checkpoint cannot be read, or would build what is not allowed.
     """
     _train(bridge_pretrain.pretrain, config, forward_step_func, callbacks)
 
@@ -55,7 +60,9 @@ def _train(
 ) -> None:
     bridge_cpu.apply()
     bridge_compiled_helpers.apply()
+    bridge_warnings.apply()
     chained_optimizers.apply()
+    check(config)
     config.checkpoint.custom_manager_class = manager_name()
     given: Any = with_callback(callbacks, config.model)
     train(config, forward_step_func, callbacks=given)

@@ -10,8 +10,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
 
-from nemo_skymoe.checkpoint.torch_dist.pickle_check import read_torch_file
-from nemo_skymoe.checkpoint.torch_dist.storage import weights_folder
+from nemo_skymoe.checkpoint.torch_dist.common_state import read_common_state
 from nemo_skymoe.moe.controller import AuxLossController
 from nemo_skymoe.moe.scalars import check_logging, over_the_pipeline, router_scalars, similarity_scalars
 
@@ -98,7 +97,7 @@ class SkyworkMoECallback(pl.Callback):
         self._restored = state_dict
 
     def _saved_state(self, checkpoint: Path) -> dict[str, Any]:
-        state = read_torch_file(weights_folder(checkpoint) / "common.pt")
+        state: Any = read_common_state(checkpoint)
         for key in ("callbacks", self.state_key):
             state = state.get(key, {}) if isinstance(state, dict) else {}
         return state if isinstance(state, dict) else {}
