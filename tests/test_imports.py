@@ -36,7 +36,19 @@ ORDER = (
     "data",
     "experiments",
     *("doctor", "diagnosis", "report", "advice", "evaluation"),
-    *("nemo", "bridge", "recipes", "demo", "conf", "launch", "commands", "cli", "nemo_cli", "__main__"),
+    *(
+        "nemo",
+        "bridge",
+        "megatron_lm",
+        "recipes",
+        "demo",
+        "conf",
+        "launch",
+        "commands",
+        "cli",
+        "nemo_cli",
+        "__main__",
+    ),
 )
 # Siblings: what two of these share stands below both.
 APART = {f"nemo_skymoe.checkpoint.{name}" for name in ("hugging_face", "torch_dist", "upcycling")}

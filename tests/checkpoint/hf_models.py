@@ -135,3 +135,8 @@ def save(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def rope_theta(config: Any) -> float:
+    """The base of the rotary embedding in a configuration of transformers; from 5 on it is among the parameters."""
+    return config.rope_theta if hasattr(config, "rope_theta") else config.rope_parameters["rope_theta"]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
@@ -40,7 +41,8 @@ def save(folder: Path, entries: Mapping[str, Any]) -> None:
     """Save tensors and extra states as `folder/weights`, by torch's own writer."""
     weights = folder / WEIGHTS
     weights.mkdir(parents=True)
-    save_state_dict(dict(entries), storage_writer=FileSystemWriter(weights), no_dist=True)
+    whole = DefaultSavePlanner(flatten_state_dict=False)
+    save_state_dict(dict(entries), storage_writer=FileSystemWriter(weights), planner=whole, no_dist=True)
     torch.save({}, weights / "common.pt")
     (weights / CONFIG).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
 

@@ -107,6 +107,7 @@ def test_there_and_back_and_what_both_compute(tmp_path: Path, remote_code: None)
 
 
 def test_fiddle_reads_the_list_of_layers_from_the_context() -> None:
+    pytest.importorskip("fiddle", reason="NeMo brings it")
     from fiddle._src.experimental import serialization
 
     call = nemo_context._Call("types.SimpleNamespace", {"moe_layer_freq": [0, 1, 1], "num_layers": 3})

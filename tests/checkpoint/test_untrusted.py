@@ -229,7 +229,7 @@ def other_files(folder: Path, good: Path, marker: Path) -> dict[str, list[str]]:
         made[f"preprocess with {name}"] = [
             *("preprocess", str(folder / "good.jsonl"), output), "--tokenizer", str(folder / name),
         ]  # fmt: skip
-    for name in ("tagged", "target", "named"):
+    for name in ("tagged", "target", "named") if importlib.util.find_spec("nemo_run") else ():
         made[f"launch {name}"] = [
             *("launch", f"cluster={name}", "training=skywork_moe_tiny", "jobs=[training]"),
             *("--config-dir", str(folder / "conf"), "--dry-run"),

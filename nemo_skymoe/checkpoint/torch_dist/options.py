@@ -96,7 +96,7 @@ def describe(folder: Path, storage: Storage) -> Description:
     if (weights / run_config.RUN_CONFIG).is_file():
         options = _bridge_options(weights)
         return from_options(options, dtype, str(weights / run_config.RUN_CONFIG), _family(options))
-    common = weights / "common.pt"
+    common = saved_arguments.file_of(weights)
     try:
         options = _megatron_lm_options(saved_arguments.read(common))
     except CheckpointError as reason:

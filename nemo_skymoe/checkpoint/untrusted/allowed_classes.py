@@ -48,7 +48,10 @@ _PICKLED = {
     "megatron.core.enums": ("ModelType", "Fp8Recipe", "Fp4Recipe"),
     "megatron.core.transformer.enums": (
         *("AttnBackend", "AttnMaskType", "AttnType", "LayerType", "ModelType", "CudaGraphScope"),
+        *("CudaGraphModule", "InferenceCudaGraphScope"),
     ),
+    # What megatron-core 0.17 puts in the place of torch.storage._load_from_bytes, with weights_only=True.
+    "megatron.core.safe_globals": ("safe_load_from_bytes",),
     "megatron.core.rerun_state_machine": ("RerunDiagnostic", "RerunMode", "RerunState"),
     "megatron.core.optimizer.optimizer_config": ("OptimizerConfig",),
     "lightning.fabric.utilities.data": ("AttributeDict",),

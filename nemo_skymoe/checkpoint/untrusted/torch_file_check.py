@@ -25,7 +25,12 @@ _BESIDE_DATA = (_BYTE_ORDER, "version", ".format_version", ".storage_alignment",
 _REBUILD, _PARAMETER, _ENCODE = "torch._utils._rebuild_", "torch.nn.parameter.Parameter", "_codecs.encode"
 _TEXT = ("builtins.str", "__builtin__.str")
 _SCALAR = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-_HOLDS_TORCH_FILE = ("torch.storage._load_from_bytes", "_io.BytesIO", "io.BytesIO")
+_HOLDS_TORCH_FILE = (
+    "torch.storage._load_from_bytes",
+    "megatron.core.safe_globals.safe_load_from_bytes",
+    "_io.BytesIO",
+    "io.BytesIO",
+)
 _LEGACY_PICKLES = 5
 """Magic number, version, system, the object, and the names of its storages."""
 _DEEPEST = 4

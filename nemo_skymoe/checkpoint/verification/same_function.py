@@ -126,6 +126,7 @@ def _transformers_logits(folder: Path, token_ids: Tensor) -> Tensor:
         "output_loading_info": True,
         "trust_remote_code": False,
         "use_safetensors": True,
+        "attn_implementation": "sdpa",  # whatever code from elsewhere the configuration names
     }
     kind: Any = AutoModelForCausalLM
     if description.family == "skywork":

@@ -45,7 +45,8 @@ def saved_by_transformers(kind: Any, **values: Any) -> dict[str, Any]:
 def test_every_value_comes_back(raw: dict[str, Any]):
     description = from_hf_config(raw)
     written = to_hf_config(description)
-    kept = raw.keys() - {"auto_map"}
+    # transformers 5 writes `rope_parameters`, of which both transformers read what is written in their place.
+    kept = raw.keys() - {"auto_map", "rope_parameters"}
     assert {name: written[name] for name in kept} == {name: raw[name] for name in kept}
     ours = AUTO_MAP if description.family == "skywork" else {}
     assert written.get("auto_map", {}) == ours | raw.get("auto_map", {})

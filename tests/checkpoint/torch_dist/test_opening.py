@@ -311,3 +311,17 @@ def test_no_checkpoint_of_megatron(tmp_path: Path) -> None:
     save(tmp_path, {"module.encoder.weight": torch.ones(2)})
     with pytest.raises(ConfigurationError, match=r"has no 'module\.embedding.word_embeddings.weight'"):
         open_torch_dist(tmp_path)
+
+
+def test_arguments_are_read_where_megatron_core_0_19_puts_them(tmp_path: Path) -> None:
+    """An object among the tensors holds them, in a list, and there is no `common.pt`."""
+    weights = random_weights(DENSE)
+    content = {"args": arguments(DENSE), "iteration": 3}
+    tensors = stored_tensors(weights, torch.float32, prefix="")
+    save(tmp_path / "before", tensors)
+    torch.save(content, tmp_path / "before" / "weights" / "common.pt")
+    save(tmp_path / "now", {**tensors, "common_state/shard_0_1": [content]})
+    (tmp_path / "now" / "weights" / "common.pt").unlink()
+    read, description = open_torch_dist(tmp_path / "now")
+    assert description == open_torch_dist(tmp_path / "before")[1]
+    assert_same(read, weights, torch.float32)
