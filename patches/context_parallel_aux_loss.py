@@ -55,7 +55,7 @@ def needed() -> bool:
             cp_group_size=2,
             is_last_stage=False,
         )
-        return scaler.main_loss_backward_scale.item() != 2.0
+        return float(scaler.main_loss_backward_scale) != 2.0
     finally:
         scaler.main_loss_backward_scale = kept
 
