@@ -1,7 +1,7 @@
 """Read scalar curves from the TensorBoard event files of a run."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,10 @@ from nemo_skymoe.report import event_files
 
 TRAIN_LOSS = "reduced_train_loss"
 VALIDATION_LOSS = "val_loss"
+TRAIN_LOSSES = (TRAIN_LOSS, "lm loss")
+VALIDATION_LOSSES = (VALIDATION_LOSS, "lm loss validation")
+LEARNING_RATES = ("lr", "learning-rate")
+"""The tag of NeMo, and that of Megatron-Bridge."""
 
 _LAYER_TAG = re.compile(r"moe/(?P<metric>\w+)_layer_(?P<layer>\d+)")
 
@@ -71,7 +75,7 @@ class LossCurve:
     @classmethod
     def of_run(cls, label: str, curves: Mapping[str, Curve], offset: int = 0) -> "LossCurve":
         """Return the losses among the curves that `read_curves` returns."""
-        return cls(label, curves.get(TRAIN_LOSS), curves.get(VALIDATION_LOSS), offset)
+        return cls(label, curve_of(curves, TRAIN_LOSSES), curve_of(curves, VALIDATION_LOSSES), offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +111,11 @@ def read_logs(run_dir: Path) -> Logs:
 def read_curves(run_dir: Path) -> dict[str, Curve]:
     """Return the curves of `read_logs`, for a run whose files are known."""
     return read_logs(run_dir).curves
+
+
+def curve_of(curves: Mapping[str, Curve], tags: Sequence[str]) -> Curve | None:
+    """Return the curve of the first of `tags` that was logged; None if none was."""
+    return next((curves[tag] for tag in tags if tag in curves), None)
 
 
 def layer_curves(telemetry: Mapping[str, Curve], metric: str) -> dict[int, Curve]:

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_skymoe.report.curves import TRAIN_LOSS, VALIDATION_LOSS, Curve, LossCurve, layer_curves, read_logs
+from nemo_skymoe.report.curves import (
+    LEARNING_RATES,
+    TRAIN_LOSSES,
+    VALIDATION_LOSSES,
+    Curve,
+    LossCurve,
+    curve_of,
+    layer_curves,
+    read_logs,
+)
 from nemo_skymoe.report.page import Table, write_report
 
 logger = logging.getLogger(__name__)
@@ -61,7 +70,7 @@ def _lead(name: str, curves: Mapping[str, Curve]) -> str:
     sentences = [f"The logs of {name} cover the optimizer steps {first:,} to {last:,}."]
     if (samples := curves.get("consumed_samples")) and samples.last is not None:
         sentences.append(f"The run consumed {samples.last:,.0f} sequences.")
-    if (rate := curves.get("lr")) and rate.last is not None:
+    if (rate := curve_of(curves, LEARNING_RATES)) and rate.last is not None:
         sentences.append(
             f"The last learning rate is {rate.last:.3g}, the highest {np.nanmax(rate.values):.3g}."
         )
@@ -75,8 +84,8 @@ def _lead(name: str, curves: Mapping[str, Curve]) -> str:
 
 def _loss_table(curves: Mapping[str, Curve]) -> Table:
     rows = []
-    for label, tag in (("Training", TRAIN_LOSS), ("Validation", VALIDATION_LOSS)):
-        curve = curves.get(tag)
+    for label, tags in (("Training", TRAIN_LOSSES), ("Validation", VALIDATION_LOSSES)):
+        curve = curve_of(curves, tags)
         if curve is not None and curve.last is not None:
             lowest = int(np.nanargmin(np.where(np.isfinite(curve.values), curve.values, np.nan)))
             rows.append(

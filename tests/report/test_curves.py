@@ -75,6 +75,7 @@ def test_smoothing_averages_over_the_window_and_leaves_gaps():
 
 def test_losses_of_a_run_are_found_by_their_tags():
     train, validation = Curve.from_points({0: 1.0}), Curve.from_points({0: 2.0})
-    run = LossCurve.of_run("a", {"reduced_train_loss": train, "val_loss": validation}, offset=7)
-    assert (run.train, run.validation, run.offset) == (train, validation, 7)
+    for tags in (("reduced_train_loss", "val_loss"), ("lm loss", "lm loss validation")):
+        run = LossCurve.of_run("a", dict(zip(tags, (train, validation), strict=True)), offset=7)
+        assert (run.train, run.validation, run.offset) == (train, validation, 7)
     assert LossCurve.of_run("b", {}).train is None

@@ -34,6 +34,18 @@ def test_a_run_is_reported_from_its_logs_alone(write_events, tmp_path):
     assert report_run(run_dir, tmp_path / "elsewhere") == tmp_path / "elsewhere" / "report.html"
 
 
+def test_the_logs_of_megatron_bridge_are_reported_by_their_own_tags(write_events):
+    scalars = {
+        "lm loss": {1: 5.0, 2: 4.0},
+        "lm loss validation": {2: 4.4},
+        "learning-rate": {1: 1e-3, 2: 3e-4},
+    }
+    html = report_run(write_events("", scalars)).read_text("utf-8")
+    assert "The last learning rate is 0.0003, the highest 0.001." in html
+    assert "<td>Training</td><td class=number>1</td><td class=number>5.000</td>" in html
+    assert "<td>Validation</td><td class=number>2</td><td class=number>4.400</td>" in html
+
+
 def test_the_logs_of_a_recipes_run_are_found_beside_it(write_events, tmp_path):
     logs = write_events("", {"reduced_train_loss": {0: 5.0, 1: 4.0}})
     (tmp_path / "tensorboard").mkdir()
