@@ -23,6 +23,9 @@ RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWAR
 demo: $(STAMP)
 	@$(RUN) $(BIN)/skymoe demo
 
+demo-bridge: $(BRIDGE_STAMP)
+	@$(RUN) $(BRIDGE)/skymoe demo --frontdoor bridge --output runs/demo-bridge
+
 test: $(STAMP)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .

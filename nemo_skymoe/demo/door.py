@@ -28,10 +28,23 @@ class Training:
     smoothing: float | None = None
     """Smoothing of an MoE's adaptive coefficients. None leaves the recipe's."""
 
-    @property
-    def validation_interval(self) -> int:
-        """Steps between two validations."""
-        return self.max_steps // 3
+    def arguments(self) -> dict[str, Any]:
+        """Return what the recipe is called with: both front doors have the same names for it."""
+        given: dict[str, Any] = {
+            "dir": str(self.folder),
+            "name": self.name,
+            "corpus": str(self.corpus),
+            "devices": RANKS,
+            "max_steps": self.max_steps,
+            "val_check_interval": self.max_steps // 3,
+        }
+        if self.start is not None:
+            given["resume_path"] = str(self.start)
+        if self.learning_rates is not None:
+            given["max_lr"], given["min_lr"] = self.learning_rates
+        if self.data_seed is not None:
+            given["data_seed"] = self.data_seed
+        return given
 
 
 class Door(Protocol):

@@ -33,7 +33,7 @@ _COSTS = {"dense": 1.0, "upcycling": 40.0, "moe": 2.0, "dense_continued": 1.0, "
 from them."""
 
 
-DOORS = {"nemo": "NeMo"}
+DOORS = {"nemo": "NeMo", "bridge": "Megatron-Bridge"}
 """The front doors by name, and what people call them."""
 
 
@@ -53,7 +53,7 @@ def run(output: Path, quick: bool = False, frontdoor: str = "nemo") -> Path:
     """
     if frontdoor not in DOORS:
         raise ConfigurationError(f"frontdoor is '{frontdoor}', expected {' or '.join(DOORS)}")
-    require_supported(nemo=frontdoor == "nemo")
+    require_supported(**{frontdoor: True})
     console = Console()
     story = Story(output.resolve(), *(QUICK_STEPS if quick else STEPS), DOORS[frontdoor])
     _clear(story.output, console)
@@ -174,7 +174,9 @@ def _train(
 
     name, terminal = training.name, os.dup(1)
     log = story.folder("logs") / f"{name}.log"
-    later, recipe = _later(story, name), recipe_of(training)
+    later = _later(story, name)
+    with output_to(log):
+        recipe = recipe_of(training)
     try:
         results = _timed(
             story,

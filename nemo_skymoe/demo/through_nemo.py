@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import nemo_run as run
 import torch
 
-from nemo_skymoe.demo.door import RANKS, Training
+from nemo_skymoe.demo.door import Training
 from nemo_skymoe.demo.progress import Bar
 from nemo_skymoe.moe.mesh import edp_mesh_rows
 from nemo_skymoe.nemo import evaluate
@@ -35,22 +35,7 @@ def moe(training: Training) -> Any:
 
 
 def _recipe(module: Any, training: Training) -> Any:
-    given: dict[str, Any] = {}
-    if training.learning_rates is not None:
-        given["max_lr"], given["min_lr"] = training.learning_rates
-    if training.data_seed is not None:
-        given["data_seed"] = training.data_seed
-    if training.start is not None:
-        given["resume_path"] = str(training.start)
-    made = module.pretrain_recipe(
-        dir=str(training.folder),
-        name=training.name,
-        corpus=str(training.corpus),
-        devices=RANKS,
-        max_steps=training.max_steps,
-        val_check_interval=training.validation_interval,
-        **given,
-    )
+    made = module.pretrain_recipe(**training.arguments())
     made.log.ckpt.save_top_k = 0  # the last one is enough, and the same again
     return made
 
