@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 bin=$PWD/.venv-bridge/bin
 "$bin/pyright" --project tests/bridge/pyrightconfig.json
-"$bin/pytest" tests/bridge "$@"
+"$bin/pytest" --disable-warnings tests/bridge "$@"
