@@ -9,7 +9,7 @@ import yaml
 from nemo_skymoe.bridge import evaluate
 from nemo_skymoe.bridge.callback import Callback, CallbackContext, SkyworkMoECallback
 from nemo_skymoe.bridge.provider import provider_of
-from nemo_skymoe.bridge.recipes.registry import recipe_of
+from nemo_skymoe.bridge.recipes import RECIPES
 from nemo_skymoe.bridge.training import pretrain
 from nemo_skymoe.checkpoint.torch_dist.run_config import RUN_CONFIG
 from nemo_skymoe.demo.door import Training
@@ -23,12 +23,12 @@ start_single_rank = evaluate.start_single_rank
 
 def dense(training: Training) -> Any:
     """Return the recipe of `skywork_tiny`."""
-    return recipe_of("skywork_tiny_pretrain_config")(**training.arguments())
+    return RECIPES["skywork_tiny_pretrain_1rank_cpu_fp32_config"](**training.arguments())
 
 
 def moe(training: Training) -> Any:
     """Return the recipe of `skywork_moe_tiny`."""
-    made: Any = recipe_of("skywork_moe_tiny_pretrain_config")(**training.arguments())
+    made: Any = RECIPES["skywork_moe_tiny_pretrain_2rank_cpu_fp32_config"](**training.arguments())
     if training.smoothing is not None:
         made.model.moe_adaptive_aux_loss_smoothing = training.smoothing
     return made

@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_skymoe.bridge.callback import Callback, CallbackContext
 from nemo_skymoe.bridge.checkpoint import coefficients_of
-from nemo_skymoe.bridge.recipes.registry import recipe_of
+from nemo_skymoe.bridge.recipes import RECIPES
 from nemo_skymoe.bridge.training import pretrain
 from tests.doors import case
 from tests.doors.case import Trace
@@ -27,7 +27,7 @@ class Keep(Callback):
 
 def recipe(**arguments: Any) -> Any:
     """The demonstration's recipe with the options of the case."""
-    made = recipe_of("skywork_moe_tiny_pretrain_config")(**arguments)
+    made = RECIPES["skywork_moe_tiny_pretrain_2rank_cpu_fp32_config"](**arguments)
     for name, value in case.OPTIONS.items():
         setattr(made.model, name, value)
     return made
