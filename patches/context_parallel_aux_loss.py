@@ -55,7 +55,8 @@ def needed() -> bool:
             cp_group_size=2,
             is_last_stage=False,
         )
-        return float(scaler.main_loss_backward_scale) != 2.0
+        scale: Any = scaler.main_loss_backward_scale
+        return float(scale) != 2.0
     finally:
         scaler.main_loss_backward_scale = kept
 
