@@ -1,5 +1,5 @@
-# nemo_skymoe in a NeMo container: docker build --build-arg NEMO=25.11 --tag skymoe .
-# Which ones work: slurm/README.md.
+# nemo_skymoe in one of NVIDIA's containers: docker build --build-arg NEMO=26.08 --tag skymoe .
+# Those to 26.02 have NeMo, those from 26.04 Megatron-Bridge. Which ones work: slurm/README.md. None of them was run here.
 ARG NEMO=25.11
 FROM nvcr.io/nvidia/nemo:${NEMO}
 
@@ -7,5 +7,5 @@ FROM nvcr.io/nvidia/nemo:${NEMO}
 ENV PATH=/opt/venv/bin:${PATH}
 
 COPY . /opt/nemo_skymoe
-# The container's torch, Megatron-Core and NeMo stay as they are.
+# The container's torch, Megatron-Core, and NeMo or Megatron-Bridge stay as they are.
 RUN python -m pip install --no-cache-dir --no-deps /opt/nemo_skymoe && skymoe doctor

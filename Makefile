@@ -51,9 +51,9 @@ test-long: $(STAMP)
 test-slurm: $(STAMP)
 	@$(RUN) $(BIN)/pytest tests/slurm
 
-# The core with the other Megatron-Cores that it supports, each downloaded once; writes tests/logs/versions.log.
-versions: $(STAMP)
-	@bash tests/logged.sh versions bash tests/versions.sh
+# What needs neither NeMo nor Bridge, with every Megatron-Core; writes tests/logs/versions.log and benchmarks/versions.md.
+versions: $(STAMP) $(BRIDGE_STAMP)
+	@bash tests/logged.sh versions bash tests/versions.sh; status=$$?; $(BIN)/python -m tests.versions_table; exit $$status
 
 # Every supported pair of NeMo and megatron-core in its own environment, once 700 MB; writes benchmarks/compat.md.
 compat: $(STAMP)

@@ -27,6 +27,11 @@ _ROUTER: tuple[Unfit, ...] = (
     ),
     ("moe_single_grouped_weight", False, _OTHER_EXPERTS),
     ("moe_single_grouped_bias", False, _OTHER_EXPERTS),
+    (
+        "is_hybrid_model",
+        False,
+        "HybridModel counts an MoE as a layer of its own, and coefficients are kept by the layers of GPTModel",
+    ),
     ("gtp_weight_remat_size", 1, _OTHER_TOKENS),
     ("expert_gtp_weight_remat_size", 1, _OTHER_TOKENS),
 )

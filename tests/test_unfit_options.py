@@ -18,6 +18,7 @@ ROUTER: list[tuple[str, Any]] = [
     ("mlp_chunks_for_training", 2),
     ("moe_single_grouped_weight", True),
     ("moe_single_grouped_bias", True),
+    ("is_hybrid_model", True),
     ("gtp_weight_remat_size", 2),
     ("expert_gtp_weight_remat_size", 2),
     ("transformer_impl", "inference_optimized"),

@@ -22,11 +22,11 @@ from tests.cases import every
 from tests.docs.pages import PAGES, ROOT, Block, Page
 from tests.docs.workplace import prepare
 
-NEEDS = {"cluster", "network", "weights", "Megatron-Bridge", "container"}
+NEEDS = {"cluster", "network", "weights", "Megatron-Bridge", "Megatron-LM", "container"}
 BLOCKS = [block for page in PAGES for block in page.blocks]
 COMMANDS = [block for block in BLOCKS if block.language == "bash"]
-OTHERS = {"--dryrun", "--factory", "--nproc-per-node"}
-"""NeMo-Run's and torchrun's options."""
+OTHERS = {"--dryrun", "--factory", "--nproc-per-node", "--no-", "--spec"}
+"""NeMo-Run's, torchrun's and Megatron-LM's options."""
 PARSER: Any = typer.main.get_command(app)
 
 
