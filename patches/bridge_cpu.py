@@ -92,16 +92,6 @@ def _set_random_seed(
     )
 
 
-def memory_report() -> None:
-    """training/utils/train_utils.py reports the allocator of the GPU in the first line of the log."""
-    from megatron.bridge.training.utils import train_utils
-
-    def report_memory(*_: Any, **__: Any) -> dict[str, Any]:
-        return {}
-
-    replace(train_utils, "report_memory", report_memory)
-
-
 def async_worker() -> None:
     """dist_checkpointing/strategies/async_utils.py (megatron-core): the process that saves in the background runs the
     main script again, takes a device by the number of GPUs, which is 0, and ends; the ranks wait for it for ever."""
@@ -121,4 +111,4 @@ def async_worker() -> None:
     replace(caller, "_get_process", classmethod(_get_process))
 
 
-SUBSTITUTIONS = (initialization, random_seed, memory_report, async_worker)
+SUBSTITUTIONS = (initialization, random_seed, async_worker)

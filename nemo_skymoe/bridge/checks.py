@@ -6,6 +6,7 @@ from typing import Any
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 
 from nemo_skymoe.bridge.layout_check import check_ranks, check_resumed_layout
+from nemo_skymoe.bridge.learning_rate import ExpertLearningRate
 from nemo_skymoe.bridge.options_check import check_options
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.torch_dist.fitting import check_architecture
@@ -27,6 +28,8 @@ def check(config: ConfigContainer) -> None:
     """
     require_supported()
     check_options(config)
+    if isinstance(rates := config.optimizer_config_override_provider, ExpertLearningRate):
+        rates.finalize()
     _check_data(config)
     check_ranks(config)
     _settle(config)

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
@@ -32,7 +33,8 @@ def on_this_context_rank(mask: Tensor | None, device: torch.device) -> Tensor | 
     """Return the positions of a [B, S] mask that this context-parallel rank has."""
     if mask is None:
         return None
-    # megatron-core 0.17 also splits packed documents, and wants to be told that these are none.
-    hybrid = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters
     split: Any = get_batch_on_this_cp_rank
-    return split({"mask": mask.to(device)}, **({"is_hybrid_cp": False} if hybrid else {}))["mask"]
+    known = inspect.signature(split).parameters
+    # Newer versions split packed documents too, which these are not, and take the world for the group if told none.
+    given = {"is_hybrid_cp": False, "cp_group": parallel_state.get_context_parallel_group()}
+    return split({"mask": mask.to(device)}, **{name: given[name] for name in given if name in known})["mask"]

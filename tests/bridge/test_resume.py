@@ -11,7 +11,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import nemo_skymoe.bridge  # noqa: F401  (before Bridge is imported)
-from nemo_skymoe.ranks import run_ranks
+from nemo_skymoe.patches import chained_optimizers
+from nemo_skymoe.ranks import RankFailed, run_ranks
 from tests.bridge.recorded import Record, same_bits, train
 from tests.bridge.tiny import tiny_config, tiny_provider
 from tests.cases import every
@@ -111,3 +112,29 @@ def test_another_layout_continues_from_the_same_bits(before: str, after: str, tm
     assert {n: v for record in rest for n, v in record.coefficients[0].items()} == expected
     losses = [next(record.losses for record in records if record.losses) for records in (alone, rest)]
     assert losses[1] == pytest.approx(losses[0][3:], rel=1e-5)
+
+
+@every(
+    ("before", "after", "message"),
+    [
+        ("one rank", "edp", "Expected 2 entries in state dict, but got 4"),
+        ("edp", "pipeline", "KeyError: 'optimizer'"),
+    ],
+)
+def test_megatron_alone_cannot_begin_or_end_expert_parallelism(
+    before: str, after: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What patches/chained_optimizers.py cures."""
+    run(*LAYOUTS[before], tmp_path, steps=1, **RESHARDABLE)
+    monkeypatch.setattr(chained_optimizers, "apply", lambda: False)
+    with pytest.raises(RankFailed, match=message):
+        run(*LAYOUTS[after], tmp_path, steps=2, **RESHARDABLE)
+
+
+def test_a_layout_that_the_checkpoint_was_not_saved_for_is_refused(tmp_path: Path):
+    run(*LAYOUTS["one rank"], tmp_path, steps=1)
+    with pytest.raises(
+        RankFailed, match=r"changes model\.pipeline_model_parallel_size from 1 to 2"
+    ) as refused:
+        run(*LAYOUTS["pipeline"], tmp_path, steps=2)
+    assert "expected the same sizes, or a checkpoint that was saved with" in str(refused.value)
