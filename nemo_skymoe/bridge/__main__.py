@@ -74,7 +74,6 @@ def train(recipe: str, words: Sequence[str], *, dry_run: bool) -> None:
         check(config)
         config.print_yaml()
         return
-    check(config)
     start: Any = pretrain if catalogue.task_of(recipe) == "pretrain" else finetune
     start(config)
 

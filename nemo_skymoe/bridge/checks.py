@@ -50,6 +50,22 @@ def check_start(config: ConfigContainer) -> None:
             check_resumed_layout(iteration, config)
 
 
+def check_starting_point(config: ConfigContainer) -> None:
+    """Refuse a finetuning that has neither a checkpoint to start from nor one of its own to continue.
+
+    Raises:
+        ConfigurationError: The message names the options.
+    """
+    settings = config.checkpoint
+    if settings.pretrained_checkpoint is None and not (
+        settings.load is not None and (Path(settings.load) / TRACKER).is_file()
+    ):
+        raise ConfigurationError(
+            f"checkpoint.pretrained_checkpoint is None and checkpoint.load {settings.load!r} has no checkpoint: expected"
+            " one of them to be the checkpoint that is finetuned"
+        )
+
+
 def _check_checkpoint(folder: Path, config: ConfigContainer, option: str) -> Path:
     try:
         iteration = checkpoint_of(folder)

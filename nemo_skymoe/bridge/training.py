@@ -10,7 +10,7 @@ from megatron.bridge.training.config import ConfigContainer
 
 from nemo_skymoe.bridge.callback import with_callback
 from nemo_skymoe.bridge.checkpoint import manager_name
-from nemo_skymoe.bridge.checks import check
+from nemo_skymoe.bridge.checks import check, check_starting_point
 from nemo_skymoe.bridge.forward import forward_step
 from nemo_skymoe.patches import bridge_compiled_helpers, bridge_cpu, bridge_warnings, chained_optimizers
 
@@ -47,8 +47,9 @@ def finetune(
 ) -> None:
     """Finetune with Bridge, as `megatron.bridge.training.finetune` does, from a checkpoint that must exist.
 
-    The arguments are those of `pretrain`.
+    The arguments and errors are those of `pretrain`.
     """
+    check_starting_point(config)
     _train(bridge_finetune.finetune, config, forward_step_func, callbacks)
 
 

@@ -18,7 +18,7 @@ from nemo_skymoe.moe.telemetry import METRICS
 from nemo_skymoe.patches import bridge_compiled_helpers, bridge_cpu
 from nemo_skymoe.ranks import RankFailed, run_ranks
 from nemo_skymoe.report.curves import read_curves
-from tests.bridge.recorded import Record, Recorder, train
+from tests.bridge.recorded import Record, Recorder, same_bits, train
 from tests.bridge.tiny import tiny_config, tiny_provider
 
 INITIAL = {1: 0.01, 2: 0.01}
@@ -165,3 +165,14 @@ def test_everything_is_logged_for_every_layer_of_the_pipeline(tmp_path: Path):
 def test_bad_arguments_are_refused(argument: dict[str, Any]):
     with pytest.raises(ConfigurationError, match=next(iter(argument))):
         SkyworkMoECallback(**argument)
+
+
+def test_validation_changes_nothing():
+    def world(interval: int | None) -> Record:
+        config = tiny_config(steps=3)
+        config.validation.eval_interval, config.validation.eval_iters = interval, 2
+        return train(config)
+
+    [without], [with_it] = (run_ranks(world, 1, interval) for interval in (1000, 1))
+    assert same_bits(without.weights, with_it.weights) and without.losses == with_it.losses
+    assert without.coefficients == with_it.coefficients and without.coefficients[-1] != INITIAL
