@@ -3,10 +3,12 @@
 Nothing heavy is imported: versions are read from the files that an import would find.
 """
 
+import os
 import platform
 import re
 import runpy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -38,6 +40,7 @@ PACKAGES = (
 )
 _GROUPS = {"2.5": "ModelCommProcessGroups", "2.6": "ProcessGroupCollection", "2.7": "ProcessGroupCollection"}
 """The class that a NeMo imports, by its version. 0.15 of megatron-core replaced the first by the second."""
+_NO_COMMITS = "NO_VCS_VERSION"
 _NEMO_IMPORTS = ("nemo_run", "lightning", "hydra-core")
 _VERSION_FILES = {
     "torch": ("torch", "version.py"),
@@ -208,8 +211,23 @@ def _constants(name: str) -> dict[str, str | None]:
         return {}
     for location in (spec and spec.submodule_search_locations) or ():
         if (path := Path(location, file)).exists():
-            return runpy.run_path(str(path))
+            with _without_commits():
+                return runpy.run_path(str(path))
     return {}
+
+
+@contextmanager
+def _without_commits() -> Iterator[None]:
+    # From 0.18 on megatron-core adds the commit of whatever checkout it is installed in to its version.
+    before = os.environ.get(_NO_COMMITS)
+    os.environ[_NO_COMMITS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_COMMITS]
+        else:
+            os.environ[_NO_COMMITS] = before
 
 
 def _numbers(version: str | None) -> tuple[int, ...]:

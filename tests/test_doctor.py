@@ -1,6 +1,7 @@
 """The compatibility matrix, and versions read without importing what they are of."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,22 @@ def test_a_source_tree_on_the_path_counts_before_the_installed_package(
     monkeypatch.delitem(sys.modules, "megatron.core", raising=False)
     monkeypatch.delitem(sys.modules, "megatron", raising=False)
     assert installed()["megatron-core"] == "0.16.1"
+
+
+def test_a_commit_of_the_checkout_around_it_is_no_part_of_a_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    package = tmp_path / "megatron" / "core"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    text = "import os\n__version__ = '0.19.2' + ('' if int(os.getenv('NO_VCS_VERSION', '0')) else '+abc1234')"
+    (package / "package_info.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("NO_VCS_VERSION", raising=False)
+    monkeypatch.delitem(sys.modules, "megatron.core", raising=False)
+    monkeypatch.delitem(sys.modules, "megatron", raising=False)
+    assert installed()["megatron-core"] == "0.19.2"
+    assert "NO_VCS_VERSION" not in os.environ
 
 
 def test_require_supported(monkeypatch: pytest.MonkeyPatch):

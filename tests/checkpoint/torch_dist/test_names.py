@@ -77,7 +77,7 @@ def real() -> dict[tuple[Architecture, bool], tuple[Shapes, Shapes]]:
 
 
 def test_the_versions_that_were_measured_are_named() -> None:
-    assert megatron.core.__version__ in MEASURED
+    assert megatron.core.__version__.partition("+")[0] in MEASURED  # behind + is a commit of ours
     assert all(version in (torch_dist_names.__doc__ or "") for version in MEASURED)
 
 
