@@ -121,9 +121,11 @@ def evaluate(
 
 def _check_model(model: Path) -> bool:
     """Refuse a model that cannot be evaluated safely, and say whether its modeling files have to be run."""
-    if (model / "weights").is_dir():
+    names = ("weights", "run_config.yaml", "latest_train_state.pt")
+    if any((model / name).exists() for name in names):
         raise ConfigurationError(
-            f"'{model}' is a NeMo checkpoint: export it first with skymoe convert {model} FOLDER --to hf"
+            f"'{model}' is a checkpoint of NeMo or Megatron-Bridge: export it first with skymoe convert {model} FOLDER"
+            " --to hf"
         )
     if not (model / "config.json").is_file():
         raise ConfigurationError(f"'{model}' has no config.json, expected the folder of an exported model")

@@ -12,7 +12,7 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.training.model_load_save import load_tokenizer, temporary_distributed_context
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from nemo_skymoe.bridge.hugging_face import SkyworkBridge
 from nemo_skymoe.checkpoint.sources import open_source
@@ -109,6 +109,9 @@ def there_and_back(folder: Path) -> None:
         AutoBridge.import_ckpt(folder / "hf", folder / "imported")
     bridge = AutoBridge.from_hf_pretrained(folder / "hf")
     bridge.export_ckpt(folder / "converted", folder / "exported", show_progress=False)
+    dynamic_module_utils.HF_MODULES_CACHE = str(folder / "modules")
+    bridge = AutoBridge.from_hf_pretrained(folder / "hf", trust_remote_code=True)
+    bridge.export_ckpt(folder / "converted", folder / "trusted", show_progress=False)
     assert load_tokenizer(str(folder / "converted/iter_0000000")).vocab_size > 0
 
 
@@ -136,9 +139,12 @@ def test_import_and_export_of_whole_checkpoints(tmp_path: Path, monkeypatch: pyt
     converted(tmp_path / "hf", tmp_path / "converted", "bridge")
     run_ranks(there_and_back, 1, tmp_path, timeout=300)
     expected = sources(tmp_path / "hf")
-    assert same(sources(tmp_path / "exported"), expected) == []
-    config = json.loads((tmp_path / "exported/config.json").read_text())
-    assert config["architectures"] == ["SkyworkForCausalLM"] and config["num_experts"] == [4]
+    for name, trusted in (("exported", False), ("trusted", True)):
+        assert same(sources(tmp_path / name), expected) == []
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["architectures"] == ["SkyworkForCausalLM"] and config["num_experts"] == [4]
+        # Bridge's rule: code travels with a model whose code was trusted.
+        assert ("auto_map" in config) == (tmp_path / name / "modeling_skywork.py").is_file() == trusted
     source = open_source(tmp_path / "imported")
     assert source.form == "bridge" and source.description.architecture.vocab_size == 419
     assert (source.description.bos_token_id, source.description.eos_token_id) == (1, 2)
@@ -195,6 +201,35 @@ def with_a_gates_bias(folder: Path) -> None:
 def test_a_parameter_that_the_release_has_not_is_refused(tmp_path: Path):
     hf_models.skywork_moe(tmp_path / "hf")
     run_ranks(with_a_gates_bias, 1, tmp_path / "hf", timeout=300)
+
+
+@every(
+    "config, theta, factor",
+    [
+        ({"rope_theta": 5000.0}, 5000, None),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, 20000, None),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000, 2.0),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, None, None),
+    ],
+)
+def test_the_provider_follows_the_configuration(
+    config: dict[str, Any],
+    theta: int | None,
+    factor: float | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The rotary embedding, which transformers keeps in its own words, and which Megatron may lack."""
+    monkeypatch.setenv("MEGATRON_CONFIG_LOCK_DIR", str(tmp_path))
+    hf_models.skywork_moe(tmp_path / "hf", **config)
+    bridge: Any = AutoBridge.from_hf_pretrained(tmp_path / "hf")
+    if theta is None:
+        with pytest.raises(ConfigurationError, match="of type 'dynamic', which Megatron lacks"):
+            bridge.to_megatron_provider(load_weights=False)
+        return
+    provider = bridge.to_megatron_provider(load_weights=False)
+    assert (provider.rotary_base, provider.seq_len_interpolation_factor) == (theta, factor)
+    assert (provider.params_dtype, provider.bf16) == (torch.bfloat16, True)
 
 
 def test_the_configuration_follows_the_provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -37,7 +37,7 @@ def upcycle(folder: Path, to: str, options: dict[str, Any], layers: int) -> floa
     return difference.relative
 
 
-@pytest.mark.parametrize("to", ["hf", "nemo"])
+@pytest.mark.parametrize("to", ["hf", "nemo", "bridge"])
 def test_four_layers(to: str, tmp_path: Path):
     for options in PRESERVING:
         assert upcycle(tmp_path, to, options, layers=4) <= 1e-6, options
