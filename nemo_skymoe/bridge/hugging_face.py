@@ -132,8 +132,9 @@ class SkyworkBridge(MegatronModelBridge[Any, SkyworkProvider, GPTModel]):
         tasks = super().build_conversion_tasks(hf_pretrained, *args, **kwargs)
         if None in tasks:
             raise ConfigurationError(
-                "the model has a parameter that SkyworkForCausalLM has not, such as a gate's bias or second layer:"
-                " expected moe_router_gate_bias=False and moe_router_two_layer_gate=False"
+                "the model has a parameter that SkyworkForCausalLM has not, such as a gate's bias or second layer, or all"
+                " experts in one tensor: expected moe_router_gate_bias=False, moe_router_two_layer_gate=False and"
+                " moe_single_grouped_weight=False"
             )
         source = getattr(getattr(hf_pretrained, "state", None), "source", None)
         if source is not None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.bridge import AutoBridge
+from megatron.bridge.models.gpt_provider import local_layer_spec
 from megatron.bridge.training import gpt_step
 from megatron.bridge.training.config import ConfigContainer
 from torch import Tensor
@@ -18,9 +20,10 @@ from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.checkpoint.verification.verifier import verify
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.ranks import run_ranks
-from tests.bridge.models import ITERATION, converted
+from tests.bridge.models import ITERATION, converted, start_world
 from tests.bridge.recorded import Record, train
 from tests.bridge.tiny import SEQUENCE, tiny_config
+from tests.cases import every
 from tests.checkpoint import hf_models
 
 # As many tokens as rows: Megatron's softmax counts the rows of padding, whose logits are zero before they are trained.
@@ -119,6 +122,42 @@ def test_a_trained_checkpoint_goes_to_nemo_and_comes_back(warm: Trained):
     assert found.description == expected.description
     for key in expected.weights.keys():  # noqa: SIM118
         assert torch.equal(found.weights.read(key), expected.weights.read(key))
+
+
+def bridge_imports(folder: Path) -> None:
+    """Bridge's own conversion of a Llama, with Megatron's own layers, into its own checkpoint."""
+    start_world(folder)
+    bridge: Any = AutoBridge.from_hf_pretrained(folder / "llama")
+    provider = bridge.to_megatron_provider()
+    provider.transformer_layer_spec = local_layer_spec
+    for fusion in (
+        "persist_layer_norm",
+        "apply_rope_fusion",
+        "masked_softmax_fusion",
+        "bias_activation_fusion",
+    ):
+        setattr(provider, fusion, False)
+    provider.finalize()
+    model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+    bridge.save_megatron_model(model, folder / "imported")
+
+
+@every(
+    "options",
+    [
+        {"num_key_value_heads": 2, "rope_theta": 5000.0, "rms_norm_eps": 1e-5},
+        {"tie_word_embeddings": True, "num_key_value_heads": 2, "head_dim": 32},
+    ],
+)
+def test_a_llama_that_bridge_imported_is_read(options: dict[str, Any], tmp_path: Path):
+    """All that Bridge writes of a model of its own is known, and says what the source's configuration does."""
+    hf_models.llama(tmp_path / "llama", **options)
+    run_ranks(bridge_imports, 1, tmp_path, timeout=600.0)
+    source, expected = open_source(tmp_path / "imported"), open_source(tmp_path / "llama")
+    ids = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    assert source.description == replace(expected.description, **ids)
+    for key in expected.weights.keys():  # noqa: SIM118
+        assert torch.equal(source.weights.read(key), expected.weights.read(key)), key
 
 
 def test_a_provider_takes_everything_from_the_folder(tmp_path: Path):
