@@ -25,8 +25,12 @@ from tests.docs.workplace import prepare
 NEEDS = {"cluster", "network", "weights", "Megatron-Bridge", "Megatron-LM", "container"}
 BLOCKS = [block for page in PAGES for block in page.blocks]
 COMMANDS = [block for block in BLOCKS if block.language == "bash"]
-OTHERS = {"--dryrun", "--factory", "--nproc-per-node", "--no-", "--spec"}
-"""NeMo-Run's, torchrun's and Megatron-LM's options."""
+OTHERS = {
+    *("--dryrun", "--factory", "--nproc-per-node", "--no-deps"),
+    *("--recipe", "--list"),
+    *("--no-", "--spec"),
+}
+"""Options of NeMo-Run, torchrun and pip, of `python -m nemo_skymoe.bridge`, and of Megatron-LM."""
 PARSER: Any = typer.main.get_command(app)
 
 
