@@ -1,5 +1,7 @@
 """Check a training of Bridge before it begins: the checkpoints that it reads, its data, and all that Bridge checks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +82,22 @@ def _check_checkpoint(folder: Path, config: ConfigContainer, option: str) -> Pat
     for file in folder.glob("*.pt"):
         check_checkpoint(file.parent)
     if config.peft is None:
-        check_architecture(iteration, config.model)
+        with _vocabulary_of_the_tokenizer(config):
+            check_architecture(iteration, config.model)
     return iteration
+
+
+@contextmanager
+def _vocabulary_of_the_tokenizer(config: ConfigContainer) -> Iterator[None]:
+    """Leave the vocabulary open while it is the tokenizer's, which Bridge builds and asks only later."""
+    model: Any = config.model
+    kept = model.vocab_size
+    if getattr(config.tokenizer, "use_tokenizer_vocab_size", False):
+        model.vocab_size = None
+    try:
+        yield
+    finally:
+        model.vocab_size = kept
 
 
 def _check_data(config: ConfigContainer) -> None:
