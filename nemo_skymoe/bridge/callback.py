@@ -1,14 +1,16 @@
 """The callback that runs and logs the adaptive auxiliary loss in a training of Bridge."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.config import ConfigContainer
 
 from nemo_skymoe.bridge.checkpoint import KEY, coefficients_of, manager_name
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.torch_dist.common_state import read_common_state
-from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.moe.controller import AuxLossController
 from nemo_skymoe.moe.scalars import check_logging, over_the_pipeline, router_scalars, similarity_scalars
 
@@ -53,8 +55,8 @@ class SkyworkMoECallback(Callback):
         _check_saved(context.state.cfg, controller)
         if coefficients.restored is not None:
             controller.load_state_dict(coefficients.restored)
-        elif self.warm_start == "keep":
-            controller.load_state_dict(_saved_state(context.state.cfg))
+        elif (step := context.state.train_state.step) or self.warm_start == "keep":
+            controller.load_state_dict(_saved_state(context.state.cfg, step))
         controller.attach(context.optimizer)
         self._controller = coefficients.controller = controller
         self._log(context, context.state.train_state.step, similarity_scalars(context.model))
@@ -97,23 +99,34 @@ def _check_saved(config: Any, controller: AuxLossController) -> None:
         )
 
 
-def _saved_state(config: Any) -> dict[str, Any]:
-    """Return the controller's state in the checkpoint that the run starts from, empty if it has none."""
+def _saved_state(config: Any, step: int) -> dict[str, Any]:
+    """Return the controller's state in the checkpoint of another run, or of this one's `step`; empty if it has none.
+
+    Bridge loads it with the optimizer's state, which a run can leave out.
+    """
     settings = config.checkpoint
-    folder = settings.pretrained_checkpoint or (settings.load if settings.finetune else None)
-    if folder is None:
+    if step:
+        folder = Path(settings.load) / f"iter_{step:07d}"
+    else:
+        start = settings.pretrained_checkpoint or (settings.load if settings.finetune else None)
+        folder = None if start is None else checkpoint_of(Path(start))
+    if folder is None or not folder.is_dir():
         return {}
-    state: Any = read_common_state(checkpoint_of(Path(folder)))
+    state: Any = read_common_state(folder)
     for key in ("opt_param_scheduler", KEY):
         state = state.get(key) if isinstance(state, dict) else None
     return state if isinstance(state, dict) else {}
 
 
-def with_callback(callbacks: Any, config: Any) -> list[Callback]:
-    """Return the callbacks of a training of `config`, with one of ours if it is a Skywork-MoE and none is among them."""
-    callbacks = list(callbacks)
-    if getattr(config, "num_moe_experts", None) and not any(
-        isinstance(callback, SkyworkMoECallback) for callback in callbacks
-    ):
+def with_callback(callbacks: Iterable[Callback], config: ConfigContainer) -> list[Callback]:
+    """Return the callbacks of a training, with one of ours if it trains a Skywork-MoE and none is among them.
+
+    Adapters leave the routers frozen, so that there is nothing to follow.
+    """
+    callbacks, model = list(callbacks), config.model
+    trains_routers = (
+        isinstance(model, SkyworkOptions) and getattr(model, "num_moe_experts", None) and config.peft is None
+    )
+    if trains_routers and not any(isinstance(callback, SkyworkMoECallback) for callback in callbacks):
         callbacks.append(SkyworkMoECallback())
     return callbacks

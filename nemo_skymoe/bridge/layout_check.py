@@ -82,5 +82,6 @@ def check_resumed_layout(iteration: Path, config: ConfigContainer) -> None:
         raise ConfigurationError(
             f"checkpoint.load '{iteration.parent}' was saved with dist_ckpt_optim_fully_reshardable=False, for its own"
             f" layout, but this run changes {', '.join(changed)}: expected the same sizes, or a checkpoint that was saved"
-            " with checkpoint.dist_ckpt_optim_fully_reshardable=True"
+            " with checkpoint.dist_ckpt_optim_fully_reshardable=True; checkpoint.pretrained_checkpoint, with another"
+            " folder for the run, takes the weights alone"
         )

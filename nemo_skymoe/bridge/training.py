@@ -65,5 +65,5 @@ def _train(
     chained_optimizers.apply()
     check(config)
     config.checkpoint.custom_manager_class = manager_name()
-    given: Any = with_callback(callbacks, config.model)
+    given: Any = with_callback(callbacks, config)
     train(config, forward_step_func, callbacks=given)

@@ -83,6 +83,21 @@ def test_a_warm_start_resets_or_keeps_them(source: tuple[Path, dict[int, float]]
         assert resumed.steps == [1] and resumed.coefficients[0] == record.coefficients[-1] != expected
 
 
+def test_a_run_that_leaves_the_optimizer_behind_continues_them(
+    source: tuple[Path, dict[int, float]], tmp_path: Path
+):
+    folder, kept = source
+    shutil.copytree(folder, tmp_path / "copy")
+
+    def world() -> Record:
+        config = tiny_config(tmp_path / "copy", steps=4)
+        config.checkpoint.load_optim = False
+        return train(config)
+
+    [record] = run_ranks(world, 1)
+    assert record.steps == [3] and record.coefficients[0] == kept
+
+
 def test_they_are_read_from_a_checkpoint_without_running_it(source: tuple[Path, dict[int, float]]):
     folder, kept = source
     state = read_common_state(folder / "iter_0000003")
