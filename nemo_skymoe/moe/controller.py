@@ -1,5 +1,6 @@
 """The controller of adaptive coefficients: it reduces once per step, and commits when the optimizer has stepped."""
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -189,7 +190,9 @@ class AuxLossController:
 
 def _replace(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
     setattr(hook, "replaces", original)  # noqa: B010
-    return hook
+    # A configuration that is saved names its functions: the one that was there can be found again, the hook cannot.
+    named = original.func if isinstance(original, functools.partial) else original
+    return functools.update_wrapper(hook, named, ("__module__", "__name__", "__qualname__"), ())
 
 
 def _original(function: Callable[..., Any]) -> Callable[..., Any]:

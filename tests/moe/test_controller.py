@@ -1,9 +1,11 @@
 """The adaptive coefficients in training, against eq. (7) to (9) on drop rates counted from the routing itself."""
 
+import functools
 from unittest import mock
 
 import pytest
 import torch
+from megatron.core.distributed import finalize_model_grads
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.aux_loss import AdaptiveAuxLossCoefficients
@@ -178,6 +180,25 @@ def test_what_ran_before_training_started_counts_nowhere() -> None:
         adaptive.training.run(0)
         adaptive.optimizer.step()
         assert adaptive.coefficients() == undisturbed.step(0)
+
+
+@on_ranks(1)
+def test_a_saved_configuration_names_the_function_that_the_hook_replaces() -> None:
+    """Bridge writes functions by their names, and refuses to read one that is not Megatron's."""
+    with groups():
+        adaptive = Adaptive()
+        for function in (
+            finalize_model_grads,
+            functools.partial(finalize_model_grads, force_all_reduce=True),
+        ):
+            adaptive.training.config.finalize_model_grads_func = function
+            adaptive.controller.attach(adaptive.optimizer)
+            hook = adaptive.training.config.finalize_model_grads_func
+            assert hook is not function
+            assert (hook.__module__, hook.__qualname__) == (
+                finalize_model_grads.__module__,
+                "finalize_model_grads",
+            )
 
 
 @on_ranks(1)
