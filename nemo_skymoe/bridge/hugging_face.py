@@ -98,7 +98,8 @@ class SkyworkBridge(MegatronModelBridge[Any, SkyworkProvider, GPTModel]):
         options = {name: getattr(provider, name) for name in provider.__dataclass_fields__}
         activation = options["activation_func"]
         options["activation_func"] = f"{activation.__module__}.{activation.__qualname__}"
-        options["vocab_size"] = provider.unpadded_vocab_size or provider.vocab_size
+        if provider.unpadded_vocab_size is not None and not provider.should_pad_vocab:
+            options["vocab_size"] = provider.unpadded_vocab_size
         dtype = "bfloat16" if provider.bf16 else "float16" if provider.fp16 else "float32"
         return to_hf_config(from_options(options, dtype, "the provider"))
 

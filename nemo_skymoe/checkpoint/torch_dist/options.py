@@ -193,11 +193,15 @@ def _nemo_options(context: Path) -> dict[str, Any]:
 
 
 def _bridge_options(weights: Path) -> dict[str, Any]:
-    """Return the options in `run_config.yaml`. Only our own provider may count the padding in `vocab_size`."""
+    """Return the options in `run_config.yaml`. Only our own provider may count the padding in `vocab_size`.
+
+    Where Bridge itself pads, it has set `vocab_size` to the tokenizer's, whatever the provider said before.
+    """
     options = run_config.read_options(weights / run_config.RUN_CONFIG)
-    unpadded = options.get("unpadded_vocab_size")
-    ours = _family(options) == "skywork" and not options.get("should_pad_vocab")
-    options |= _of_the_tokenizer(find_companions(weights), has_padding=ours and unpadded is None)
+    padded_by_bridge = bool(options.get("should_pad_vocab"))
+    unpadded = None if padded_by_bridge else options.get("unpadded_vocab_size")
+    unsaid = _family(options) == "skywork" and not padded_by_bridge and unpadded is None
+    options |= _of_the_tokenizer(find_companions(weights), has_padding=unsaid)
     return options | ({} if unpadded is None else {"vocab_size": unpadded})
 
 

@@ -202,8 +202,9 @@ def test_the_vocabulary_has_no_padding(trained: Path):
 
     assert vocabulary() == 419
     assert vocabulary(unpadded_vocab_size=400) == 400
+    assert vocabulary(should_pad_vocab=True, vocab_size=500) == 500, "Bridge took the tokenizer's"
+    assert vocabulary(should_pad_vocab=False) == 400
     assert vocabulary(unpadded_vocab_size=None) == 419, "the tokenizer's"
-    assert vocabulary(should_pad_vocab=True, vocab_size=500) == 500
     assert vocabulary(should_pad_vocab=False, vocab_size=512) == 419
     assert vocabulary(_target_="megatron.bridge.models.gpt_provider.GPTModelProvider") == 512
     shutil.rmtree(iteration / "tokenizer")
