@@ -1,5 +1,6 @@
 """The environment is the one that constraints-bridge.txt pins: nothing of Transformer Engine, nothing that is not pinned."""
 
+import sysconfig
 from importlib import metadata
 from importlib.util import find_spec
 
@@ -15,7 +16,9 @@ def canonical(name: str) -> str:
 
 
 def test_what_is_installed_is_what_is_pinned():
-    installed = {canonical(found.name): found.version.partition("+")[0] for found in metadata.distributions()}
+    # Once another test has loaded setuptools, what it brings along is on the path too.
+    there = metadata.distributions(path=[sysconfig.get_path("purelib")])
+    installed = {canonical(found.name): found.version.partition("+")[0] for found in there}
     pins = {canonical(name): version for name, version in PINS.items()}
     assert {name: installed[name] for name in installed.keys() - TOOLS} == pins
 
