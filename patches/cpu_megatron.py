@@ -58,8 +58,9 @@ def fused_adam() -> None:
         replace(distrib_optimizer, "HAVE_APEX_OR_TE", True)
         replace(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
         replace(distrib_optimizer, "Adam", FusedAdam)
-        replace(optimizer, "USING_PYTORCH_OPTIMIZER", False)
         replace(optimizer, "Adam", FusedAdam)
+        if hasattr(optimizer, "USING_PYTORCH_OPTIMIZER"):  # 0.14 asks the class alone
+            replace(optimizer, "USING_PYTORCH_OPTIMIZER", False)
 
 
 def restored_master_parameters() -> None:
