@@ -121,10 +121,11 @@ class CorpusConfig(DatasetProvider):
 
     def _config(self, context: DatasetBuildContext, content: str, **blend: Any) -> GPTDatasetConfig:
         cache = Path(self.index_cache) if self.index_cache else self.folder / "index"
+        tokenizer: Any = context.tokenizer
         return GPTDatasetConfig(
             random_seed=self.random_seed,
             sequence_length=self.seq_length,
-            tokenizer=context.tokenizer,
+            tokenizer=tokenizer,
             # Megatron names an index by its path, not by its content: a rebuilt corpus must not find the old one.
             path_to_cache=str(cache / content),
             reset_position_ids=False,

@@ -68,7 +68,7 @@ def _data(chosen: Chosen) -> dict[str, Any]:
         dataset = default_squad_config(size, enable_offline_packing=False)
     else:
         dataset = GPTSFTDatasetConfig(seq_length=size, dataset_root=chosen.dataset)
-    tokenizer = chosen.tokenizer or chosen.given.resume_path
+    tokenizer: Any = chosen.tokenizer or chosen.given.resume_path
     return {
         "dataset": dataset,
         "tokenizer": TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=tokenizer),
