@@ -75,8 +75,9 @@ def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert any(Path("exported-by-bridge").glob("*.safetensors"))
 
 
-def test_the_options_of_bridge_in_the_table_exist() -> None:
-    config: Any = RECIPES["skywork_moe_tiny_pretrain_2rank_cpu_fp32_config"]()
+def test_the_options_of_bridge_in_the_table_exist(tmp_path: Path) -> None:
+    case.prepare(tmp_path)
+    config: Any = RECIPES["skywork_moe_tiny_pretrain_2rank_cpu_fp32_config"](corpus=str(tmp_path / "corpus"))
     found = 0
     for row in ROWS:
         for name in re.findall(r"`([^`]+)`", row.strip("|").split("|")[1]):
