@@ -14,6 +14,8 @@ from typing import Any
 
 from nemo_skymoe.shell import sbatch_word, word
 
+_RUNNER = "nemo_run.core.runners.fdl_runner"
+
 
 def apply() -> bool:
     """Quote what NeMo-Run does not, and say whether that was needed and not done yet."""
@@ -97,10 +99,17 @@ class _Words:
         quote = sbatch_word if line.startswith("#SBATCH") else word
 
         def value(found: re.Match[str]) -> str:
+            if found[2] is not None:
+                return quote(bytes.fromhex(found[2]).decode())
             number = int(found[1])
             return self._values[number] if number in self._code else quote(self._values[number])
 
-        return re.sub(r"SKYMOEWORD(\d+)X", value, line)
+        return re.sub(r"SKYMOEWORD(\d+)X|SKYMOEARGUMENT((?:[0-9a-f]{2})*)X", value, line)
+
+
+def _argument(value: str) -> str:
+    """Return a stand-in that has the value in itself, for a word of a command line on its way to the script."""
+    return f"SKYMOEARGUMENT{value.encode().hex()}X"
 
 
 def _without_macros(scheduler: Any) -> None:
@@ -116,6 +125,9 @@ def _without_macros(scheduler: Any) -> None:
             if scheduler.__name__ == "PersistentLocalScheduler":
                 words = role.args if role.entrypoint != "torchrun" else shlex.split(" ".join(role.args))
                 role.args = [each.replace("$", "$$") for each in words]
+            elif _RUNNER not in role.args:  # a command line that a user gave values for
+                role.entrypoint = _argument(role.entrypoint)
+                role.args = [_argument(each) for each in role.args]
         given, cfg.env_vars = cfg.env_vars, {}
         try:
             info = upstream(self, literal, cfg)

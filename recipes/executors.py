@@ -1,6 +1,7 @@
 """The executors of recipes: SLURM nodes of 8 A800 (`run.executor=a800_slurm`), or torchrun here (`local_torchrun`)."""
 
 import os
+import signal
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -158,6 +159,18 @@ class RequeuePlugin(run.Plugin):
             executor.setup_lines = "\n".join(filter(None, [executor.setup_lines, _REQUEUE.format(near=near)]))
 
 
+@dataclass(kw_only=True)
+class SignalPlugin(run.Plugin):
+    """SIGTERM to every rank before the time limit. The training itself saves and leaves then."""
+
+    saving_seconds: int = SAVING_SECONDS
+
+    def setup(self, task: Any, executor: run.Executor) -> None:
+        """Add it to the batch script."""
+        if isinstance(executor, run.SlurmExecutor):
+            executor.signal = f"{signal.SIGTERM.value}@{self.saving_seconds}"
+
+
 _REQUEUE = """\
 requeue_if_stopped() {{
     read -r state end preempted < <(squeue --noheader --job "$SLURM_JOB_ID" --Format State,EndTime,PreemptTime)
@@ -170,7 +183,11 @@ trap requeue_if_stopped EXIT"""
 
 
 def plugins(
-    preemption: bool = True, fault_tolerance: bool = False, saving_seconds: int = SAVING_SECONDS
+    preemption: bool = True,
+    fault_tolerance: bool = False,
+    saving_seconds: int = SAVING_SECONDS,
+    *,
+    script: bool = False,
 ) -> list[run.Plugin]:
     """NeMo's plugins for long runs.
 
@@ -180,11 +197,16 @@ def plugins(
         fault_tolerance: ft_launcher in place of plain tasks: hung and dead ranks are found, the job restarted in
             place, then requeued.
         saving_seconds: What saving a checkpoint may take.
+        script: Whether the task is a command line, which handles the signal itself.
 
     Raises:
-        ConfigurationError: `fault_tolerance` without nvidia-resiliency-ext, which NeMo's containers have; or
+        ConfigurationError: `fault_tolerance` with a command line, or without nvidia-resiliency-ext, which NeMo's containers have; or
             `saving_seconds` that is no time.
     """
+    if fault_tolerance and script:
+        raise ConfigurationError(
+            "fault_tolerance is True, expected False with frontdoor=bridge: its ranks are SLURM's tasks"
+        )
     if fault_tolerance and not HAVE_RES:
         raise ConfigurationError(
             "fault_tolerance needs nvidia-resiliency-ext on the machine that launches: not found"
@@ -194,7 +216,9 @@ def plugins(
             f"saving_seconds is {saving_seconds!r}, expected a whole number of at least 1"
         )
     chosen: list[run.Plugin] = []
-    if preemption:
+    if preemption and script:
+        chosen += [SignalPlugin(saving_seconds=saving_seconds), RequeuePlugin(saving_seconds=saving_seconds)]
+    elif preemption:
         # The recipes' own callback: the plugin's default would be a second one.
         chosen.append(
             PreemptionPlugin(preempt_time=saving_seconds, callbacks=[run.Config(PreemptionCallback)])

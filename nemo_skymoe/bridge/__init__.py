@@ -11,6 +11,7 @@ TARGETS = (
     "nemo_skymoe.bridge.checkpoint.SkyworkCheckpointManager",
     "nemo_skymoe.bridge.data.CorpusConfig",
     "nemo_skymoe.bridge.learning_rate.ExpertLearningRate",
+    "nemo_skymoe.bridge.logger.SkyworkLoggerConfig",
     "nemo_skymoe.bridge.provider.SkyworkProvider",
     "nemo_skymoe.bridge.provider.skywork_layer_spec",
     "nemo_skymoe.bridge.schedule.SkyworkSchedulerConfig",

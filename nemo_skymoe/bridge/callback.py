@@ -8,6 +8,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer
 
 from nemo_skymoe.bridge.checkpoint import KEY, coefficients_of, manager_name
+from nemo_skymoe.bridge.logger import SkyworkLoggerConfig
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.torch_dist.common_state import read_common_state
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
@@ -121,12 +122,17 @@ def _saved_state(config: Any, step: int) -> dict[str, Any]:
 def with_callback(callbacks: Iterable[Callback], config: ConfigContainer) -> list[Callback]:
     """Return the callbacks of a training, with one of ours if it trains a Skywork-MoE and none is among them.
 
-    Adapters leave the routers frozen, so that there is nothing to follow.
+    It logs what `config.logger` says. Adapters leave the routers frozen, so that there is nothing to follow.
     """
     callbacks, model = list(callbacks), config.model
     trains_routers = (
         isinstance(model, SkyworkOptions) and getattr(model, "num_moe_experts", None) and config.peft is None
     )
     if trains_routers and not any(isinstance(callback, SkyworkMoECallback) for callback in callbacks):
-        callbacks.append(SkyworkMoECallback())
+        logger = config.logger if isinstance(config.logger, SkyworkLoggerConfig) else SkyworkLoggerConfig()
+        callbacks.append(
+            SkyworkMoECallback(
+                similarity_interval=logger.similarity_interval, histogram=logger.expert_histogram
+            )
+        )
     return callbacks

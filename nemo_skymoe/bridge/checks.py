@@ -34,7 +34,7 @@ def check(config: ConfigContainer) -> None:
         rates.finalize()
     _check_data(config)
     check_ranks(config)
-    _settle(config)
+    settle(config)
     check_start(config)
 
 
@@ -111,7 +111,12 @@ def _check_data(config: ConfigContainer) -> None:
         raise ConfigurationError(f"{said}, expected the same: the recipe's argument seq_length sets both")
 
 
-def _settle(config: ConfigContainer) -> None:
+def settle(config: ConfigContainer) -> None:
+    """Let Bridge check the options and settle what follows from them.
+
+    Raises:
+        ConfigurationError: Bridge refuses an option, in its own words.
+    """
     try:
         runtime_config_update(config)
     except (AssertionError, ValueError, TypeError, NotImplementedError) as refused:

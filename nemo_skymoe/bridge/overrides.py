@@ -58,6 +58,8 @@ def _check(config: ConfigContainer, override: Override) -> None:
         raise ConfigurationError(
             f"{word!r} is a sweep, expected one value: quote a value with commas like 'this'"
         )
+    if "${" in word:
+        raise ConfigurationError(f"{word!r} refers to another option, expected a plain value")
     *path, last = name.split(".")
     part: Any = config
     for step in path:

@@ -20,7 +20,7 @@ from nemo_skymoe.names import unknown
 
 JOBS = ("conversion", "upcycle", "plan", "training", "export")
 """The jobs in their order."""
-GROUPS = ("cluster", "model", "data", *JOBS)
+GROUPS = ("cluster", "frontdoor", "model", "data", *JOBS)
 
 
 def compose_groups(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:

@@ -17,10 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_skymoe import credentials
 from nemo_skymoe.architecture import as_architecture
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.launch.paths import check_paths
+from nemo_skymoe.launch.paths import check_each, check_paths
 from nemo_skymoe.launch.planner_options import planner_options
 from nemo_skymoe.launch.recipe import check_recipe, make_recipe, run_folder
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
+from nemo_skymoe.launch.through_bridge import make_training, task
 from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
 from nemo_skymoe.nemo.recipe_check import built, check_start, plan_of
@@ -39,7 +40,7 @@ class Job:
 
     name: str
     summary: str
-    task: run.Partial
+    task: run.Partial | run.Script
     executor: Any
     plugins: list[run.Plugin]
 
@@ -63,12 +64,13 @@ def jobs(composed: DictConfig, tasks: Tasks) -> list[Job]:
     except OmegaConfBaseException as refused:
         raise ConfigurationError(" ".join(str(refused).split())) from None
     credentials.check_options(values)
+    if _door(values) == "bridge":
+        return _jobs_of_bridge(values, tasks)
     found: dict[str, Job] = {}
     checkpoint: str | None = None
     for name in values["jobs"]:
         if name in ("conversion", "upcycle"):
-            given = {} if checkpoint is None else {"source": checkpoint}
-            found[name] = _command(name, tasks[name], values, given)
+            found[name] = _command(name, tasks[name], values, _source(checkpoint))
             checkpoint = found[name].task.output_path
             continue
         recipe = make_recipe(values, checkpoint)
@@ -79,6 +81,64 @@ def jobs(composed: DictConfig, tasks: Tasks) -> list[Job]:
         else:
             found[name] = _command(name, tasks[name], values, {"source": run_folder(recipe)})
     return list(found.values())
+
+
+def _source(checkpoint: str | None) -> dict[str, Any]:
+    return {} if checkpoint is None else {"source": checkpoint}
+
+
+def _door(values: dict[str, Any]) -> str:
+    """Return the front door of the training, by the group frontdoor."""
+    section = values["frontdoor"]
+    door = section.get("door")
+    known = {"nemo": {"door"}, "bridge": {"door", "python"}}
+    if door not in known:
+        raise unknown("frontdoor.door", str(door), known)
+    for name in section:
+        if name not in known[door]:
+            raise unknown("option", f"frontdoor.{name}", [f"frontdoor.{each}" for each in known[door]])
+    return door
+
+
+def _jobs_of_bridge(values: dict[str, Any], tasks: Tasks) -> list[Job]:
+    """Return the jobs around a training of Megatron-Bridge, which starts from a checkpoint in its own format."""
+    if "plan" in values["jobs"]:
+        raise ConfigurationError(
+            "jobs has plan, which plans for NeMo's recipes: expected none with frontdoor=bridge, and the plan's layout"
+            " as training.pipeline_layout and training.pipeline_recompute"
+        )
+    checkpoint: str | None = None
+    made = []
+    writing = [name for name in values["jobs"] if name in ("conversion", "upcycle")]
+    for name in values["jobs"]:
+        if name in writing:
+            read_by_training = name == writing[-1] and "training" in values["jobs"]
+            given = _source(checkpoint) | ({"to": "bridge"} if read_by_training else {})
+            job = _command(name, tasks[name], values, given)
+            if read_by_training and job.task.to != "bridge":
+                raise ConfigurationError(
+                    f"{name}.to is {job.task.to!r}, expected bridge, which the training with frontdoor=bridge reads"
+                )
+            checkpoint = job.task.output_path
+        elif name == "training":
+            job = _bridge_training(values, checkpoint)
+        else:
+            job = _command(name, tasks[name], values, {"source": make_training(values, checkpoint).folder})
+        made.append(job)
+    return made
+
+
+def _bridge_training(values: dict[str, Any], checkpoint: str | None) -> Job:
+    training = make_training(values, checkpoint)
+    run_sizes = training.chosen.run
+    executor, chosen = _executor(
+        values["cluster"], run_sizes.num_nodes, run_sizes.num_gpus_per_node, script=True
+    )
+    check_each("training", training.paths(), executor)
+    if not isinstance(executor, run.SlurmExecutor):
+        executor.launcher = None  # the Python of Megatron-Bridge starts its own ranks
+    started = task(training, values["frontdoor"].get("python"), executor)
+    return Job("training", training.summary, started, executor, chosen)
 
 
 def _command(name: str, command: Callable[..., None], values: dict[str, Any], derived: dict[str, Any]) -> Job:
@@ -147,8 +207,13 @@ def _training(values: dict[str, Any], recipe: Any, planning: Job | None, checkpo
     return Job("training", f"{kind} {section['recipe']}: {layout}", recipe, executor, chosen)
 
 
-def _executor(cluster: dict[str, Any], nodes: int, gpus_per_node: int | None) -> tuple[Any, list[run.Plugin]]:
-    """Return the executor and its plugins. Without `gpus_per_node` it is one plain process on one node."""
+def _executor(
+    cluster: dict[str, Any], nodes: int, gpus_per_node: int | None, *, script: bool = False
+) -> tuple[Any, list[run.Plugin]]:
+    """Return the executor and its plugins. Without `gpus_per_node` it is one plain process on one node.
+
+    `script` says that the task is a command line, which takes no callbacks.
+    """
     section = dict(cluster)
     name = section.pop("executor", MISSING)
     if not isinstance(name, str) or name not in EXECUTORS:
@@ -158,7 +223,11 @@ def _executor(cluster: dict[str, Any], nodes: int, gpus_per_node: int | None) ->
             raise ConfigurationError(
                 f"cluster.{size} is given, expected training.num_nodes and its devices to say it"
             )
-    chosen = {key: section.pop(key) for key in inspect.signature(plugins).parameters if key in section}
+    chosen = {
+        key: section.pop(key)
+        for key in inspect.signature(plugins).parameters
+        if key in section and key != "script"
+    }
     sizes = {"nodes": nodes, "gpus_per_node": gpus_per_node or 1}
     one_node = "nodes" not in inspect.signature(EXECUTORS[name]).parameters
     if one_node and sizes.pop("nodes") > 1:
@@ -170,4 +239,4 @@ def _executor(cluster: dict[str, Any], nodes: int, gpus_per_node: int | None) ->
             made.gpus_per_node = None
     executor = fdl.build(made)
     check_executor(executor, "cluster.")
-    return executor, plugins(**chosen)
+    return executor, plugins(**chosen, script=script)

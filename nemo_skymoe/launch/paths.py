@@ -1,6 +1,6 @@
 """Check the paths of a job that runs in a container on another machine: they have to be mounted there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -11,10 +11,15 @@ from nemo_skymoe.config import ConfigurationError
 
 def check_paths(job: str, task: Any, executor: Any) -> None:
     """Refuse a path of `task` that SLURM's nodes would not find, or would write to and lose with the container."""
+    check_each(job, _paths(task), executor)
+
+
+def check_each(job: str, paths: Iterable[tuple[str, str]], executor: Any) -> None:
+    """Refuse a path as `check_paths` does, of `paths` by the names of their options."""
     if not isinstance(executor, run.SlurmExecutor):
         return
     mounts = [PurePosixPath((*mount.split(":"), mount)[1]) for mount in executor.container_mounts]
-    for name, text in _paths(task):
+    for name, text in paths:
         if "://" in text:
             continue
         path = PurePosixPath(text)

@@ -25,6 +25,12 @@ REPORT = [
 CASES = {
     "skywork_moe_146b_192_nodes.sbatch": REPORT,
     "skywork_moe_tiny_torchrun.sh": ["training=skywork_moe_tiny"],
+    "bridge_skywork_moe_146b_192_nodes.sbatch": ["frontdoor=bridge", *REPORT],
+    "bridge_skywork_moe_tiny_torchrun.sh": [
+        "frontdoor=bridge",
+        "training=skywork_moe_tiny",
+        "frontdoor.python=/venv/bin/python",
+    ],
 }
 
 
@@ -64,7 +70,7 @@ def fake_slurm(tmp_path: Path) -> dict[str, Any]:
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, then in {
-        "srun": 'case "$*" in *fdl_runner*) exit $CODE;; esac',
+        "srun": 'case "$*" in *fdl_runner*|*nemo_skymoe.bridge*) exit $CODE;; esac',
         "scontrol": "",
         "squeue": 'echo "$STATE $(date --date "$LEFT seconds" +%FT%T) $PREEMPTED"',
     }.items():
@@ -76,6 +82,7 @@ def fake_slurm(tmp_path: Path) -> dict[str, Any]:
 DAY = {"CODE": "0", "STATE": "RUNNING", "LEFT": "80000", "PREEMPTED": "None"}
 
 
+@pytest.mark.parametrize("door", ["nemo", "bridge"])
 @pytest.mark.parametrize(
     ("given", "retries", "requeued"),
     [
@@ -90,9 +97,9 @@ DAY = {"CODE": "0", "STATE": "RUNNING", "LEFT": "80000", "PREEMPTED": "None"}
     ],
 )
 def test_the_script_requeues_itself_where_it_has_to(
-    given: dict[str, str], retries: int, requeued: bool, fake_slurm: dict[str, Any], tmp_path: Path
+    door: str, given: dict[str, str], retries: int, requeued: bool, fake_slurm: dict[str, Any], tmp_path: Path
 ) -> None:
-    script = training_script([*REPORT, f"cluster.retries={retries}"], tmp_path / "home")
+    script = training_script([*REPORT, f"frontdoor={door}", f"cluster.retries={retries}"], tmp_path / "home")
     variables = DAY | given
     done = subprocess.run(
         ["bash", "-c", script], env={**fake_slurm, **variables}, capture_output=True, text=True
@@ -100,4 +107,5 @@ def test_the_script_requeues_itself_where_it_has_to(
     calls = (tmp_path / "calls").read_text()
     assert done.returncode == int(variables["CODE"])
     assert ("scontrol requeue 7" in calls) == requeued
-    assert "--container-image /images/skymoe.sqsh" in calls and "fdl_runner -n training" in calls
+    assert "--container-image /images/skymoe.sqsh" in calls
+    assert {"nemo": "fdl_runner -n training", "bridge": "-m nemo_skymoe.bridge --recipe"}[door] in calls

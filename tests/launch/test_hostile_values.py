@@ -48,7 +48,7 @@ def bash(tmp_path: Path) -> Any:
         assert done.returncode == 0, done.stderr
         assert list(place.iterdir()) == []
         last = len(list(tmp_path.glob("words*"))) - 1
-        words = (tmp_path / f"words{last}").read_text().split("\0")[:-1]
+        words = (tmp_path / f"words{last}").read_bytes().decode().split("\0")[:-1]
         pairs = (tmp_path / f"env{last}").read_bytes().decode().split("\0")[:-1]
         return words, dict(pair.split("=", 1) for pair in pairs)
 

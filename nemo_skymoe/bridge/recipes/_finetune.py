@@ -14,6 +14,8 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import choices
 from nemo_skymoe.experiments.catalogue import Chosen
 
+DATA_SEED = 1234
+"""Seed of the order of the samples. It is NeMo's; Bridge has another one for SQuAD."""
 ADAPTED = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 """The layers that get adapters: attention and MLPs, and not the router."""
 
@@ -68,6 +70,7 @@ def _data(chosen: Chosen) -> dict[str, Any]:
         dataset = default_squad_config(size, enable_offline_packing=False)
     else:
         dataset = GPTSFTDatasetConfig(seq_length=size, dataset_root=chosen.dataset)
+    dataset.seed = DATA_SEED
     tokenizer: Any = chosen.tokenizer or chosen.given.resume_path
     return {
         "dataset": dataset,

@@ -11,7 +11,6 @@ from megatron.bridge.training.config import (
     DistributedDataParallelConfig,
     DistributedInitConfig,
     GPTDatasetConfig,
-    LoggerConfig,
     OptimizerConfig,
     RNGConfig,
     TokenizerConfig,
@@ -21,10 +20,11 @@ from megatron.bridge.training.config import (
 from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 
 from nemo_skymoe.bridge.learning_rate import ExpertLearningRate
+from nemo_skymoe.bridge.logger import SkyworkLoggerConfig
 from nemo_skymoe.bridge.provider import SkyworkProvider, provider_of
 from nemo_skymoe.bridge.schedule import SkyworkSchedulerConfig
 from nemo_skymoe.experiments import choices
-from nemo_skymoe.experiments.runs import Demonstration, Finetuning, Pretraining
+from nemo_skymoe.experiments.runs import Demonstration, Finetuning, Pretraining, PretrainingRun
 from nemo_skymoe.moe.layer import have_transformer_engine
 
 Training = Pretraining | Demonstration | Finetuning
@@ -46,8 +46,10 @@ def container(run: Training, dir: str | None, resume_path: str | None, **parts: 
         train=_train(run, small),
         validation=ValidationConfig(eval_interval=run.val_check_interval, eval_iters=run.limit_val_batches),
         ddp=_ddp(small),
-        logger=LoggerConfig(
-            log_interval=run.log_interval, tensorboard_dir=str(folder / "tensorboard" / run.name)
+        logger=SkyworkLoggerConfig(
+            log_interval=run.log_interval,
+            tensorboard_dir=str(folder / "tensorboard" / run.name),
+            **({"similarity_interval": run.similarity_interval} if isinstance(run, PretrainingRun) else {}),
         ),
         checkpoint=_checkpoint(run, folder / run.name, resume_path, small),
         rng=RNGConfig(seed=INITIAL_SEED),
@@ -151,7 +153,7 @@ def _train(run: Training, small: bool) -> TrainingConfig:
 
 def _ddp(small: bool) -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(
-        use_distributed_optimizer=True, check_for_nan_in_grad=not small, grad_reduce_in_fp32=not small
+        use_distributed_optimizer=True, check_for_nan_in_grad=not small, grad_reduce_in_fp32=True
     )
 
 
@@ -172,5 +174,5 @@ def _checkpoint(run: Training, folder: Path, resume_path: str | None, small: boo
 
 def _float32() -> MixedPrecisionConfig:
     return MixedPrecisionConfig(
-        fp32=True, params_dtype=torch.float32, pipeline_dtype=torch.float32, grad_reduce_in_fp32=False
+        fp32=True, params_dtype=torch.float32, pipeline_dtype=torch.float32, grad_reduce_in_fp32=True
     )
