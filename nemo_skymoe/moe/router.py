@@ -203,7 +203,7 @@ class SkyworkRouter(TopKRouter):
         share = squares_T1.sum() / valid.group_count
         layer_number: Any = self.layer_number
         logged = share * self.tp_cp_group.size()
-        group = getattr(self, "tp_dp_cp_group", None)  # 0.14 has none
+        group: Any = getattr(self, "tp_dp_cp_group", None)  # 0.14 has none
         save_to_aux_losses_tracker("z_loss", logged, layer_number, config.num_layers, avg_group=group)
         loss = share * config.moe_z_loss_coeff
         if config.calculate_per_token_loss:
