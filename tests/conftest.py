@@ -16,10 +16,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not s
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_configure() -> None:
+def pytest_sessionstart() -> None:
     """Where coverage is counted, a rank writes what it has counted before its report, which allows it to be killed."""
     counting = sys.modules["coverage"].Coverage if "coverage" in sys.modules else None
-    if counting is None or counting.current() is None:
+    if counting is None:
         return
     report = ranks._report
 
@@ -28,7 +28,8 @@ def pytest_configure() -> None:
             try:
                 return function(*given)
             finally:
-                counting.current().save()
+                if counting.current() is not None:
+                    counting.current().save()
 
         report(writer, run, args)
 
