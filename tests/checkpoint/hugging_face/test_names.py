@@ -63,7 +63,7 @@ def test_every_row_of_every_tensor_has_one_place(architecture: Architecture, nam
         (hf_models.mistral, {}),
         (hf_models.mistral, {"head_dim": 32}),
     ],
-    ids=str,
+    ids=["llama", "llama of one group", "llama that is tied", "mistral", "mistral of wide heads"],
 )
 def test_against_transformers(
     save: Callable[..., Any], config: dict[str, Any], dtype: torch.dtype, tmp_path: Path
