@@ -91,7 +91,7 @@ def pass_of(router: Any, x: torch.Tensor, with_product: bool) -> Callable[[], No
         probs, _ = router(x)
         probs.backward(upstream)
         if controller is not None and controller.adaptive:
-            controller.stage()
+            controller.collect()
             controller.commit()
 
     return run
