@@ -21,7 +21,8 @@ def scaled(recipe: Any, training: Training, scale: Optional[str], corpus: Option
     """
     if scale is None:
         return recipe
-    small = at_scale(training, scale)
+    chosen: Any = training
+    small = at_scale(chosen, scale)
     _set_model(recipe.model.config, small)
     _set_steps(recipe, small)
     recipe.data = _parts.data(
