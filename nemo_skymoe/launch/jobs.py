@@ -40,7 +40,7 @@ class Job:
 
     name: str
     summary: str
-    task: run.Partial | run.Script
+    task: Any  # run.Partial, or run.Script for Megatron-Bridge
     executor: Any
     plugins: list[run.Plugin]
 
