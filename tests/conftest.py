@@ -16,10 +16,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not s
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_sessionstart() -> None:
+def pytest_configure() -> None:
     """Where coverage is counted, a rank writes what it has counted before its report, which allows it to be killed."""
     counting = sys.modules["coverage"].Coverage if "coverage" in sys.modules else None
-    if counting is None:
+    if counting is None or counting.current() is None:
         return
     report = ranks._report
 
@@ -28,8 +28,7 @@ def pytest_sessionstart() -> None:
             try:
                 return function(*given)
             finally:
-                if counting.current() is not None:
-                    counting.current().save()
+                counting.current().save()
 
         report(writer, run, args)
 
