@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "the source 'zh' is used by no expert": ("upcycle", "{source}", "zh={source}", *UPCYCLE[2:]),
     "there are two sources 'base'": ("upcycle", "{source}", "{source}", *UPCYCLE[2:]),
     "there is no source 'base'": ("upcycle", "zh={source}", *UPCYCLE[2:]),
-    "layer_spec belongs to NeMo checkpoints": (*UPCYCLE, "--layer-spec", "te"),
+    "layer_spec belongs to checkpoints of NeMo or Bridge": (*UPCYCLE, "--layer-spec", "te"),
     "shard_size is 'big'": (*UPCYCLE, "--shard-size", "big"),
     "padded_vocab_size is 299": ("convert", "{source}", "{output}", "--to", "nemo", "--vocab-size", "299"),
     "allow_nonfinite does not go with": (
