@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,12 @@ def test_a_dense_model_by_its_folder(tmp_path: Path) -> None:
     given += ["--dense-tokens", "1B", "--moe-tokens", "1B"]
     sizes = "num_layers=2,hidden_size=64,ffn_hidden_size=96,num_attention_heads=4,vocab_size=419"
     answers = [
-        CliRunner().invoke(app, ["advise", *given, *model, "--json"]).stdout
+        subprocess.run(
+            [sys.executable, "-m", "nemo_skymoe", "advise", *given, *model, "--json"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
         for model in (
             ["--dense", str(tmp_path / "dense"), "--num-experts", "8", "--moe-router-topk", "1"],
             ["--model", f"{sizes},num_moe_experts=8,moe_router_topk=1"],
