@@ -151,6 +151,17 @@ class Architecture:
         layers = sum(self.attention_parameters + mlp[moe] + norms for moe in self.moe_layers)
         return layers + self.embedding_parameters + self.hidden_size
 
+    def megatron_sizes(self) -> dict[str, Any]:
+        """Return the sizes of layers and heads, by the names of Megatron's options."""
+        return {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "ffn_hidden_size": self.ffn_hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_query_groups": self.query_groups,
+            "kv_channels": self.head_size,
+        }
+
     def with_experts(self, num_moe_experts: int, moe_router_topk: int = 2) -> "Architecture":
         """Return the MoE with these experts in place of every MLP."""
         return replace(self, num_moe_experts=num_moe_experts, moe_router_topk=moe_router_topk)

@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import torch
 
+from .targets import apply_rest
+
 _applied: list[str] = []
 
 
 def apply() -> list[str]:
-    """Substitute what Megatron-Core (0.14 to 0.16) needs of CUDA. It may be called again.
+    """Substitute what Megatron-Core (0.14 to 0.19) needs of CUDA. It may be called again.
 
     The substitutions hold in this process, in all its threads, and in processes that are forked from it.
 
@@ -17,10 +19,7 @@ def apply() -> list[str]:
     """
     if torch.cuda.is_available():
         return []
-    if not _applied:
-        for name, substitute in substitutions().items():
-            substitute()
-            _applied.append(name)
+    apply_rest(substitutions(), _applied)
     return applied()
 
 

@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from . import cpu_runtime
-from .targets import replace
+from .targets import apply_rest, replace
 
 _applied: list[str] = []
 
@@ -30,10 +30,7 @@ def apply() -> list[str]:
     if torch.cuda.is_available():
         return []
     cpu_runtime.apply()
-    if not _applied:
-        for name, substitute in substitutions().items():
-            substitute()
-            _applied.append(name)
+    apply_rest(substitutions(), _applied)
     return applied()
 
 

@@ -1,6 +1,6 @@
 """The names that patches replace upstream. A patch whose target is not there would act on nothing, without a word."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nemo_skymoe.config import ConfigurationError
@@ -30,6 +30,17 @@ def replace(owner: Any, names: str | Sequence[str], stand_in: Any) -> None:
         )
     for name in found:
         setattr(owner, name, stand_in)
+
+
+def apply_rest(substitutions: Mapping[str, Callable[[], None]], applied: list[str]) -> None:
+    """Apply the substitutions whose names are not in `applied` yet, and add them to it.
+
+    One that cannot act raises, and raises again at the next call: it is never taken for applied.
+    """
+    for name, substitute in substitutions.items():
+        if name not in applied:
+            substitute()
+            applied.append(name)
 
 
 def _path(owner: Any) -> str:

@@ -92,22 +92,10 @@ def adam(
         ConfigurationError: A rate is out of range. The message names it.
     """
     check_rates(max_lr, min_lr, expert_lr_multiplier)
-    beta1, beta2 = choices.ADAM_BETAS
     experts: dict[str, Any] = {"scale_lr_cond": is_expert_parameter, "lr_mult": expert_lr_multiplier}
     return run.Config(
         nl.MegatronOptimizerModule,
-        config=run.Config(
-            OptimizerConfig,
-            optimizer="adam",
-            lr=max_lr,
-            min_lr=min_lr,
-            weight_decay=choices.WEIGHT_DECAY,
-            adam_beta1=beta1,
-            adam_beta2=beta2,
-            adam_eps=choices.ADAM_EPS,
-            clip_grad=choices.CLIP_GRAD,
-            use_distributed_optimizer=True,
-        ),
+        config=run.Config(OptimizerConfig, **choices.adam(max_lr, min_lr)),
         lr_scheduler=run.Config(
             LearningRateSchedule,
             shape=shape,

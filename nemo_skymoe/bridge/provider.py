@@ -142,13 +142,7 @@ def provider_of(architecture: Architecture, **options: Any) -> SkyworkProvider:
         architecture: The sizes of the model.
         options: Further fields of `SkyworkProvider`, which take precedence.
     """
-    sizes: dict[str, Any] = {
-        "num_layers": architecture.num_layers,
-        "hidden_size": architecture.hidden_size,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_query_groups": architecture.query_groups,
-        "kv_channels": architecture.head_size,
+    sizes = architecture.megatron_sizes() | {
         "vocab_size": architecture.vocab_size,
         "share_embeddings_and_output_weights": architecture.tied_embeddings,
     }

@@ -50,3 +50,19 @@ def one_of(option: str, value: str, table: Mapping[str, Any]) -> str:
     if value not in table:
         raise ConfigurationError(f"{option} is {value!r}, expected one of {', '.join(table)}")
     return value
+
+
+def adam(max_lr: float, min_lr: float) -> dict[str, Any]:
+    """Return Megatron's options of Adam with decoupled weight decay and the distributed optimizer."""
+    beta1, beta2 = ADAM_BETAS
+    return {
+        "optimizer": "adam",
+        "lr": max_lr,
+        "min_lr": min_lr,
+        "weight_decay": WEIGHT_DECAY,
+        "adam_beta1": beta1,
+        "adam_beta2": beta2,
+        "adam_eps": ADAM_EPS,
+        "clip_grad": CLIP_GRAD,
+        "use_distributed_optimizer": True,
+    }

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from nemo_skymoe.patches.targets import MissingTarget, replace
+from nemo_skymoe.patches.targets import MissingTarget, apply_rest, replace
 
 
 class Owner:
@@ -22,3 +22,19 @@ def test_a_missing_target_is_named() -> None:
         replace(Owner, ("new", "newer"), 2)
     with pytest.raises(MissingTarget, match=r"^tests\..*test_targets has no gone, "):
         replace(sys.modules[__name__], "gone", 2)
+
+
+def test_a_substitution_that_failed_is_not_taken_for_applied() -> None:
+    called: list[str] = []
+
+    def fails() -> None:
+        called.append("fails")
+        replace(Owner, "newer", 2)
+
+    substitutions = {"first": lambda: called.append("first"), "second": fails}
+    applied: list[str] = []
+    for _ in range(2):
+        with pytest.raises(MissingTarget):
+            apply_rest(substitutions, applied)
+    assert applied == ["first"]
+    assert called == ["first", "fails", "fails"]

@@ -86,18 +86,7 @@ def model(run: Training, **options: Any) -> SkyworkProvider:
 
 def adam(max_lr: float, min_lr: float) -> OptimizerConfig:
     """Return Megatron's Adam with decoupled weight decay and the distributed optimizer."""
-    beta1, beta2 = choices.ADAM_BETAS
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=max_lr,
-        min_lr=min_lr,
-        weight_decay=choices.WEIGHT_DECAY,
-        adam_beta1=beta1,
-        adam_beta2=beta2,
-        adam_eps=choices.ADAM_EPS,
-        clip_grad=choices.CLIP_GRAD,
-        use_distributed_optimizer=True,
-    )
+    return OptimizerConfig(**choices.adam(max_lr, min_lr))
 
 
 def schedule(run: Training, shape: str) -> SkyworkSchedulerConfig:

@@ -95,9 +95,10 @@ class Dequantized(StorageView):
         start, stop = (index[0], index[0] + 1) if index else rows or (0, shape[0])
         wanted = scale[torch.arange(start, stop) // height]
         wanted = wanted.repeat_interleave(width, dim=1)[:, : shape[1]]
-        for place in index:
-            wanted = wanted[0] if wanted.dim() == 2 else wanted[place]
-        return wanted if not index or rows is None else wanted[rows[0] : rows[1]]
+        if not index:
+            return wanted
+        wanted = wanted[(0, *index[1:])]
+        return wanted if rows is None else wanted[rows[0] : rows[1]]
 
     def _check_scales(self, storage: FileStorage, scales: set[str]) -> None:
         by_block = min((name for name in scales if name.endswith(BLOCK_SCALES)), default=None)

@@ -68,34 +68,56 @@ def run(
             stays, and the same command continues.
     """
     output = absolute(output)
-    if workers < 1:
-        raise ConfigurationError(f"workers is {workers}, expected at least 1")
+    _check_order(output, workers, repair)
     files = {file for storage in sources for file in storage.files}
     counter = ProgressCounter(sum(file.stat().st_size for file in files) + target.bytes, progress)
-    there = os.path.lexists(output)
-    if repair and not there:
-        raise ConfigurationError(f"there is no '{output}' to repair: leave --repair out to write it")
     lost = repair and is_lost(output, target)
-    if there and not lost:
+    if os.path.lexists(output) and not lost:
         receipt = finished(output, _identity(job, target), sources, counter.advance)
-        damages = damaged_output(output, receipt, target, counter.advance)
-        if damages and not repair:
-            raise refuse_damaged(output, damages)
-        _tell(on_damage, damages)
+        damages = _damages(output, receipt, target, counter, repair=repair, on_damage=on_damage)
         return repaired(output, damages, receipt, weights, target, workers=workers, advance=counter.advance)
     check_complete(target.chunks, weights)
     _check_extras(target)
     with unfinished(output, _identity(job, target)) as journal:
         _write(journal, weights, target, sources, counter, workers=workers, allow_nonfinite=allow_nonfinite)
         if lost:
-            _tell(on_damage, adopt(output, journal.folder, counter.advance))
-            shutil.rmtree(journal.folder)
-            sync(output.parent)
+            _compare(journal, output, counter, on_damage)
         else:
             publish(journal, output)
     receipt = read_receipt(output)
     assert receipt is not None
     return receipt
+
+
+def _check_order(output: Path, workers: int, repair: bool) -> None:
+    if workers < 1:
+        raise ConfigurationError(f"workers is {workers}, expected at least 1")
+    if repair and not os.path.lexists(output):
+        raise ConfigurationError(f"there is no '{output}' to repair: leave --repair out to write it")
+
+
+def _damages(
+    output: Path,
+    receipt: Mapping[str, Any],
+    target: Target,
+    counter: ProgressCounter,
+    *,
+    repair: bool,
+    on_damage: OnDamage | None,
+) -> Mapping[str, Damage]:
+    """Return the files of a finished output that are not as they were written, if they are to be written again."""
+    damages = damaged_output(output, receipt, target, counter.advance)
+    if damages and not repair:
+        raise refuse_damaged(output, damages)
+    _tell(on_damage, damages)
+    return damages
+
+
+def _compare(journal: Journal, output: Path, counter: ProgressCounter, on_damage: OnDamage | None) -> None:
+    """Put the receipt back that an output has lost, from the same files written beside it, which are deleted then."""
+    _tell(on_damage, adopt(output, journal.folder, counter.advance))
+    shutil.rmtree(journal.folder)
+    sync(output.parent)
 
 
 def _write(

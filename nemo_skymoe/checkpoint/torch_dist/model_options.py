@@ -18,13 +18,7 @@ def model_options(description: Description, padded_vocab_size: int) -> dict[str,
         ConfigurationError: The model scales its rotary embedding in a way that Megatron lacks.
     """
     architecture, theta = description.architecture, description.rope_theta
-    options: dict[str, Any] = {
-        "num_layers": architecture.num_layers,
-        "hidden_size": architecture.hidden_size,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_query_groups": architecture.query_groups,
-        "kv_channels": architecture.head_size,
+    options = architecture.megatron_sizes() | {
         "seq_length": description.max_position_embeddings,
         "vocab_size": padded_vocab_size,
         "rotary_base": int(theta) if theta.is_integer() else theta,

@@ -147,7 +147,8 @@ def _opened(file: Path) -> Iterator[Mapping[str, Tensor]]:
             return
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, SafetensorError, RuntimeError) as reason:
-        raise CheckpointError(f"'{file}' cannot be read as safetensors: {reason}") from None
+        form = "weights" if file.suffix == _PICKLE else "safetensors"
+        raise CheckpointError(f"'{file}' cannot be read as {form}: {reason}") from None
     except UnpicklingError:  # at length, torch would say how to load it unsafely
         raise CheckpointError(f"'{file}' holds other things than tensors") from None
     yield tensors
