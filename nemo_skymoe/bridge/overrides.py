@@ -49,7 +49,7 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 
 
 def _check(config: ConfigContainer, override: Override) -> None:
-    word, name = override.input_line, override.key_or_group
+    word, name = str(override.input_line), override.key_or_group
     if override.type is not OverrideType.CHANGE:
         raise ConfigurationError(
             f"{word!r} adds or removes an option, expected one that exists: OPTION=VALUE"

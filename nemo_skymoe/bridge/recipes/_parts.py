@@ -42,6 +42,9 @@ def container(run: Training, dir: str | None, resume_path: str | None, **parts: 
         parts: The parts that differ between pretraining and finetuning.
     """
     small, folder = run.precision == "32", Path(dir or "nemo_experiments")  # Bridge's own
+    similarity: dict[str, Any] = {}
+    if isinstance(run, PretrainingRun):
+        similarity = {"similarity_interval": run.similarity_interval}
     return ConfigContainer(
         train=_train(run, small),
         validation=ValidationConfig(eval_interval=run.val_check_interval, eval_iters=run.limit_val_batches),
@@ -49,7 +52,7 @@ def container(run: Training, dir: str | None, resume_path: str | None, **parts: 
         logger=SkyworkLoggerConfig(
             log_interval=run.log_interval,
             tensorboard_dir=str(folder / "tensorboard" / run.name),
-            **({"similarity_interval": run.similarity_interval} if isinstance(run, PretrainingRun) else {}),
+            **similarity,
         ),
         checkpoint=_checkpoint(run, folder / run.name, resume_path, small),
         rng=RNGConfig(seed=INITIAL_SEED),
