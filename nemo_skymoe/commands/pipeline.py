@@ -15,6 +15,14 @@ from nemo_skymoe.pipeline.training import Training
 
 if TYPE_CHECKING:
     from nemo_skymoe.pipeline.plans import Plan
+    from nemo_skymoe.pipeline.size_search import Found
+
+
+_DEFAULT = "default 1, and with --search all"
+
+
+def _size(kind: str, short: str, help: str) -> Any:
+    return typer.Option(f"--{kind}-parallel", f"--{short}", help=f"{help}; {_DEFAULT}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +34,8 @@ class PlanOptions:
 
     skymoe plan --model skywork-moe-146b --hardware A800-80G --num-gpus 1536 --tp 4 --ep 4 --pp 12
     --seq-length 8192 --global-batch-size 2048 --capacity-factor 1.25
+
+    With --search it also chooses the parallel sizes and the micro-batch, and prints the ten best.
     """
 
     model: Annotated[
@@ -43,21 +53,20 @@ class PlanOptions:
     data_parallel: Annotated[
         int | None, typer.Option("--data-parallel", "--dp", help="Data-parallel size, instead of --num-gpus.")
     ] = None
-    tensor_parallel: Annotated[
-        int, typer.Option("--tensor-parallel", "--tp", help="Tensor-parallel size.")
-    ] = Training.tensor_parallel
-    pipeline_parallel: Annotated[
-        int, typer.Option("--pipeline-parallel", "--pp", help="Number of pipeline stages.")
-    ] = Training.pipeline_parallel
+    tensor_parallel: Annotated[int | None, _size("tensor", "tp", "Tensor-parallel size")] = None
+    pipeline_parallel: Annotated[int | None, _size("pipeline", "pp", "Number of pipeline stages")] = None
     virtual_pipeline: Annotated[
-        int, typer.Option("--virtual-pipeline", "--vpp", help="Virtual stages of each pipeline stage.")
-    ] = Training.virtual_pipeline
+        int | None,
+        typer.Option(
+            "--virtual-pipeline", "--vpp", help=f"Virtual stages of each pipeline stage; {_DEFAULT}."
+        ),
+    ] = None
     expert_parallel: Annotated[
-        int,
-        typer.Option("--expert-parallel", "--ep", help="Expert-parallel size; with EDP the same as --tp."),
-    ] = Training.expert_parallel
-    micro_batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = (
-        Training.micro_batch_size
+        int | None, _size("expert", "ep", "Expert-parallel size; with EDP the same as --tp")
+    ] = None
+    context_parallel: Annotated[int | None, _size("context", "cp", "Ranks that share a sequence")] = None
+    micro_batch_size: Annotated[int | None, typer.Option(help=f"Sequences of a micro-batch; {_DEFAULT}.")] = (
+        None
     )
     sequence_parallel: Annotated[bool | None, typer.Option(help="Default: on if --tp is above 1.")] = None
     capacity_factor: Annotated[
@@ -82,26 +91,60 @@ class PlanOptions:
     layers: Annotated[
         str | None, typer.Option(help="Predict this layout instead of choosing one: 5,5,5,5,4.")
     ] = None
+    search: Annotated[
+        bool, typer.Option(help="Choose the sizes that are not given, and print the ten best plans.")
+    ] = False
     profile: Annotated[Path | None, typer.Option(help="JSON of measured seconds and bytes of blocks.")] = None
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False
     svg: Annotated[Path | None, typer.Option(help="Draw the schedule into this file.")] = None
     output: Annotated[Path | None, typer.Option(help="Write the plan into this file, as JSON.")] = None
 
 
-_PRINTED = ("json", "svg", "output")
+_PRINTED = ("json", "svg", "output", "search")
 """These options say what is done with a plan. All others belong to the plan itself."""
 
 
 def plan(options: PlanOptions) -> None:
-    """Make a plan and print it, and write or draw it if that is asked for."""
+    """Make a plan and print it, and write or draw it if that is asked for. Of a search that is the best plan."""
     if options.svg is not None and not options.svg.parent.is_dir():
         raise ConfigurationError(f"svg is {options.svg}, expected a file in an existing folder")
-    made = planned(**{name: value for name, value in vars(options).items() if name not in _PRINTED})
+    given = {name: value for name, value in vars(options).items() if name not in _PRINTED}
+    found = _searched(given) if options.search else None
+    made = planned(**given) if found is None else found.plans[0]
     if options.svg is not None:
         _draw(made, options.svg)
     if options.output is not None:
         _write(made, options.output)
-    _show(made, options.json)
+    if found is None:
+        _show(made, options.json)
+    else:
+        _show_found(found, options.json)
+
+
+def _searched(given: dict[str, Any]) -> "Found":
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from nemo_skymoe.pipeline.texts import searched
+
+    with Progress(console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("estimating layouts", total=None)
+
+        def advance(done: int, of: int) -> None:
+            shown.update(task, description="planning layouts", completed=done, total=of)
+
+        return searched(**given, progress=advance)
+
+
+def _show_found(found: "Found", json: bool) -> None:
+    if json:
+        from json import dumps
+
+        typer.echo(dumps([plan.to_dict() for plan in found.plans], indent=2))
+        return
+    from nemo_skymoe.pipeline.table import print_found
+
+    print_found(found)
 
 
 def _write(made: "Plan", output: Path) -> None:

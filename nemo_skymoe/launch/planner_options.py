@@ -49,6 +49,7 @@ def planner_options(recipe: Any) -> dict[str, Any]:
         "model": run.Config(Architecture, **{name: size for name, size in sizes.items() if size is not None}),
         "num_gpus": recipe.trainer.num_nodes * recipe.trainer.devices,
         "tensor_parallel": strategy.tensor_model_parallel_size,
+        "context_parallel": strategy.context_parallel_size or 1,
         "pipeline_parallel": strategy.pipeline_model_parallel_size,
         "virtual_pipeline": strategy.virtual_pipeline_model_parallel_size or 1,
         "sequence_parallel": strategy.sequence_parallel,
@@ -84,7 +85,6 @@ def _vocabulary(data: Any) -> int:
 
 def _check_planned(config: Any, strategy: Any) -> None:
     counted: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "context_parallel_size": (strategy.context_parallel_size, (None, 1)),
         "expert_tensor_parallel_size": (strategy.expert_tensor_parallel_size, (None, 1)),
     }
     if config.num_moe_experts:

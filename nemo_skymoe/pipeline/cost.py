@@ -50,6 +50,11 @@ class CostModel:
         return Group(self.training.tensor_parallel)
 
     @cached_property
+    def context_group(self) -> Group:
+        """The ranks that share a sequence."""
+        return Group(self.training.context_parallel, self.training.tensor_parallel)
+
+    @cached_property
     def expert_group(self) -> Group:
         """The ranks that split the experts of one layer."""
         return Group(self.training.expert_parallel)
@@ -87,8 +92,11 @@ class CostModel:
         regions = 1 if model.num_moe_experts else 2
         wire = self._tensor_collectives(2 * regions) + self._dispatch(model)
         again = self._tensor_collectives(regions if self.training.sequence_parallel else 0)
-        forward = Work(matmul + tokens * attention_forward, self._layer_traffic(model, 1), wire)
-        backward = Work(2 * matmul + tokens * attention_backward, self._layer_traffic(model, 2), wire + again)
+        sent, sent_back = self._exchanged(model, tokens * attention_forward, tokens * attention_backward)
+        forward = Work(matmul + tokens * attention_forward, self._layer_traffic(model, 1), wire + sent)
+        backward = Work(
+            2 * matmul + tokens * attention_backward, self._layer_traffic(model, 2), wire + again + sent_back
+        )
         return self._block("layer", forward, backward, memory.layer_footprint(model, self.training))
 
     def head(self) -> Block:
@@ -128,7 +136,7 @@ class CostModel:
         dense = sum(each for each, _ in parameters) + ends * memory.vocabulary_parameters(
             self.model, training
         )
-        dense_group = Group(training.data_parallel, training.tensor_parallel)
+        dense_group = Group(training.replicas, training.tensor_parallel)
         expert_group = Group(training.expert_data_parallel, training.expert_parallel)
         seconds = self.links.ring(dense, dense_group)
         seconds += self.links.ring(sum(each for _, each in parameters), expert_group)
@@ -163,6 +171,19 @@ class CostModel:
         """
         whole = BF16 * self.model.hidden_size * self.training.tokens
         return count * self.links.ring(whole, self.tensor_group)
+
+    def _exchanged(self, model: Architecture, forward: float, backward: float) -> tuple[float, float]:
+        """Return the seconds, (forward, backward), that context-parallel ranks wait for keys and values.
+
+        Ranks pass keys and values on in a ring while they compute attention on those that they have (`cp_comm_type`
+        p2p), and only the part counts that this attention, of `forward` and `backward` FLOPs, does not cover. In the
+        backward pass their gradients travel too.
+        """
+        training = self.training
+        both = 2 * BF16 * model.query_groups * model.head_size * training.tokens / training.tensor_parallel
+        travel = self.links.ring(both * training.context_parallel, self.context_group)
+        computed = self.seconds(Work(forward)), self.seconds(Work(backward))
+        return max(0.0, travel - computed[0]), max(0.0, 2 * travel - computed[1])
 
     def _layer_macs(self, model: Architecture) -> float:
         """Count the multiply-adds of one layer's matrix products, for one micro-batch on one GPU."""

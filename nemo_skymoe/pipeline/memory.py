@@ -57,13 +57,13 @@ def vocabulary_parameters(model: Architecture, training: Training) -> float:
 def state_bytes(dense: float, expert: float, training: Training) -> float:
     """Return the bytes of weights, gradients and optimizer state of these parameters.
 
-    The distributed optimizer splits its state of dense parameters over the data-parallel ranks, and that of experts
-    over the ranks with the same experts.
+    The distributed optimizer splits its state of dense parameters over the data- and context-parallel ranks, and that
+    of experts over the ranks with the same experts.
     """
     kept = BF16 + training.gradient_bytes
     if not training.distributed_optimizer:
         return (kept + ADAM) * (dense + expert)
-    dense_optimizer = ADAM * dense / training.data_parallel
+    dense_optimizer = ADAM * dense / training.replicas
     return kept * (dense + expert) + dense_optimizer + ADAM * expert / training.expert_data_parallel
 
 

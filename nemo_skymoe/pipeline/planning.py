@@ -1,7 +1,8 @@
 """`plan` turns plain values into a pipeline plan."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any
 
@@ -54,27 +55,81 @@ def plan(
         ConfigurationError: Options do not go together, and the message names them; or no layout fits, and it says by
             how much.
     """
-    architecture = as_architecture(model)
-    gpu = hardware if isinstance(hardware, Hardware) else hardware_preset(hardware)
-    how = _training(training, num_gpus, data_parallel)
-    _check_layers_of_both_kinds(architecture, how)
-    limit = gpu.memory if memory_limit is None else memory_limit
-    constants = efficiency or Efficiency()
-    if not limit > constants.memory_overhead:
-        raise ConfigurationError(
-            f"memory_limit is {limit / 1e9:.1f} GB, expected more than the {constants.memory_overhead / 1e9:.1f} GB for"
-            " context, buffers and fragmentation"
-        )
-    problem = _measured(CostModel(architecture, how, gpu, constants).problem(limit), architecture, profile)
-    if not recompute:
-        problem = _without_recomputation(problem)
+    question = Question(
+        as_architecture(model),
+        hardware if isinstance(hardware, Hardware) else hardware_preset(hardware),
+        efficiency or Efficiency(),
+        memory_limit=memory_limit,
+        recompute=recompute,
+        profile=profile,
+    )
+    how = question.training(training, num_gpus=num_gpus, data_parallel=data_parallel)
+    return plan_of(question, how, question.problem(how), layers)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a plan is for, apart from the sizes of the training: the model, the hardware, and how memory may be used.
+
+    Raises:
+        ConfigurationError: `memory_limit` leaves no room for a model.
+    """
+
+    model: Architecture
+    hardware: Hardware
+    efficiency: Efficiency = field(default_factory=Efficiency)
+    _: KW_ONLY
+    memory_limit: float | None = None
+    """Bytes of one GPU that may be used; None for all of the hardware's memory."""
+    recompute: bool = True
+    profile: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.limit > self.efficiency.memory_overhead:
+            raise ConfigurationError(
+                f"memory_limit is {self.limit / 1e9:.1f} GB, expected more than the"
+                f" {self.efficiency.memory_overhead / 1e9:.1f} GB for context, buffers and fragmentation"
+            )
+
+    @property
+    def limit(self) -> float:
+        """Bytes of one GPU that may be used."""
+        return self.hardware.memory if self.memory_limit is None else self.memory_limit
+
+    def training(
+        self, options: Mapping[str, Any], *, num_gpus: int | None = None, data_parallel: int | None = None
+    ) -> Training:
+        """Return the training with these options, checked against the model. The errors are those of `plan`."""
+        made = _training(options, num_gpus, data_parallel)
+        _check_layers_of_both_kinds(self.model, made)
+        return made
+
+    def problem(self, training: Training) -> PipelineProblem:
+        """Return the planner's problem. The errors are those of `plan`."""
+        model = CostModel(self.model, training, self.hardware, self.efficiency)
+        problem = _measured(model.problem(self.limit), self.model, self.profile)
+        return problem if self.recompute else _without_recomputation(problem)
+
+
+def plan_of(
+    question: Question, training: Training, problem: PipelineProblem, layers: Sequence[int] | None = None
+) -> Plan:
+    """Solve the problem that `question` makes of a training, or predict the given `layers`; see `plan`."""
     if layers is not None:
         _check_layers(problem, layers)
     try:
         solution = best_layout(problem) if layers is None else given_layout(problem, layers)
     except ConfigurationError as reason:
-        raise ConfigurationError(_explained(str(reason), limit, constants, recompute)) from None
-    return Plan(architecture, gpu, how, constants, limit, solution, simulate(solution))
+        raise ConfigurationError(_explained(str(reason), question)) from None
+    return Plan(
+        question.model,
+        question.hardware,
+        training,
+        question.efficiency,
+        question.limit,
+        solution,
+        simulate(solution),
+    )
 
 
 def _check_layers_of_both_kinds(architecture: Architecture, how: Training) -> None:
@@ -148,8 +203,8 @@ def _training(options: Mapping[str, Any], num_gpus: int | None, data_parallel: i
     training = Training(**{**options, "data_parallel": data_parallel, "sequence_parallel": sequence_parallel})
     if num_gpus not in (None, training.num_gpus):
         raise ConfigurationError(
-            f"num_gpus is {num_gpus}, expected tensor_parallel x pipeline_parallel x data_parallel ="
-            f" {training.num_gpus}, or one of num_gpus and data_parallel"
+            f"num_gpus is {num_gpus}, expected tensor_parallel x context_parallel x pipeline_parallel x data_parallel"
+            f" = {training.num_gpus}, or one of num_gpus and data_parallel"
         )
     return training
 
@@ -157,20 +212,25 @@ def _training(options: Mapping[str, Any], num_gpus: int | None, data_parallel: i
 def _data_parallel(options: Mapping[str, Any], num_gpus: int | None) -> int:
     if num_gpus is None:
         raise ConfigurationError("neither num_gpus nor data_parallel is given, expected one of them")
-    tensor, pipeline = options.get("tensor_parallel", 1), options.get("pipeline_parallel", 1)
-    if num_gpus < 1 or num_gpus % (tensor * pipeline):
-        raise ConfigurationError(
-            f"num_gpus is {num_gpus}, expected a multiple of tensor_parallel ({tensor}) x pipeline_parallel"
-            f" ({pipeline}) = {tensor * pipeline}"
-        )
-    return num_gpus // (tensor * pipeline)
+    sizes = {
+        name: options.get(name, 1) for name in ("tensor_parallel", "context_parallel", "pipeline_parallel")
+    }
+    named = {name: size for name, size in sizes.items() if size != 1 or name != "context_parallel"}
+    product = math.prod(sizes.values())
+    if product < 1:
+        return 1  # `Training` refuses the size
+    if num_gpus < 1 or num_gpus % product:
+        factors = " x ".join(f"{name} ({size})" for name, size in named.items())
+        raise ConfigurationError(f"num_gpus is {num_gpus}, expected a multiple of {factors} = {product}")
+    return num_gpus // product
 
 
-def _explained(reason: str, limit: float, constants: Efficiency, recompute: bool) -> str:
+def _explained(reason: str, question: Question) -> str:
     """Add to a planner's message where its memory limit comes from."""
-    if not recompute:
+    if not question.recompute:
         reason = reason.replace(" with every layer recomputed", "") + "; recompute is off"
     return (
-        f"{reason} (memory_limit of {limit / 1e9:.1f} GB less {constants.memory_overhead / 1e9:.1f} GB for context,"
-        " buffers and fragmentation): more pipeline or tensor parallelism, or a smaller micro-batch, needs less"
+        f"{reason} (memory_limit of {question.limit / 1e9:.1f} GB less"
+        f" {question.efficiency.memory_overhead / 1e9:.1f} GB for context, buffers and fragmentation): more pipeline or"
+        " tensor parallelism, or a smaller micro-batch, needs less"
     )

@@ -9,7 +9,7 @@ from nemo_skymoe.quantities import check_positive
 
 @dataclass(frozen=True)
 class Training:
-    """Parallel sizes, sequence and batch of a training, without context parallelism.
+    """Parallel sizes, sequence and batch of a training.
 
     The defaults are those of Megatron and of the recipes, and every command takes them from here.
 
@@ -21,6 +21,8 @@ class Training:
     pipeline_parallel: int = 1
     virtual_pipeline: int = 1
     expert_parallel: int = 1
+    context_parallel: int = 1
+    """Ranks that share every sequence. Each has the same share of the causal attention, as Megatron splits it."""
     data_parallel: int = 1
     seq_length: int = 4096
     micro_batch_size: int = 1
@@ -48,6 +50,11 @@ class Training:
             raise ConfigurationError(
                 f"gradient_bytes is {self.gradient_bytes}, expected 2 (bf16) or 4 (fp32)"
             )
+        if self.context_parallel > 1 and self.seq_length % (2 * self.context_parallel):
+            raise ConfigurationError(
+                f"seq_length is {self.seq_length}, expected a multiple of 2 x context_parallel"
+                f" ({self.context_parallel}): Megatron gives every rank two parts of a sequence"
+            )
         samples = self.micro_batch_size * self.data_parallel
         if self.global_batch_size % samples:
             raise ConfigurationError(
@@ -68,9 +75,14 @@ class Training:
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
     @property
+    def replicas(self) -> int:
+        """Number of GPUs that hold the same part of everything but the experts, and reduce its gradients."""
+        return self.context_parallel * self.data_parallel
+
+    @property
     def stage_gpus(self) -> int:
         """Number of GPUs that hold one pipeline stage."""
-        return self.tensor_parallel * self.data_parallel
+        return self.tensor_parallel * self.replicas
 
     @property
     def num_gpus(self) -> int:
@@ -84,8 +96,8 @@ class Training:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one micro-batch."""
-        return self.seq_length * self.micro_batch_size
+        """Tokens of one micro-batch that a context-parallel rank has."""
+        return self.seq_length // self.context_parallel * self.micro_batch_size
 
     @property
     def sequence_shards(self) -> int:
@@ -115,9 +127,10 @@ class Training:
                 raise ConfigurationError(
                     f"tensor_parallel is {tensor}, expected a divisor of {name} ({size})"
                 )
-        if self.sequence_parallel and self.seq_length % tensor:
+        if self.sequence_parallel and self.seq_length // self.context_parallel % tensor:
+            with_context = f" x context_parallel ({self.context_parallel})" * (self.context_parallel > 1)
             raise ConfigurationError(
-                f"seq_length is {self.seq_length}, expected a multiple of tensor_parallel ({tensor})"
+                f"seq_length is {self.seq_length}, expected a multiple of tensor_parallel ({tensor}){with_context}"
                 " with sequence_parallel"
             )
         if not model.num_moe_experts:
@@ -130,13 +143,19 @@ class Training:
         elif self.stage_gpus % expert:
             raise ConfigurationError(
                 f"expert_parallel is {expert}, expected a divisor of the GPUs of a stage:"
-                f" tensor_parallel ({tensor}) x data_parallel ({self.data_parallel})"
+                f" {self._of_a_stage()}"
             )
         elif tensor > 1 and not self.sequence_parallel and expert != tensor:
             raise ConfigurationError(
                 f"sequence_parallel is False, expected True with tensor_parallel {tensor} and"
                 f" expert_parallel {expert}; only EDP, where they are equal, works without"
             )
+
+    def _of_a_stage(self) -> str:
+        sizes = {"tensor_parallel": self.tensor_parallel, "context_parallel": self.context_parallel}
+        named = {name: size for name, size in sizes.items() if size > 1 or name == "tensor_parallel"}
+        named["data_parallel"] = self.data_parallel
+        return " x ".join(f"{name} ({size})" for name, size in named.items())
 
     def _check_dense(self) -> None:
         if self.expert_parallel > 1:

@@ -177,3 +177,18 @@ except SystemExit as exit:
 assert not {"numpy", "rich", "torch"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_search_prints_its_best_and_writes_the_first(tmp_path: Path):
+    model = "num_layers=4,hidden_size=512,ffn_hidden_size=1024,num_attention_heads=8,vocab_size=1000,num_moe_experts=4"
+    options = ["--model", model, "--hardware", "H100", "--num-gpus", "4", "--seq-length", "1024"]
+    options += ["--global-batch-size", "8", "--search", "--pp", "2"]
+    best = planned(*options)
+    assert [one["step_time"] for one in best] == sorted(one["step_time"] for one in best) and len(best) == 10
+    assert {one["training"]["pipeline_parallel"] for one in best} == {2}
+    answer = run(*options, "--output", str(tmp_path / "plan.json"))
+    assert answer.exit_code == 0 and json.loads((tmp_path / "plan.json").read_text()) == best[0]
+    [again] = re.findall(r"the first   (.*)", answer.stdout)
+    assert planned(*options[:-3], *shlex.split(again)) == best[0]
+    refused = run(*options, "--layers", "2,2")
+    assert refused.exit_code == 2 and "layers is 2,2, expected none with search" in refused.stderr

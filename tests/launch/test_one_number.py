@@ -126,7 +126,6 @@ def test_whatever_a_training_changes_its_plan_takes_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.trainer.strategy.context_parallel_size=2", "context_parallel_size is 2, expected 1 for a plan"),
         ("model.moe_router_topk=1", "^moe_router_topk=1 .*moe_router_pre_softmax=True$"),
         ("model.moe_shared_expert_intermediate_size=64", "moe_shared_expert_intermediate_size is 64, expected 0 for a plan"),
     ],

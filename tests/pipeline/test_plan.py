@@ -231,7 +231,7 @@ def test_a_wrong_profile_is_refused(profile: dict, message: str):
         ({"num_gpus": None}, "neither num_gpus nor data_parallel is given"),
         (
             {"data_parallel": 16},
-            "num_gpus is 1536, expected tensor_parallel x pipeline_parallel x data_parallel",
+            "num_gpus is 1536, expected tensor_parallel x context_parallel x pipeline_parallel x data_parallel",
         ),
         ({"expert_parallel": 3}, "expert_parallel is 3, expected a divisor of num_moe_experts"),
         (
