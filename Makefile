@@ -47,9 +47,10 @@ coverage: $(STAMP)
 test-long: $(STAMP)
 	@$(RUN) bash tests/logged.sh test-long $(BIN)/pytest --durations=20
 
-# A real SLURM on loopback, which preempts, stops and loses trainings. As root; it says which packages it needs.
-test-slurm: $(STAMP)
-	@$(RUN) $(BIN)/pytest tests/slurm
+# A real SLURM on loopback, which preempts, stops and loses trainings of both doors. As root; it says which packages it needs.
+# Writes tests/logs/test-slurm.log.
+test-slurm: $(STAMP) $(BRIDGE_STAMP)
+	@$(RUN) bash tests/logged.sh test-slurm $(BIN)/pytest tests/slurm --durations=20
 
 # What needs neither NeMo nor Bridge, with every Megatron-Core; writes tests/logs/versions.log and benchmarks/versions.md.
 versions: $(STAMP) $(BRIDGE_STAMP)

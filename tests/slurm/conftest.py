@@ -14,6 +14,7 @@ import pytest
 from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.patches import unified_memory
 from tests.slurm.cluster import Cluster, missing, running
+from tests.slurm.doors import BRIDGE_PYTHON
 
 FILES = ("argparse", "typing", "inspect", "pydoc", "shutil", "uuid", "ast", "pickle")
 
@@ -29,6 +30,8 @@ def pytest_sessionstart() -> None:
         pytest.exit(
             f"make test-slurm starts slurmd, which needs root: it was started by {getpass.getuser()}", 2
         )
+    if not BRIDGE_PYTHON.is_file():
+        pytest.exit(f"make test-slurm needs {BRIDGE_PYTHON}: make test-bridge installs it", 2)
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.default_int_handler)
 
@@ -51,7 +54,6 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         started.environment |= unified_memory.ENVIRONMENT | {
             "PATH": f"{commands}:{started.environment['PATH']}",
             "MASTER_ADDR": "127.0.0.1",  # names of nodes have no address here
-            "NEMORUN_HOME": str(folder / "home"),
             "SKYMOE_SLURM_ACCOUNT": "llm",
             "SKYMOE_SLURM_PARTITION": "a800",
             "SKYMOE_SLURM_IMAGE": "none",

@@ -1,15 +1,19 @@
 """A job that trains: how far it is, what an operator does to it, and what its run has left."""
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from nemo_skymoe.checkpoint.run_folder import checkpoint_of
+from nemo_skymoe.checkpoint.torch_dist.common_state import read_common_state
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
-from nemo_skymoe.report.curves import read_curves
+from nemo_skymoe.report.curves import TRAIN_LOSSES, curve_of, read_curves
 from tests.slurm.cluster import Cluster
 from tests.waiting import wait_until
 
@@ -25,6 +29,10 @@ class Job:
     number: int
     log: Path
     """Its files, as a pattern."""
+    step_line: re.Pattern[str]
+    """A line in the log after every step, with the step's number."""
+    first_step: int
+    """The number of the first step in the log."""
 
     def shown(self) -> dict[str, str]:
         """What SLURM says about it."""
@@ -36,7 +44,8 @@ class Job:
 
     def step(self) -> int:
         """The last optimizer step in its log, counted from 0; -1 before the first."""
-        return max((int(step) for step in re.findall(r"global_step: (\d+)", self.printed())), default=-1)
+        numbers = map(int, self.step_line.findall(self.printed()))
+        return max((number - self.first_step for number in numbers), default=-1)
 
     def wait(self, what: str, condition: Callable[[], object]) -> None:
         """Wait until `condition` holds; the end of the log is in the message where it does not."""
@@ -90,23 +99,25 @@ class Kept:
     """All of the last checkpoint."""
 
 
-def checkpoint(runs: Path, name: str) -> Path:
-    """The last one of a run."""
-    (last,) = (runs / name / "checkpoints").glob("*-last")
-    return last
+def kept(run: Path, logged: Path, coefficients: Sequence[str], first_step: int) -> Kept:
+    """Read what a run has left.
 
-
-def kept(runs: Path, name: str) -> Kept:
-    """Read what the run `name` has left."""
-    curves = read_curves(runs / "tensorboard" / name)
+    Args:
+        run: The folder with its checkpoints.
+        logged: The folder with its log for TensorBoard.
+        coefficients: Their place in what a checkpoint has beside tensors.
+        first_step: The number of the first step in the log.
+    """
+    curves = read_curves(logged)
     layers = [curve for tag, curve in curves.items() if tag.startswith("moe/aux_loss_coefficient_layer_")]
     assert len(layers) > 1 and all(np.array_equal(layer.steps, layers[0].steps) for layer in layers)
-    loss, last = curves["reduced_train_loss"], checkpoint(runs, name)
+    loss, last = curve_of(curves, TRAIN_LOSSES), checkpoint_of(run)
+    assert loss is not None
+    found: Any = functools.reduce(dict.__getitem__, coefficients, read_common_state(last))
     storage = TorchDistStorage(last)
-    state = torch.load(last / "weights" / "common.pt", weights_only=False)["callbacks"]["SkyworkMoECallback"]
     return Kept(
-        dict(zip(loss.steps.tolist(), loss.values.tolist(), strict=True)),
+        dict(zip((loss.steps - first_step).tolist(), loss.values.tolist(), strict=True)),
         dict(zip(layers[0].steps.tolist(), zip(*(layer.values.tolist() for layer in layers), strict=True), strict=True)),
-        state["aux_loss_coefficients"],
+        found,
         {tensor: storage.read(tensor) for tensor in storage.tensors},
     )  # fmt: skip
