@@ -93,6 +93,7 @@ def _applies(module: str, versions: Mapping[str, str | None], devices: Sequence[
         "router_without_te": not te and core.startswith(("0.14.", "0.15.", "0.16.")),
         "lora_without_te": nemo and not te,
         "bridge_without_te": bridge and not te,
+        "bridge_lora_without_te": bridge and not te,
         "bridge_compiled_helpers": bridge,
         "context_parallel_aux_loss": core.startswith(("0.14.", "0.15.")),
         "expert_parallel_warning": core.startswith(("0.14.", "0.15.")),

@@ -1,11 +1,13 @@
-"""Skywork-MoE in Megatron-Bridge. Importing it cures the import of Bridge where Transformer Engine is absent."""
+"""Skywork-MoE in Megatron-Bridge. Importing it cures Bridge's import and adapters where Transformer Engine is absent."""
 
-from nemo_skymoe.patches import bridge_without_te, unified_memory
+from nemo_skymoe.patches import bridge_lora_without_te, bridge_without_te, unified_memory
 
 unified_memory.apply()
 bridge_without_te.apply()
 
 from megatron.bridge.utils import instantiate_utils  # noqa: E402
+
+bridge_lora_without_te.apply()
 
 TARGETS = (
     "nemo_skymoe.bridge.checkpoint.SkyworkCheckpointManager",

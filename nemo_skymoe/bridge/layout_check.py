@@ -29,7 +29,7 @@ def check_ranks(config: ConfigContainer) -> None:
     world = get_world_size_safe()
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     context, expert = model.context_parallel_size, model.expert_model_parallel_size
-    within = model.expert_tensor_parallel_size or (1 if expert > 1 else tensor)
+    within = expert_tensor_parallelism(model)
     stages = {"pipeline_model_parallel_size": pipeline}
     attention = {"tensor_model_parallel_size": tensor, **stages, "context_parallel_size": context}
     _check_multiple(world, attention)
@@ -46,6 +46,13 @@ def check_ranks(config: ConfigContainer) -> None:
         )
     if isinstance(model, SkyworkOptions) and not config.validation.skip_train:
         model.check_training()
+
+
+def expert_tensor_parallelism(model: Any) -> int:
+    """Return the number of ranks that share an expert, as Megatron settles it."""
+    if model.expert_tensor_parallel_size:
+        return model.expert_tensor_parallel_size
+    return 1 if model.expert_model_parallel_size > 1 else model.tensor_model_parallel_size
 
 
 def _check_multiple(world: int, sizes: dict[str, int]) -> None:

@@ -4,7 +4,9 @@ from typing import Any
 
 from megatron.bridge.training.config import ConfigContainer
 
+from nemo_skymoe.bridge.adapters_check import check_adapters
 from nemo_skymoe.bridge.checkpoint import manager_name
+from nemo_skymoe.bridge.layout_check import expert_tensor_parallelism
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 
 _OFF = (False, None)
@@ -54,13 +56,9 @@ def check_options(config: ConfigContainer) -> None:
             raise ConfigurationError(
                 f"{option} is {value!r}, expected {allowed[0]!r} with a Skywork-MoE: {reason}"
             )
+    check_adapters(config.peft, model, expert_tensor_parallelism(model))
     if not model.moe_adaptive_aux_loss:
         return
-    if config.peft is not None:
-        raise ConfigurationError(
-            "moe_adaptive_aux_loss balances a router, which peft freezes: expected False, with"
-            " moe_router_load_balancing_type='none'"
-        )
     manager = config.checkpoint.custom_manager_class
     if manager not in (None, manager_name()):
         raise ConfigurationError(

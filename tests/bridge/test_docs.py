@@ -65,7 +65,7 @@ def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Path("corpus").rename("runs/corpus")
     Path("dense").rename("skywork-tiny")
     printed = "".join(map(run, HERE))
-    assert len(HERE) == 6
+    assert len(HERE) == 7
     for text in EXPECTED:
         assert text in printed
     assert printed.count("every bit as expected") == 2

@@ -249,11 +249,12 @@ class Training:
         return output, loss
 
     def gradients(self) -> dict[str, Tensor]:
-        """Every parameter's gradient in full size by its global name, on every rank."""
+        """The gradient of every trained parameter in full size by its global name, on every rank."""
         parts: list[Any] = [None] * torch.distributed.get_world_size()
         local = {
             name: (rank_within(name), partition(name, parameter), parameter.main_grad.numpy().copy())
             for name, parameter in parameters(self.chunks).items()
+            if parameter.requires_grad
         }
         torch.distributed.all_gather_object(parts, local)
         whole: dict[str, dict[int, Any]] = {}
@@ -333,8 +334,8 @@ def partition(name: str, parameter: Any) -> int:
 
 
 def pieces_of(name: str) -> int:
-    """A gated linear unit's two halves are split one by one."""
-    return 2 if "linear_fc1" in name else 1
+    """A gated linear unit's two halves are split one by one; what an adapter makes of its input has no halves."""
+    return 2 if "linear_fc1" in name and ".adapter.linear_in" not in name else 1
 
 
 def joined(name: str, dimension: int, parts: list[Tensor]) -> Tensor:

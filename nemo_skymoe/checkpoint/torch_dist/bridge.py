@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from nemo_skymoe.checkpoint.companions import companion_files
 from nemo_skymoe.checkpoint.description import Description
@@ -53,6 +54,9 @@ class BridgeTarget(TorchDistTarget):
         extra_states: Names of the empty extra states that Megatron expects.
         extras: Further files by path in the output folder (`bridge_files`).
     """
+
+    # Bridge's own version of the format, without which it takes the base of adapters for one that they do not fit.
+    common_state = MappingProxyType({"checkpoint_version": 3.0})
 
     def __init__(
         self,

@@ -170,8 +170,8 @@ def layout(storage: Storage) -> Layout:
     adapter = next((name for name in sorted(names) if ".adapter." in name), None)
     if adapter is not None:
         raise CheckpointError(
-            f"'{adapter}' in '{storage.folder}' belongs to an adapter (LoRA) of NeMo, which is not a model: merge it into its"
-            " base with nemo.collections.llm.peft.merge_lora, and give the result"
+            f"'{adapter}' in '{storage.folder}' belongs to an adapter (LoRA), which is not a model: merge it into its base"
+            " with nemo.collections.llm.peft.merge_lora, or AutoBridge's export_adapter_ckpt and peft, and give the result"
         )
     prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
     # Where both are tied, either may be the one that was saved.

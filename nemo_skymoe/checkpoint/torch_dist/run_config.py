@@ -95,7 +95,7 @@ def read_options(file: Path) -> dict[str, Any]:
     if config.get("peft") is not None:
         raise CheckpointError(
             f"'{file}' says that an adapter was trained (peft), which is not a model: merge it into its base with"
-            " Megatron-Bridge, and give the result"
+            " AutoBridge's export_adapter_ckpt and peft, and give the result"
         )
     if model.get("restore_modelopt_state") or (file.parent / "modelopt_state").exists():
         raise CheckpointError(

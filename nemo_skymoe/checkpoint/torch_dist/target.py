@@ -38,6 +38,9 @@ class TorchDistTarget:
         folder: The folder of the tensors in the output folder.
     """
 
+    common_state: Mapping[str, float] = MappingProxyType({})
+    """What Megatron keeps beside the tensors."""
+
     def __init__(
         self,
         chunks: Iterable[Chunk],
@@ -85,7 +88,7 @@ class TorchDistTarget:
 
         extra_state, common = io.BytesIO(), io.BytesIO()
         torch.save([None], extra_state)
-        torch.save({}, common)
+        torch.save(dict(self.common_state), common)
         files = {_file_name(len(self.chunks)): extra_state.getvalue()} if self.extra_states else {}
         files["common.pt"] = common.getvalue()
         files[CONFIG] = json.dumps(_CONFIG).encode()
