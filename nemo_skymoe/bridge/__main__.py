@@ -58,6 +58,7 @@ def train(recipe: str, words: Sequence[str], *, dry_run: bool) -> None:
     if dry_run:
         os.environ.setdefault("WORLD_SIZE", str(ranks))
     try:
+        from nemo_skymoe.bridge import registration  # noqa: F401 (before anything else of Bridge is imported)
         from nemo_skymoe.bridge.checks import check
         from nemo_skymoe.bridge.overrides import set_options
         from nemo_skymoe.bridge.recipes import configured
