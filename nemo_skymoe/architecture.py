@@ -11,7 +11,7 @@ from nemo_skymoe.config import ConfigurationError
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder with RMSNorm, RoPE, SwiGLU and no biases: Llama, Mistral, Skywork-13B or Skywork-MoE (Table 2).
+    """A decoder with RMSNorm, RoPE and SwiGLU: Llama, Mistral, Qwen, Skywork-13B or Skywork-MoE (Table 2).
 
     Sizes are in elements; `vocab_size` counts the rows of the embedding as stored, without padding.
     """
@@ -35,6 +35,10 @@ class Architecture:
     otherwise."""
     moe_ffn_hidden_size: int | None = None
     """Size of an expert. None means `ffn_hidden_size`, the size of the MLP of dense layers."""
+    add_qkv_bias: bool = False
+    """Whether the projections to queries, keys and values have biases, as in Qwen2. No other layer has any."""
+    qk_layernorm: bool = False
+    """Whether an RMSNorm of a head's size follows the projections to queries and to keys, as in Qwen3."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
@@ -118,6 +122,12 @@ class Architecture:
         return heads * self.head_size * self.hidden_size
 
     @property
+    def attention_vectors(self) -> int:
+        """Number of weights in the biases, and in the norms of queries and keys, of one layer."""
+        biases = (self.num_attention_heads + 2 * self.query_groups) * self.head_size
+        return biases * self.add_qkv_bias + 2 * self.head_size * self.qk_layernorm
+
+    @property
     def expert_parameters(self) -> int:
         """Number of weights of one expert, or of one MLP in a dense model."""
         return 3 * self.hidden_size * self.expert_ffn_hidden_size
@@ -147,12 +157,12 @@ class Architecture:
             True: experts * self.expert_parameters + self.router_parameters,
             False: 3 * self.hidden_size * self.ffn_hidden_size,
         }
-        norms = 2 * self.hidden_size
-        layers = sum(self.attention_parameters + mlp[moe] + norms for moe in self.moe_layers)
+        vectors = 2 * self.hidden_size + self.attention_vectors
+        layers = sum(self.attention_parameters + mlp[moe] + vectors for moe in self.moe_layers)
         return layers + self.embedding_parameters + self.hidden_size
 
     def megatron_sizes(self) -> dict[str, Any]:
-        """Return the sizes of layers and heads, by the names of Megatron's options."""
+        """Return the sizes of layers and heads, and what attention has beside its matrices, as Megatron's options."""
         return {
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
@@ -160,6 +170,8 @@ class Architecture:
             "num_attention_heads": self.num_attention_heads,
             "num_query_groups": self.query_groups,
             "kv_channels": self.head_size,
+            "add_qkv_bias": self.add_qkv_bias,
+            "qk_layernorm": self.qk_layernorm,
         }
 
     def with_experts(self, num_moe_experts: int, moe_router_topk: int = 2) -> "Architecture":

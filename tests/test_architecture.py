@@ -21,6 +21,15 @@ def test_llama_3_8b_has_grouped_queries():
     assert llama.parameters == 8_030_261_248
 
 
+def test_qwen_has_biases_or_norms_of_heads():
+    qwen2_7b = Architecture(28, 3584, 18944, 28, vocab_size=152064, num_query_groups=4, add_qkv_bias=True)
+    assert qwen2_7b.parameters == 7_615_616_512
+    qwen3_8b = Architecture(
+        36, 4096, 12288, 32, vocab_size=151936, num_query_groups=8, kv_channels=128, qk_layernorm=True
+    )
+    assert qwen3_8b.parameters == 8_190_735_360
+
+
 def test_tied_embeddings_count_once():
     tied = Architecture(2, 8, 16, 2, vocab_size=10, tied_embeddings=True)
     untied = Architecture(2, 8, 16, 2, vocab_size=10)

@@ -14,7 +14,17 @@ from tests.modules import MODULES, ROOT, imported, parsed, python_files
 ORDER = (
     "durable",
     *("option_values", "unfit_options", "traffic", "dispatchers", "config"),
-    *("shell", "names", "typed", "folders", "quantities", "credentials", "ranks", "architecture"),
+    *(
+        "shell",
+        "names",
+        "typed",
+        "folders",
+        "quantities",
+        "credentials",
+        "ranks",
+        "rotary_options",
+        "architecture",
+    ),
     *("patches", "moe", "pipeline"),
     # What the formats share, the formats, what is made of them, and the second path that checks the result.
     *(

@@ -39,7 +39,7 @@ def provider_of_description(
         options: Further fields of `SkyworkProvider`, which take precedence.
 
     Raises:
-        ConfigurationError: The model scales its rotary embedding in a way that Megatron lacks.
+        ConfigurationError: The model scales its rotary embedding in a way that is not carried over to Megatron.
     """
     known = model_options(description, padded_vocab_size)
     unpadded = description.architecture.vocab_size

@@ -44,6 +44,8 @@ _NAMES = {
     "decoder.final_layernorm.weight": "model.norm.weight",
     f"{_LAYER}self_attention.linear_qkv.layer_norm_weight": f"{_HF_LAYER}input_layernorm.weight",
     f"{_LAYER}self_attention.linear_proj.weight": f"{_HF_LAYER}self_attn.o_proj.weight",
+    f"{_LAYER}self_attention.q_layernorm.weight": f"{_HF_LAYER}self_attn.q_norm.weight",
+    f"{_LAYER}self_attention.k_layernorm.weight": f"{_HF_LAYER}self_attn.k_norm.weight",
     f"{_LAYER}mlp.linear_fc1.layer_norm_weight": f"{_HF_LAYER}post_attention_layernorm.weight",
     f"{_LAYER}mlp.linear_fc2.weight": f"{_HF_LAYER}mlp.down_proj.weight",
     f"{_LAYER}mlp.experts.linear_fc2.weight*": f"{_EXPERT}w2.weight",
@@ -56,7 +58,7 @@ _GATED = {
     f"{_LAYER}mlp.experts.local_experts.*.linear_fc1.weight": (f"{_EXPERT}w1.weight", f"{_EXPERT}w3.weight"),
 }
 _ROUTER = f"{_LAYER}mlp.router.weight", f"{_HF_LAYER}block_sparse_moe.gate.weight"
-_QKV = f"{_LAYER}self_attention.linear_qkv.weight"
+_QKV = f"{_LAYER}self_attention.linear_qkv"
 
 # The package's own classes stand for those in the folder, so that its code need not be trusted.
 AutoConfig.register("skywork", SkyworkConfig, exist_ok=True)
@@ -110,7 +112,12 @@ class SkyworkBridge(MegatronModelBridge[Any, SkyworkProvider, GPTModel]):
             *(VocabularyMapping(ours, theirs, tokens) for ours, theirs in _VOCABULARY.items()),
             *(AutoMapping(ours, theirs) for ours, theirs in _NAMES.items()),
             *(GatedMLPMapping(ours, gate=gate, up=up) for ours, (gate, up) in _GATED.items()),
-            QKVMapping(_QKV, **{kind: f"{_HF_LAYER}self_attn.{kind}_proj.weight" for kind in "qkv"}),
+            *(
+                QKVMapping(
+                    f"{_QKV}.{part}", **{kind: f"{_HF_LAYER}self_attn.{kind}_proj.{part}" for kind in "qkv"}
+                )
+                for part in ("weight", "bias")
+            ),
             ReplicatedMapping(*_ROUTER),
         )
 

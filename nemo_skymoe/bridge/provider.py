@@ -16,8 +16,10 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.moe.layer import get_skywork_block_spec, have_transformer_engine
+from nemo_skymoe.moe.rotary import scale_rotary_embedding
 from nemo_skymoe.patches import expert_parallel_warning
 from nemo_skymoe.pipeline.apply import apply_layout, apply_recompute
+from nemo_skymoe.rotary_options import RotaryOptions
 
 _TE = have_transformer_engine()
 _CUDA = torch.cuda.is_available()
@@ -36,7 +38,7 @@ class _FinalizedProvider(GPTModelProvider):
 
 
 @dataclass
-class SkyworkProvider(SkyworkOptions, _FinalizedProvider):
+class SkyworkProvider(SkyworkOptions, RotaryOptions, _FinalizedProvider):
     """The architecture of Skywork-13B as Bridge's provider: untied head, RoPE, RMSNorm, SwiGLU and no biases.
 
     With `num_moe_experts` it is a Skywork-MoE. Features that need Transformer Engine or a GPU are off if these are
@@ -116,6 +118,7 @@ class SkyworkProvider(SkyworkOptions, _FinalizedProvider):
     def provide(self, *args: Any, **kwargs: Any) -> Any:
         """Return one chunk of the model, with what is not trained frozen before DDP and the optimizer see it."""
         model = super().provide(*args, **kwargs)
+        scale_rotary_embedding(model, self)
         if self.train_only_ffn:
             for name, parameter in model.named_parameters():
                 # Transformer Engine keeps the norm before the MLP inside the MLP.

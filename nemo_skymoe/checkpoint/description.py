@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.durable.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -31,19 +30,3 @@ class Description:
     moe_router_logit_norm_correction: int = 1
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """The config.json that this was read from."""
-
-    @property
-    def rope_interpolation_factor(self) -> float | None:
-        """Megatron's `seq_len_interpolation_factor`.
-
-        Raises:
-            ConfigurationError: The scaling is another one, which Megatron lacks.
-        """
-        if self.rope_scaling is None:
-            return None
-        kind = self.rope_scaling.get("rope_type")
-        if kind != "linear":
-            raise ConfigurationError(
-                f"rope_scaling is of type {kind!r}, which Megatron lacks; expected 'linear', 'ntk' or none"
-            )
-        return float(self.rope_scaling["factor"])

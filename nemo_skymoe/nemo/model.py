@@ -25,10 +25,12 @@ from nemo_skymoe.moe.batch_padding import on_this_context_rank, padding_of
 from nemo_skymoe.moe.controller import find_routers
 from nemo_skymoe.moe.layer import get_skywork_block_spec, have_transformer_engine
 from nemo_skymoe.moe.padding import padding_told
+from nemo_skymoe.moe.rotary import scale_rotary_embedding
 from nemo_skymoe.moe.router import SkyworkRouter
 from nemo_skymoe.nemo.connectors import connect
 from nemo_skymoe.nemo.padding import Remembering
 from nemo_skymoe.patches import expert_parallel_warning
+from nemo_skymoe.rotary_options import RotaryOptions
 
 _TE = have_transformer_engine()
 _CUDA = torch.cuda.is_available()
@@ -46,7 +48,7 @@ def skywork_local_layer_spec(config: Any, vp_stage: Optional[int] = None) -> Any
 
 
 @dataclass
-class SkyworkConfig(LlamaConfig):
+class SkyworkConfig(RotaryOptions, LlamaConfig):
     """The architecture of Skywork-13B: a Llama with untied head, RoPE, RMSNorm, SwiGLU and no biases.
 
     Features that need Transformer Engine or a GPU are off if these are absent, and only then.
@@ -66,6 +68,12 @@ class SkyworkConfig(LlamaConfig):
     bias_activation_fusion: bool = _CUDA
     bias_dropout_fusion: bool = _CUDA
     cross_entropy_loss_fusion: bool = _CUDA
+
+    def configure_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Return NeMo's model of this pipeline stage, with the rotary embedding scaled."""
+        model = super().configure_model(*args, **kwargs)
+        scale_rotary_embedding(model, self)
+        return model
 
 
 @dataclass

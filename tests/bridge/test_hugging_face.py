@@ -51,6 +51,9 @@ def in_the_authors_names(folder: Path) -> None:
 
 
 MODELS["layers that differ"] = differing
+MODELS["biases and norms of heads"] = lambda folder: hf_models.skywork_moe(
+    folder, **GROUPED, add_qkv_bias=True, qk_layernorm=True
+)
 MORE = {"the authors' names": in_the_authors_names, "FP8": fp8_release}
 
 

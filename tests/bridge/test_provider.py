@@ -2,16 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
+from megatron.bridge.training.model_load_save import temporary_distributed_context
 from megatron.bridge.training.utils.checkpoint_utils import read_run_config
 from megatron.bridge.utils.instantiate_utils import InstantiationException, instantiate
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.bridge.checkpoint import manager_name
 from nemo_skymoe.bridge.learning_rate import ExpertLearningRate
 from nemo_skymoe.bridge.provider import SkyworkProvider
+from nemo_skymoe.patches import bridge_cpu
 from nemo_skymoe.ranks import run_ranks
 from tests.bridge.recorded import Record, Recorder, start_alike, train
 from tests.bridge.tiny import DENSE, MOE, tiny_config, tiny_provider
@@ -24,6 +28,7 @@ MODELS: dict[str, Architecture] = {
     "some layers dense": replace(MOE, num_layers=3, moe_layer_freq=(0, 1, 1), moe_ffn_hidden_size=16),
     "grouped queries": replace(MOE, num_query_groups=2, kv_channels=16),
     "tied": replace(DENSE, tied_embeddings=True),
+    "biases and norms of heads": replace(DENSE, add_qkv_bias=True, qk_layernorm=True),
 }
 
 
@@ -49,6 +54,24 @@ def test_only_the_mlps_are_trained_if_that_is_asked_for():
     moved = {name for name, found in record.weights.items() if (found != start_of[name]).any()}
     layers = range(1, DENSE.num_layers + 1)
     assert moved == {f"decoder.layers.{n}.mlp.linear_{fc}.weight" for n in layers for fc in ("fc1", "fc2")}
+
+
+def frequencies(options: dict[str, Any]) -> torch.Tensor:
+    bridge_cpu.apply()
+    with temporary_distributed_context(backend="gloo"):
+        provider = tiny_provider(DENSE, **options)
+        provider.finalize()
+        return provider.provide(pre_process=True, post_process=True).rotary_pos_emb.inv_freq
+
+
+def test_the_rotary_embedding_is_scaled_with_every_number():
+    """Bridge passes the factor on. The reference is Megatron's own scaling."""
+    options = {"rope_scaling": True, "rope_scaling_factor": 4.0, "rope_scaling_low_freq_factor": 0.5}
+    options |= {"rope_scaling_high_freq_factor": 2.0, "rope_scaling_original_max_position_embeddings": 16}
+    [plain] = run_ranks(frequencies, 1, {})
+    [scaled] = run_ranks(frequencies, 1, options)
+    expected = RotaryEmbedding._apply_scaling(cast(Any, None), plain, 4.0, 0.5, 2.0, 16)
+    assert torch.equal(scaled, expected) and not torch.equal(scaled, plain)
 
 
 def saved(folder: Path) -> None:

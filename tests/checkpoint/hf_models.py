@@ -103,7 +103,21 @@ def dense_tensors(values: dict[str, Any], seed: int) -> dict[str, Tensor]:
         if "norm" in name:
             torch.nn.init.normal_(parameter.data, mean=1.0, std=0.1)
     tensors = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-    return tensors
+    return tensors | _vectors(values, tensors)
+
+
+def _vectors(values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return random biases of queries, keys and values, and norms of queries and keys, where the configuration has them."""
+    vectors = {}
+    for name, matrix in tensors.items():
+        for kind in "qkv" if values.get("add_qkv_bias") else "":
+            if name.endswith(f"{kind}_proj.weight"):
+                vectors[name.removesuffix("weight") + "bias"] = torch.randn(matrix.shape[0])
+        for kind in "qk" if values.get("qk_layernorm") else "":
+            if name.endswith(f"{kind}_proj.weight"):
+                size = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+                vectors[name.replace("_proj", "_norm")] = 1 + 0.2 * torch.randn(size)
+    return vectors
 
 
 def moe_tensors(values: dict[str, Any], seed: int) -> dict[str, Tensor]:

@@ -64,6 +64,8 @@ def nemo_options(architecture: Architecture, **changes: Any) -> dict[str, Any]:
         "num_attention_heads": architecture.num_attention_heads,
         "num_query_groups": architecture.query_groups,
         "kv_channels": architecture.head_size,
+        "add_qkv_bias": architecture.add_qkv_bias,
+        "qk_layernorm": architecture.qk_layernorm,
         "num_moe_experts": architecture.num_moe_experts,
         "moe_router_topk": 2,
         "share_embeddings_and_output_weights": architecture.tied_embeddings,

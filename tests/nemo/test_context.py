@@ -39,8 +39,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     files = ["calendar.py", "csv.py", "queue.py", "json/decoder.py"]
     tokenizer = build_corpus(folder / "corpus", 384, 0.3, files=files).tokenizer
-    hf_models.llama(folder / "hf-dense", num_key_value_heads=2, rope_theta=5e5, rms_norm_eps=1e-5)
-    hf_models.skywork_moe(folder / "hf-moe", dtype=torch.float32, moe_gate_norm_std=0.5)
+    scaled = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 0.5, "high_freq_factor": 2.0}
+    scaled |= {"original_max_position_embeddings": 16}
+    grouped = {"num_key_value_heads": 2, "rope_theta": 5e5}
+    hf_models.llama(folder / "hf-dense", **grouped, rms_norm_eps=1e-5, rope_scaling=scaled)
+    attention = {"add_qkv_bias": True, "qk_layernorm": True}
+    hf_models.skywork_moe(folder / "hf-moe", dtype=torch.float32, moe_gate_norm_std=0.5, **attention)
     for name in ("dense", "moe"):
         source = folder / f"hf-{name}"
         for file in tokenizer.iterdir():
@@ -69,9 +73,17 @@ def test_the_model_and_its_configuration_come_from_the_context(checkpoints: Path
         "layernorm_epsilon": 1e-5,
         "share_embeddings_and_output_weights": False,
         "num_moe_experts": None,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "rope_scaling": True,
+        "rope_scaling_factor": 32.0,
+        "rope_scaling_low_freq_factor": 0.5,
+        "rope_scaling_high_freq_factor": 2.0,
+        "rope_scaling_original_max_position_embeddings": 16,
     }
     assert {name: getattr(dense.config, name) for name in expected} == expected
     assert (moe.config.num_moe_experts, moe.config.moe_router_topk) == (4, 2)
+    assert (moe.config.add_qkv_bias, moe.config.qk_layernorm, moe.config.rope_scaling) == (True, True, False)
     assert moe.config.moe_router_logit_norm_scale == 0.5
 
 

@@ -19,11 +19,16 @@ FAMILIES = {
     "QuantSkyworkForCausalLM": "skywork",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
 }
 """The classes whose checkpoints are read here. Skywork-13B and Skywork-MoE share one."""
 # What transformers' classes, for Skywork the authors', assume where config.json is silent.
-_CONTEXTS = {"skywork": 4096, "llama": 2048, "mistral": 131072}
-_MISTRAL_GROUPS, _MISTRAL_WINDOW = 8, 4096
+_CONTEXTS = {"skywork": 4096, "llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_GROUPS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+_HEAD = {"qwen3": 128}
+_QWEN = ("qwen2", "qwen3")
+_MISTRAL_WINDOW, _QWEN_WINDOW, _QWEN_FULL_LAYERS = 4096, 4096, 28
 
 
 def read(folder: Path) -> Description:
@@ -41,12 +46,13 @@ def from_hf_config(raw: Mapping[str, Any], place: str = "config.json") -> Descri
     family = _family(values)
     experts = _num_experts(values)
     layers = _layers(values) if experts is not None and family == "skywork" else {}
+    attention = _attention(values, family)
     _refuse_what_has_no_place(values, family)
     theta, scaling = _rope(values)
     if experts is not None and family != "skywork":
         raise values.wrong("architectures", "SkyworkForCausalLM, the only class read here with experts")
     description = Description(
-        architecture=_architecture(values, family, experts, layers),
+        architecture=_architecture(values, family, experts, layers | attention),
         family=family,
         rope_theta=theta,
         rope_scaling=scaling,
@@ -74,6 +80,20 @@ def _family(values: ConfigValues) -> str:
     return family
 
 
+def _attention(values: ConfigValues, family: str) -> dict[str, Any]:
+    """Return what attention has beside its matrices. It belongs to a family, except for ours, which has fields for it."""
+    if family == "skywork":
+        options = ("add_qkv_bias", "qk_layernorm")
+        return {
+            option: values.flag(option, False) for option in options if values.raw.get(option) is not None
+        }
+    if family in _QWEN:
+        values.known("use_sliding_window", "max_window_layers")
+    if family == "qwen2":  # transformers gives it biases whatever a field says
+        values.known("attention_bias", "qkv_bias")
+    return {"add_qkv_bias": family == "qwen2", "qk_layernorm": family == "qwen3"}
+
+
 def _layers(values: ConfigValues) -> dict[str, Any]:
     """Return which layers are dense, and how large an expert is beside them. The fields are Qwen's."""
     dense = values.value("mlp_only_layers", None) or []
@@ -90,14 +110,14 @@ def _layers(values: ConfigValues) -> dict[str, Any]:
 
 
 def _architecture(
-    values: ConfigValues, family: str, experts: int | None, by_layer: dict[str, Any]
+    values: ConfigValues, family: str, experts: int | None, further: dict[str, Any]
 ) -> Architecture:
     heads, hidden = values.size("num_attention_heads"), values.size("hidden_size")
-    groups = values.size("num_key_value_heads", _MISTRAL_GROUPS if family == "mistral" else heads)
+    groups = values.size("num_key_value_heads", _GROUPS.get(family, heads))
     default_head, rest = divmod(hidden, heads)
     head = default_head
-    if rest or values.raw.get("head_dim") is not None:
-        head = values.size("head_dim")
+    if rest or family in _HEAD or values.raw.get("head_dim") is not None:
+        head = values.size("head_dim", _HEAD.get(family))
     layers = values.size("num_hidden_layers")
     if layers * (experts or 1) > 1_000_000:
         raise values.wrong("num_hidden_layers", "fewer than a million MLPs in all layers")
@@ -112,7 +132,7 @@ def _architecture(
         "num_moe_experts": experts,
         "moe_router_topk": 2 if experts is None else values.size("num_experts_per_tok", 2),
         "tied_embeddings": values.flag("tie_word_embeddings", False),
-        **by_layer,
+        **further,
     }
     try:
         return Architecture(**sizes)
@@ -216,8 +236,12 @@ def _token_id(values: ConfigValues, name: str) -> Any:
 
 def _refuse_what_has_no_place(values: ConfigValues, family: str) -> None:
     for name in ("attention_bias", "mlp_bias", "bias", "qkv_bias"):
-        if values.value(name, None):
-            raise values.wrong(name, "false: Skywork's layers have no biases")
+        if not values.asked(name) and values.value(name, None):
+            raise values.wrong(
+                name,
+                "false: a model here may have biases of queries, keys and values alone, as Qwen2ForCausalLM has them, and"
+                " Megatron has none of the output projection without those of every MLP",
+            )
     if values.value("hidden_act", "silu") not in ("silu", "swish"):
         raise values.wrong("hidden_act", "'silu'")
     if values.value("partial_rotary_factor", None) not in (None, 1.0):
@@ -229,8 +253,11 @@ def _refuse_what_has_no_place(values: ConfigValues, family: str) -> None:
 
 def _check_window(values: ConfigValues, family: str, context: int) -> None:
     """Refuse an attention window, unless it hides nothing inside the context."""
-    absent = family == "mistral" and "sliding_window" not in values.raw
-    window = values.value("sliding_window", _MISTRAL_WINDOW if absent else None)
+    absent = "sliding_window" not in values.raw
+    if family in _QWEN:
+        window = _qwen_window(values, _QWEN_WINDOW if absent else None)
+    else:
+        window = values.value("sliding_window", _MISTRAL_WINDOW if absent and family == "mistral" else None)
     if window is not None and (not isinstance(window, int) or window < context):
         raise values.wrong(
             "sliding_window", f"null, or at least max_position_embeddings ({context}): attention here is full"
@@ -240,3 +267,19 @@ def _check_window(values: ConfigValues, family: str, context: int) -> None:
         not isinstance(layers, list) or any(layer != "full_attention" for layer in layers)
     ):
         raise values.wrong("layer_types", "'full_attention' in every layer")
+
+
+def _qwen_window(values: ConfigValues, default: int | None) -> Any:
+    """Return the attention window of a Qwen, None if no layer uses it: it has a switch, and a number of layers without."""
+    window, layers = values.value("sliding_window", default), values.value("layer_types", None)
+    switch, full = (
+        values.raw.get("use_sliding_window"),
+        values.raw.get("max_window_layers", _QWEN_FULL_LAYERS),
+    )
+    if switch not in (None, False, True):
+        raise values.wrong("use_sliding_window", "true or false")
+    if not switch or layers is not None:  # each of `layer_types` is looked at
+        return None
+    if isinstance(full, bool) or not isinstance(full, int) or full < 0:
+        raise values.wrong("max_window_layers", "a number of layers")
+    return None if full >= values.size("num_hidden_layers") else window

@@ -19,8 +19,11 @@ AUTO_MAP = {
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "skywork": "SkyworkForCausalLM",
 }
+_WINDOWS = ("sliding_window", "layer_types", "use_sliding_window", "max_window_layers")
 
 
 def to_hf_config(description: Description) -> dict[str, Any]:
@@ -35,9 +38,7 @@ def to_hf_config(description: Description) -> dict[str, Any]:
     stale = {"auto_map", "quantization_config", "rope_parameters", "mlp_only_layers", "moe_intermediate_size"}
     config = {name: value for name, value in description.raw.items() if name not in stale}
     if family != description.family:
-        config = {
-            name: value for name, value in config.items() if name not in ("sliding_window", "layer_types")
-        }
+        config = {name: value for name, value in config.items() if name not in _WINDOWS}
     config |= {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
@@ -58,13 +59,17 @@ def to_hf_config(description: Description) -> dict[str, Any]:
         "eos_token_id": description.eos_token_id,
         "pad_token_id": description.pad_token_id,
     }
-    if architecture.kv_channels is not None or config.get("head_dim") is not None:
+    # A Qwen3 that does not say it has heads of 128.
+    if architecture.kv_channels is not None or config.get("head_dim") is not None or family == "qwen3":
         config["head_dim"] = architecture.head_size
     tokenizers = {k: v for k, v in _auto_map(description).items() if k == "AutoTokenizer"}
     if classes := (AUTO_MAP if family == "skywork" else {}) | tokenizers:
         config["auto_map"] = classes
     if family == "mistral":  # whose default is a window
         config.setdefault("sliding_window", None)
+    if family == "skywork":
+        options = {name: getattr(architecture, name) for name in ("add_qkv_bias", "qk_layernorm")}
+        config |= {name: value for name, value in options.items() if value}
     return config | _moe_fields(description)
 
 

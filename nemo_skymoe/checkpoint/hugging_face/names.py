@@ -1,4 +1,4 @@
-"""Hugging Face's names: Llama's, the released Skywork-MoE's, and its authors' own."""
+"""Hugging Face's names: Llama's and Qwen's, the released Skywork-MoE's, and its authors' own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ TABLE = (
     Line("model.layers.{layer}.self_attn.q_proj.weight", "query"),
     Line("model.layers.{layer}.self_attn.k_proj.weight", "key"),
     Line("model.layers.{layer}.self_attn.v_proj.weight", "value"),
+    Line("model.layers.{layer}.self_attn.q_proj.bias", "query_bias", "add_qkv_bias"),
+    Line("model.layers.{layer}.self_attn.k_proj.bias", "key_bias", "add_qkv_bias"),
+    Line("model.layers.{layer}.self_attn.v_proj.bias", "value_bias", "add_qkv_bias"),
+    Line("model.layers.{layer}.self_attn.q_norm.weight", "query_norm", "qk_layernorm"),
+    Line("model.layers.{layer}.self_attn.k_norm.weight", "key_norm", "qk_layernorm"),
     Line("model.layers.{layer}.self_attn.o_proj.weight", "attention_output"),
     Line("model.layers.{layer}.post_attention_layernorm.weight", "mlp_norm"),
     Line("model.layers.{layer}.mlp.gate_proj.weight", "gate", "dense"),

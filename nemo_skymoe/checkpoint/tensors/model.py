@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # a --dry-run has less time than importing torch takes
     from torch import Tensor
 
 ATTENTION_KINDS = ("attention_norm", "query", "key", "value", "attention_output", "mlp_norm")
+BIAS_KINDS = ("query_bias", "key_bias", "value_bias")
+HEAD_NORM_KINDS = ("query_norm", "key_norm")
 MLP_KINDS = ("gate", "up", "down")
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1}
 """Bytes of an element, by torch's name of the data type: all that weights may be stored in."""
@@ -24,8 +26,8 @@ class Key:
     """One matrix or vector of a decoder, whatever a format calls it and however it fuses or stacks it.
 
     Matrices are [out, in]: `query`, `key`, `value` and `attention_output`, `gate`, `up` and `down` of the SwiGLU
-    MLP or of one expert, `router` [experts, hidden], `embedding` and `output` [vocabulary, hidden]; the three norms
-    are vectors.
+    MLP or of one expert, `router` [experts, hidden], `embedding` and `output` [vocabulary, hidden]; all others are
+    vectors: three norms, the biases of queries, keys and values, and the norms of queries and keys.
     """
 
     kind: str
@@ -92,7 +94,7 @@ def model_keys(architecture: Architecture) -> tuple[Key, ...]:
     """Return every tensor that a model of this architecture has, in the order of the layers."""
     keys = [Key("embedding")]
     for layer, moe in enumerate(architecture.moe_layers):
-        keys += [Key(kind, layer) for kind in ATTENTION_KINDS]
+        keys += [Key(kind, layer) for kind in attention_kinds(architecture)]
         if not moe:
             keys += [Key(kind, layer) for kind in MLP_KINDS]
         else:
@@ -101,6 +103,15 @@ def model_keys(architecture: Architecture) -> tuple[Key, ...]:
             keys += [Key(kind, layer, expert) for expert in experts for kind in MLP_KINDS]
     keys.append(Key("final_norm"))
     return tuple(keys) if architecture.tied_embeddings else (*keys, Key("output"))
+
+
+def attention_kinds(architecture: Architecture) -> tuple[str, ...]:
+    """Return the kinds of tensors that a layer has beside its MLP."""
+    return (
+        *ATTENTION_KINDS,
+        *(BIAS_KINDS if architecture.add_qkv_bias else ()),
+        *(HEAD_NORM_KINDS if architecture.qk_layernorm else ()),
+    )
 
 
 def key_shape(architecture: Architecture, key: Key) -> tuple[int, ...]:
@@ -120,5 +131,10 @@ def key_shape(architecture: Architecture, key: Key) -> tuple[int, ...]:
         "gate": (ffn, hidden),
         "up": (ffn, hidden),
         "down": (hidden, ffn),
+        "query_bias": (queries,),
+        "key_bias": (keys_or_values,),
+        "value_bias": (keys_or_values,),
+        "query_norm": (architecture.head_size,),
+        "key_norm": (architecture.head_size,),
     }
     return shapes.get(key.kind, (hidden,))

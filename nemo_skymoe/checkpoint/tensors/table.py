@@ -13,6 +13,8 @@ from nemo_skymoe.checkpoint.tensors.model import Key, key_shape
 Arrangement = Callable[[Architecture, int | None, int | None], Iterator[Part]]
 """The rows of a stored tensor that is made of several, for a layer and an expert."""
 
+_OPTIONS = ("add_qkv_bias", "qk_layernorm")
+
 
 @dataclass(frozen=True)
 class Line:
@@ -23,7 +25,8 @@ class Line:
     meaning: str | Arrangement = ""
     """A kind of `tensors.Key`, or what arranges the rows of several; empty for what is no tensor of the model."""
     where: str = ""
-    """The words that have to hold: "dense" or "moe" of the layer, and the variant of the format; empty for everywhere."""
+    """The words that have to hold, empty for everywhere: "dense" or "moe" of the layer, the variant of the format, and
+    "add_qkv_bias" or "qk_layernorm" of the model."""
 
     def parts(self, architecture: Architecture, layer: int | None, expert: int | None) -> tuple[Part, ...]:
         """Return the parts that the tensor of this layer and this expert is made of."""
@@ -46,14 +49,15 @@ def entries(
     table: Sequence[Line], architecture: Architecture, variant: str
 ) -> Iterator[tuple[Line, int | None, int | None]]:
     """Yield the lines that a model has, each with its layer and expert, layer by layer and in the table's order."""
+    words = {variant, *(option for option in _OPTIONS if getattr(architecture, option))}
     for of_layers, group in groupby(table, lambda line: "{layer}" in line.name):
         lines = [line for line in group if not (architecture.tied_embeddings and line.meaning == "output")]
         if of_layers:
             for layer, moe in enumerate(architecture.moe_layers):
                 experts = range(architecture.num_moe_experts or 0) if moe else ()
-                yield from _of_layer(_found(lines, {variant, "moe" if moe else "dense"}), layer, experts)
+                yield from _of_layer(_found(lines, {*words, "moe" if moe else "dense"}), layer, experts)
         else:
-            yield from ((line, None, None) for line in _found(lines, {variant}))
+            yield from ((line, None, None) for line in _found(lines, words))
 
 
 def _found(lines: Sequence[Line], words: set[str]) -> list[Line]:

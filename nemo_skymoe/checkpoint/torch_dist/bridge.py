@@ -34,7 +34,7 @@ def bridge_files(
         padded_vocab_size: Rows of embedding and head, with which Bridge is to build the model.
 
     Raises:
-        ConfigurationError: The model scales its rotary embedding in a way that Megatron lacks.
+        ConfigurationError: The model scales its rotary embedding in a way that is not carried over to Megatron.
     """
     tokenizer = {} if tokenizer_folder is None else companion_files(tokenizer_folder)
     files = {

@@ -42,7 +42,7 @@ def context_files(
         padded_vocab_size: Rows of embedding and head, with which NeMo is to build the model.
 
     Raises:
-        ConfigurationError: The model scales its rotary embedding in a way that Megatron lacks.
+        ConfigurationError: The model scales its rotary embedding in a way that is not carried over to Megatron.
     """
     tokenizer = {} if tokenizer_folder is None else companion_files(tokenizer_folder)
     model = _model(description, padded_vocab_size, _tokenizer(tokenizer))

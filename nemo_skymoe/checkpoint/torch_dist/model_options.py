@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_skymoe.checkpoint import rope
 from nemo_skymoe.checkpoint.description import Description
 
 
@@ -15,14 +16,14 @@ def model_options(description: Description, padded_vocab_size: int) -> dict[str,
         padded_vocab_size: Rows of embedding and head, with which the model is to be built.
 
     Raises:
-        ConfigurationError: The model scales its rotary embedding in a way that Megatron lacks.
+        ConfigurationError: The model scales its rotary embedding in a way that is not carried over to Megatron.
     """
     architecture, theta = description.architecture, description.rope_theta
     options = architecture.megatron_sizes() | {
         "seq_length": description.max_position_embeddings,
         "vocab_size": padded_vocab_size,
         "rotary_base": int(theta) if theta.is_integer() else theta,
-        "seq_len_interpolation_factor": description.rope_interpolation_factor,
+        **rope.megatron_options(description.rope_scaling),
         "layernorm_epsilon": description.rms_norm_eps,
         "share_embeddings_and_output_weights": architecture.tied_embeddings,
     }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.tensors.mapping import Chunk, Part
 from nemo_skymoe.checkpoint.tensors.model import Key, Storage
-from nemo_skymoe.checkpoint.tensors.table import Line, below, entries, shape_of
+from nemo_skymoe.checkpoint.tensors.table import Arrangement, Line, below, entries, shape_of
 from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 
 LAYER_SPECS = ("local", "te")
@@ -23,13 +23,17 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _PADDED = ("embedding", "output")
 
 
-def by_query_group(architecture: Architecture, layer: int | None, _: int | None) -> Iterator[Part]:
-    """Yield the query heads of a group, its key and its value, group by group."""
-    size, groups = architecture.head_size, architecture.query_groups
-    queries = architecture.num_attention_heads // groups * size
-    for group in range(groups):
-        for kind, rows in (("query", queries), ("key", size), ("value", size)):
-            yield Part(Key(kind, layer), group * rows, (group + 1) * rows)
+def by_query_group(query: str, key: str, value: str) -> Arrangement:
+    """Return the arrangement of the query heads of a group, its key and its value, group by group."""
+
+    def parts(architecture: Architecture, layer: int | None, _: int | None) -> Iterator[Part]:
+        size, groups = architecture.head_size, architecture.query_groups
+        queries = architecture.num_attention_heads // groups * size
+        for group in range(groups):
+            for kind, rows in ((query, queries), (key, size), (value, size)):
+                yield Part(Key(kind, layer), group * rows, (group + 1) * rows)
+
+    return parts
 
 
 # The lines of a layer stand in the order of the alphabet, in which their files are numbered.
@@ -43,9 +47,16 @@ TABLE = (
     Line("decoder.layers.{layer}.mlp.linear_fc2.weight", "down", "dense"),
     Line("decoder.layers.{layer}.mlp.router.weight", "router", "moe"),
     Line("decoder.layers.{layer}.pre_mlp_layernorm.weight", "mlp_norm", "moe te"),
+    Line("decoder.layers.{layer}.self_attention.k_layernorm.weight", "key_norm", "qk_layernorm"),
     Line("decoder.layers.{layer}.self_attention.linear_proj.weight", "attention_output"),
+    Line(
+        "decoder.layers.{layer}.self_attention.linear_qkv.bias",
+        by_query_group("query_bias", "key_bias", "value_bias"),
+        "add_qkv_bias",
+    ),
     Line("decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight", "attention_norm"),
-    Line("decoder.layers.{layer}.self_attention.linear_qkv.weight", by_query_group),
+    Line("decoder.layers.{layer}.self_attention.linear_qkv.weight", by_query_group("query", "key", "value")),
+    Line("decoder.layers.{layer}.self_attention.q_layernorm.weight", "query_norm", "qk_layernorm"),
     Line("decoder.final_layernorm.weight", "final_norm"),
     Line(HEAD, "output"),
 )
@@ -56,8 +67,10 @@ EXTRA_STATES = (
     Line("decoder.layers.{layer}.mlp.linear_fc2._extra_state", where="dense"),
     Line("decoder.layers.{layer}.pre_mlp_layernorm._extra_state", where="moe te"),
     Line("decoder.layers.{layer}.self_attention.core_attention._extra_state", where="te"),
+    Line("decoder.layers.{layer}.self_attention.k_layernorm._extra_state", where="te qk_layernorm"),
     Line("decoder.layers.{layer}.self_attention.linear_proj._extra_state"),
     Line("decoder.layers.{layer}.self_attention.linear_qkv._extra_state"),
+    Line("decoder.layers.{layer}.self_attention.q_layernorm._extra_state", where="te qk_layernorm"),
     Line("decoder.final_layernorm._extra_state", where="te"),
 )
 """Megatron expects these beside the tensors, an empty object for each: the FP8 scales of its linear layers."""

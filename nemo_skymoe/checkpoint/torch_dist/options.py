@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.architecture import Architecture
-from nemo_skymoe.checkpoint import tokenizer
+from nemo_skymoe.checkpoint import rope, tokenizer
 from nemo_skymoe.checkpoint.companions import find_companions
 from nemo_skymoe.checkpoint.config_values import read_yaml
 from nemo_skymoe.checkpoint.description import Description
@@ -33,15 +33,10 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "gated_linear_unit": (True,),
     "activation_func": ("torch.nn.functional.silu", "torch._C._nn.silu"),
     "add_bias_linear": (False,),
-    "add_qkv_bias": (False,),
-    "qk_layernorm": (False,),
     "layernorm_zero_centered_gamma": (False,),
     "apply_residual_connection_post_layernorm": (False,),
     "multi_latent_attention": (False,),
     "mtp_num_layers": (None, 0),
-    "scale_factor": (None,),
-    "use_rope_scaling": (False,),
-    "rope_scaling": (False,),
     "window_size": (None,),
     "qk_l2_norm": (False,),
     "softmax_type": ("vanilla",),
@@ -122,7 +117,6 @@ def from_options(options: Mapping[str, Any], dtype: str, place: str, family: str
     experts = options.get("num_moe_experts")
     _check(options, SUPPORTED if experts is None else SUPPORTED | SUPPORTED_MOE, place)
     architecture = _architecture(options, place)
-    factor = _number(options, "seq_len_interpolation_factor", 1.0, place)
     gate = {
         "moe_router_logit_norm_scale": None
         if options.get("moe_router_logit_norm_scale") is None
@@ -131,9 +125,9 @@ def from_options(options: Mapping[str, Any], dtype: str, place: str, family: str
     }
     return Description(
         architecture,
-        family=family if experts is None else "skywork",
+        family=_family_with(architecture, family),
         rope_theta=_number(options, "rotary_base", 10000.0, place),
-        rope_scaling=None if factor == 1.0 else {"rope_type": "linear", "factor": factor},
+        rope_scaling=_rope_scaling(options, place),
         rms_norm_eps=_number(options, "layernorm_epsilon", 1e-5, place),
         max_position_embeddings=_size(options, "seq_length", place),
         dtype=dtype,
@@ -163,11 +157,28 @@ def _architecture(options: Mapping[str, Any], place: str) -> Architecture:
         tied_embeddings=bool(options.get("share_embeddings_and_output_weights", True)),
         moe_layer_freq=1 if options.get("moe_layer_freq") is None else options["moe_layer_freq"],
         moe_ffn_hidden_size=expert_size,
+        add_qkv_bias=bool(options.get("add_qkv_bias")),
+        qk_layernorm=bool(options.get("qk_layernorm")),
     )
     try:
         return Architecture(**sizes)
     except ConfigurationError as reason:
         raise CheckpointError(f"{place}: {reason}") from None
+
+
+def _rope_scaling(options: Mapping[str, Any], place: str) -> dict[str, Any] | None:
+    try:
+        return rope.scaling_of(options)
+    except ConfigurationError as reason:
+        raise CheckpointError(f"{place}: {reason}") from None
+
+
+def _family_with(architecture: Architecture, family: str) -> str:
+    """Return Hugging Face's family of a model that Megatron has trained: Qwen's are the only ones with biases or norms."""
+    biased, normed = architecture.add_qkv_bias, architecture.qk_layernorm
+    if architecture.num_moe_experts is not None or (biased and normed):
+        return "skywork"
+    return "qwen2" if biased else "qwen3" if normed else family
 
 
 def _family(options: Mapping[str, Any]) -> str:
@@ -225,6 +236,7 @@ def _megatron_lm_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "swiglu": "gated_linear_unit",
         "apply_layernorm_1p": "layernorm_zero_centered_gamma",
         "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
+        "use_rope_scaling": "rope_scaling",
     }
     options = dict(arguments)
     options |= {option: arguments[name] for name, option in renamed.items() if name in arguments}

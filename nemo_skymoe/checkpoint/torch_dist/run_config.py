@@ -34,7 +34,7 @@ def run_config(description: Description, *, padded_vocab_size: int, tokenizer: C
         tokenizer: The names of the files in `tokenizer/`.
 
     Raises:
-        ConfigurationError: The model scales its rotary embedding in a way that Megatron lacks.
+        ConfigurationError: The model scales its rotary embedding in a way that is not carried over to Megatron.
     """
     import yaml
 

@@ -26,6 +26,10 @@ def places(architecture: Architecture) -> Iterator[tuple[str, int | None, int | 
     for layer in range(architecture.num_layers):
         for kind in ("attention_norm", "query", "key", "value", "attention_output", "mlp_norm"):
             yield kind, layer, None
+        for part in ("query", "key", "value") if architecture.add_qkv_bias else ():
+            yield f"{part}_bias", layer, None
+        for part in ("query", "key") if architecture.qk_layernorm else ():
+            yield f"{part}_norm", layer, None
         experts: list[int | None] = [None]
         if architecture.num_moe_experts is not None and _is_moe(architecture.moe_layer_freq, layer):
             yield "router", layer, None

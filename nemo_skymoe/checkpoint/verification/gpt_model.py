@@ -10,9 +10,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint import rope
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig, get_skywork_block_spec
+from nemo_skymoe.moe.rotary import scale_rotary_embedding
 from nemo_skymoe.patches import cpu_runtime
+from nemo_skymoe.rotary_options import RotaryOptions
 
 
 @contextmanager
@@ -45,6 +48,8 @@ def gpt_model(
         stacked: Whether its checkpoints have one tensor for all layers.
     """
     architecture = description.architecture
+    scaling = rope.megatron_options(description.rope_scaling)
+    interpolation = scaling.pop("seq_len_interpolation_factor")
     config = SkyworkTransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -52,6 +57,8 @@ def gpt_model(
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.query_groups,
         kv_channels=architecture.head_size,
+        add_qkv_bias=architecture.add_qkv_bias,
+        qk_layernorm=architecture.qk_layernorm,
         layernorm_epsilon=description.rms_norm_eps,
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -71,18 +78,20 @@ def gpt_model(
         pipeline_dtype=torch.float32,
         **(_moe_options(description, layer_spec) if architecture.num_moe_experts else {}),
     )
-    return GPTModel(
+    model = GPTModel(
         config,
         cast(Any, get_skywork_block_spec(config, transformer_engine=layer_spec == "te")),
         padded_vocab_size,
         description.max_position_embeddings,
         position_embedding_type="rope",
         rotary_base=cast(int, description.rope_theta),
-        seq_len_interpolation_factor=description.rope_interpolation_factor,
+        seq_len_interpolation_factor=interpolation,
         share_embeddings_and_output_weights=architecture.tied_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
+    scale_rotary_embedding(model, RotaryOptions(**scaling))
+    return model
 
 
 def _layers(architecture: Architecture) -> dict[str, Any]:

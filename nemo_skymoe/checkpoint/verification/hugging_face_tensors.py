@@ -88,6 +88,10 @@ class HuggingFaceModel:
             return self._stored(f"{released}experts.{expert}.w{number}")
         if kind in ("gate", "up", "down"):
             return self._stored(f"{layer}mlp.{kind}_proj")
+        if kind in ("query_norm", "key_norm"):
+            return self._stored(f"{layer}self_attn.{kind[0]}_norm")
+        if kind.endswith("_bias"):
+            return self._vector(f"{layer}self_attn.{kind[0]}_proj.bias")
         if kind.endswith("_norm"):
             where = "input" if kind == "attention_norm" else "post_attention"
             return self._stored(f"{layer}{where}_layernorm")
@@ -102,6 +106,12 @@ class HuggingFaceModel:
                 tensor = self._open(weight)
                 return self._widened(weight, tensor) if tensor.dtype in _EIGHT_BITS else tensor
         raise KeyError(f"{names[0]}.weight")
+
+    def _vector(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise KeyError(name)
+        self._read.add(name)
+        return self._open(name)
 
     def _widened(self, weight: str, tensor: Tensor) -> Tensor:
         if f"{weight}_scale" in self._files:

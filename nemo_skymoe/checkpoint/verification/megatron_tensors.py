@@ -22,6 +22,8 @@ _LAYER_NAMES = {
     "attention_output": ("self_attention.linear_proj.weight",),
     "mlp_norm": ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
     "router": ("mlp.router.weight",),
+    "query_norm": ("self_attention.q_layernorm.weight",),
+    "key_norm": ("self_attention.k_layernorm.weight",),
 }
 
 
@@ -61,7 +63,9 @@ class MegatronModel:
         if layer is None:
             return self._of_model(kind)
         if kind in ("query", "key", "value"):
-            return self._of_attention(kind, layer)
+            return self._of_attention(kind, "weight", layer)
+        if kind.endswith("_bias"):
+            return self._of_attention(kind.removesuffix("_bias"), "bias", layer)
         if kind in ("gate", "up", "down"):
             experts = "" if expert is None else "experts.experts."
             fused = self._stored(
@@ -98,14 +102,14 @@ class MegatronModel:
             )
         return tensor
 
-    def _of_attention(self, kind: str, layer: int) -> Tensor:
-        """Group by group: the group's query heads, its key, its value."""
+    def _of_attention(self, kind: str, tensor: str, layer: int) -> Tensor:
+        """Group by group: the group's query heads, its key, its value. A bias is fused as its matrix is."""
         sizes = self.architecture
-        fused = self._stored(("self_attention.linear_qkv.weight",), layer)
-        hidden = fused.shape[-1]
-        groups = fused.view(sizes.query_groups, -1, sizes.head_size, hidden)
+        fused = self._stored((f"self_attention.linear_qkv.{tensor}",), layer)
+        row = fused.shape[1:]
+        groups = fused.view(sizes.query_groups, -1, sizes.head_size, *row)
         part = {"query": groups[:, :-2], "key": groups[:, -2], "value": groups[:, -1]}[kind]
-        return part.reshape(-1, hidden)
+        return part.reshape(-1, *row)
 
     def _stored(self, names: tuple[str, ...], layer: int, expert: int | None = None) -> Tensor:
         places = () if expert is None else (expert,)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, LlamaConfig, MistralConfig
+from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint import rope
 from nemo_skymoe.checkpoint.hugging_face.configuration import from_hf_config, read
 from nemo_skymoe.config import ConfigurationError
 from tests.checkpoint import hf_models
@@ -94,8 +95,18 @@ def test_values_are_logged_and_unknown_ones_louder(caplog: pytest.LogCaptureFixt
             MistralConfig(**hf_models.SIZES, num_key_value_heads=1, head_dim=32, sliding_window=None),
             Architecture(2, 64, 96, 4, hf_models.VOCAB_SIZE, num_query_groups=1, kv_channels=32),
         ),
+        (
+            Qwen2Config(**hf_models.SIZES, num_key_value_heads=2),
+            Architecture(2, 64, 96, 4, hf_models.VOCAB_SIZE, num_query_groups=2, add_qkv_bias=True),
+        ),
+        (
+            Qwen3Config(**hf_models.SIZES, num_key_value_heads=2),
+            Architecture(
+                2, 64, 96, 4, hf_models.VOCAB_SIZE, num_query_groups=2, kv_channels=128, qk_layernorm=True
+            ),
+        ),
     ],
-    ids=["llama", "tied", "mistral"],
+    ids=["llama", "tied", "mistral", "qwen2", "qwen3"],
 )
 def test_what_transformers_saves(config: Any, architecture: Architecture, tmp_path: Path):
     config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
@@ -103,17 +114,18 @@ def test_what_transformers_saves(config: Any, architecture: Architecture, tmp_pa
     assert read(tmp_path).architecture == architecture
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig])
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
 def test_absent_values_are_those_of_transformers(kind: Any):
     """Both read the same file with nothing in it but the sizes that have no meaningful default."""
     sizes = {name: value for name, value in hf_models.SIZES.items() if name != "max_position_embeddings"}
-    sizes |= {"num_attention_heads": 8, "sliding_window": 10**9}
+    sizes |= {"num_attention_heads": 32, "sliding_window": 10**9}
     theirs = kind(**sizes)
     ours = from_hf_config({"architectures": [kind.__name__.replace("Config", "ForCausalLM")], **sizes})
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.rope_theta == hf_models.rope_theta(theirs)
     assert ours.architecture.query_groups == theirs.num_key_value_heads
+    assert ours.architecture.head_size == (getattr(theirs, "head_dim", None) or 64 // 32)
     assert ours.architecture.tied_embeddings == theirs.tie_word_embeddings
 
 
@@ -125,13 +137,7 @@ def test_ntk_scaling_multiplies_theta_and_nothing_else():
 def test_linear_scaling_is_megatrons_interpolation():
     description = from_hf_config(DENSE | {"rope_scaling": {"type": "linear", "factor": 2.0}})
     assert description.rope_scaling == {"rope_type": "linear", "factor": 2.0}
-    assert description.rope_interpolation_factor == 2.0
-
-
-def test_scaling_that_megatron_lacks():
-    description = from_hf_config(DENSE | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
-    with pytest.raises(ConfigurationError, match="rope_scaling is of type 'dynamic', which Megatron lacks"):
-        _ = description.rope_interpolation_factor
+    assert rope.megatron_options(description.rope_scaling)["seq_len_interpolation_factor"] == 2.0
 
 
 def test_rope_parameters_of_transformers_5():
@@ -139,7 +145,10 @@ def test_rope_parameters_of_transformers_5():
     plain = from_hf_config(new | {"rope_parameters": {"rope_theta": 5e4, "rope_type": "default"}})
     assert (plain.rope_theta, plain.rope_scaling) == (5e4, None)
     linear = {"rope_theta": 5e4, "rope_type": "linear", "factor": 4.0}
-    assert from_hf_config(new | {"rope_parameters": linear}).rope_interpolation_factor == 4.0
+    assert from_hf_config(new | {"rope_parameters": linear}).rope_scaling == {
+        "rope_type": "linear",
+        "factor": 4.0,
+    }
 
 
 def test_theta_is_that_of_the_file_wherever_it_is():
@@ -177,6 +186,28 @@ def test_window_as_long_as_the_context_is_none():
     assert from_hf_config(MISTRAL | {"num_key_value_heads": 2, "sliding_window": 256}).family == "mistral"
 
 
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2, **hf_models.SIZES}
+
+
+def test_the_window_of_a_qwen_counts_where_a_layer_uses_it():
+    """Its switch and the number of layers without a window decide, or `layer_types`; transformers computes the same."""
+    short = {"sliding_window": 128}
+    full: list[dict[str, Any]] = [
+        short,
+        short | {"use_sliding_window": False},
+        short | {"use_sliding_window": True, "max_window_layers": 2},
+        short | {"use_sliding_window": True, "layer_types": ["full_attention"] * 2},
+        {"sliding_window": 256, "use_sliding_window": True, "max_window_layers": 0},
+    ]
+    for config in full:
+        assert from_hf_config(QWEN | config).family == "qwen2"
+    for layers in (0, 1):
+        config = short | {"use_sliding_window": True, "max_window_layers": layers}
+        assert "sliding_attention" in Qwen2Config(**(QWEN | config)).layer_types
+        with pytest.raises(ConfigurationError, match=r"sliding_window is 128, expected null, or at least"):
+            from_hf_config(QWEN | config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -196,6 +227,15 @@ def test_window_as_long_as_the_context_is_none():
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"attention_bias": True}, "attention_bias is True, expected false"),
         ({"mlp_bias": True}, "mlp_bias is True"),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "attention_bias": True},
+            "attention_bias is True, .*output proj",
+        ),
+        ({"add_qkv_bias": 1}, "add_qkv_bias is 1, expected true or false"),
+        (
+            {"architectures": ["LlamaForCausalLM"], "qk_layernorm": True},
+            "qk_layernorm is True, expected False",
+        ),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06, expected a positive number"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),

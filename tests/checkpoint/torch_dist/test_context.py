@@ -169,6 +169,6 @@ def test_the_tokenizer_class_of_nemo(tmp_path: Path, files: dict[str, str], expe
 
 
 def test_a_scaling_that_megatron_lacks_is_refused() -> None:
-    description = Description(DENSE, rope_scaling={"rope_type": "yarn", "factor": 2.0})
-    with pytest.raises(ConfigurationError, match="rope_scaling is of type 'yarn', which Megatron lacks"):
+    description = Description(DENSE, rope_scaling={"rope_type": "longrope", "factor": 2.0})
+    with pytest.raises(ConfigurationError, match="rope_scaling is of type 'longrope', which Megatron lacks"):
         context_files(description, None, config=config_file(description), padded_vocab_size=128)

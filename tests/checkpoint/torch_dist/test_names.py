@@ -38,6 +38,8 @@ MODELS = {
     "tied moe": TIED.with_experts(5),
     "first dense": replace(MOE, moe_layer_freq=(0, 1, 1, 0, 1), moe_ffn_hidden_size=17),
     "every second": replace(TIED.with_experts(5), moe_layer_freq=2),
+    "biases and norms of heads": replace(DENSE, add_qkv_bias=True, qk_layernorm=True),
+    "the same as an moe": replace(MOE, add_qkv_bias=True, qk_layernorm=True),
 }
 every_model = pytest.mark.parametrize("architecture", MODELS.values(), ids=MODELS.keys())
 every_stacking = pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "a name a layer"])

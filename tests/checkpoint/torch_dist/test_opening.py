@@ -26,6 +26,9 @@ DENSE = Architecture(4, 48, 20, 8, vocab_size=97, num_query_groups=4)
 MOE = DENSE.with_experts(4)
 TIED = replace(DENSE, tied_embeddings=True, num_query_groups=2, kv_channels=10)
 
+QWEN = replace(DENSE, add_qkv_bias=True, qk_layernorm=True)
+"""The biases of Qwen2 and the norms of Qwen3 in one."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -66,6 +69,8 @@ CASES = [
     Case(MOE, tp=2, ep=2, prefix=""),
     Case(MOE, tp=2, etp=2, stacked=False),
     Case(DENSE, tp=2, pp=2),
+    Case(QWEN, tp=2),
+    Case(QWEN.with_experts(4), tp=2, ep=2, stacked=False),
     Case(MOE, tp=2, pp=2, ep=2),
 ]
 
@@ -81,6 +86,8 @@ def arguments(architecture: Architecture, **changes: Any) -> argparse.Namespace:
             "group_query_attention": architecture.num_query_groups is not None,
             "num_query_groups": architecture.query_groups,
             "kv_channels": architecture.head_size,
+            "add_qkv_bias": architecture.add_qkv_bias,
+            "qk_layernorm": architecture.qk_layernorm,
             "num_experts": architecture.num_moe_experts,
             "moe_router_topk": 2,
             "untie_embeddings_and_output_weights": not architecture.tied_embeddings,
@@ -247,8 +254,10 @@ def test_nemo_options_become_a_description(tmp_path: Path) -> None:
             {"activation_func": {"_target_": "torch.nn.functional.gelu"}},
             "activation_func is 'torch.nn.functional.gelu'",
         ),
-        ({"scale_factor": 8.0}, "scale_factor is 8.0, expected None"),
-        ({"qk_layernorm": True}, "qk_layernorm is True, expected False"),
+        ({"scale_factor": 0}, "rope_scaling: scale_factor is 0, expected a positive number"),
+        ({"qk_layernorm": True}, "'module.decoder.layers.self_attention.k_layernorm.weight' is missing"),
+        ({"add_qkv_bias": True}, "'module.decoder.layers.self_attention.linear_qkv.bias' is missing"),
+        ({"attention_output_gate": True}, "attention_output_gate is True, expected False"),
         ({"layernorm_epsilon": "1e-6"}, "layernorm_epsilon is '1e-6', expected a positive number"),
         ({"rotary_base": [1]}, r"rotary_base is \[1\], expected a positive number"),
         ({"kv_channels": 2.5}, "kv_channels is 2.5, expected a positive integer"),

@@ -13,6 +13,8 @@ class SkyworkConfig(LlamaConfig):
         moe_gate_norm_std: The standard deviation that they have afterwards.
         mlp_only_layers: Layers that are dense, counted from 0; None is an MoE in every layer.
         moe_intermediate_size: Size of an expert; None is that of a dense layer's MLP, `intermediate_size`.
+        add_qkv_bias: Give the projections to queries, keys and values a bias, as in Qwen2.
+        qk_layernorm: Normalise every head's queries and keys after their projection, as in Qwen3.
     """
 
     model_type = "skywork"
@@ -25,6 +27,8 @@ class SkyworkConfig(LlamaConfig):
         moe_gate_norm_std=1.0,
         mlp_only_layers=None,
         moe_intermediate_size=None,
+        add_qkv_bias=False,
+        qk_layernorm=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -34,6 +38,10 @@ class SkyworkConfig(LlamaConfig):
         self.moe_gate_norm_std = moe_gate_norm_std
         self.mlp_only_layers = mlp_only_layers
         self.moe_intermediate_size = moe_intermediate_size
+        self.add_qkv_bias = add_qkv_bias
+        self.qk_layernorm = qk_layernorm
+        if qk_layernorm:  # Qwen3's attention looks for the kind of its layer
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
 
     @property
     def experts_per_layer(self) -> int:

@@ -1,5 +1,7 @@
 """Skywork-13B and Skywork-MoE (arXiv 2406.06563) in transformers: Llama, with experts where the configuration has any.
 
+An MoE that was made of a Qwen has Qwen's attention.
+
 Shape suffixes: T tokens, H hidden, E experts, K experts a token.
 """
 
@@ -72,8 +74,31 @@ class SkyworkSparseMoE(nn.Module):
         return output_TH.to(hidden_states.dtype).view_as(hidden_states)
 
 
-class SkyworkMoELayer(LlamaDecoderLayer):
-    """Llama's layer with the experts in place of its MLP."""
+def attention_with_options(config: SkyworkConfig, layer_idx: int) -> nn.Module:
+    """Llama's attention, or Qwen3's, which has norms of queries and keys; with biases where the configuration says so."""
+    if config.qk_layernorm:
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention as Attention
+    else:
+        from transformers.models.llama.modeling_llama import LlamaAttention as Attention
+    attention: nn.Module = Attention(config, layer_idx)  # type: ignore[arg-type]
+    if config.add_qkv_bias:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            matrix = getattr(attention, name)
+            setattr(attention, name, nn.Linear(matrix.in_features, matrix.out_features, bias=True))
+    return attention
+
+
+class SkyworkDecoderLayer(LlamaDecoderLayer):
+    """Llama's layer, whose attention may have biases, and norms of queries and keys."""
+
+    def __init__(self, config: SkyworkConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if config.add_qkv_bias or config.qk_layernorm:
+            self.self_attn = attention_with_options(config, layer_idx)
+
+
+class SkyworkMoELayer(SkyworkDecoderLayer):
+    """The same layer with the experts in place of its MLP."""
 
     def __init__(self, config: SkyworkConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -90,19 +115,18 @@ class SkyworkModel(LlamaModel):
     """The decoder without its output layer."""
 
     config_class = SkyworkConfig
-    _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer", "SkyworkMoELayer"]
+    _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer", "SkyworkDecoderLayer", "SkyworkMoELayer"]
     # Which experts a token meets is known only while it runs.
     _can_compile_fullgraph = False
 
     def __init__(self, config: SkyworkConfig):
         super().__init__(config)
-        if config.experts_per_layer:
-            dense = config.mlp_only_layers or ()
-            self.layers = nn.ModuleList(
-                (LlamaDecoderLayer if i in dense else SkyworkMoELayer)(config, i)
-                for i in range(config.num_hidden_layers)
-            )
-            self.post_init()
+        layers = range(config.num_hidden_layers)
+        dense = set(config.mlp_only_layers or () if config.experts_per_layer else layers)
+        self.layers = nn.ModuleList(
+            (SkyworkDecoderLayer if i in dense else SkyworkMoELayer)(config, i) for i in layers
+        )
+        self.post_init()
 
 
 class SkyworkForCausalLM(LlamaForCausalLM):
