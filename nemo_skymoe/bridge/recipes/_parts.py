@@ -159,6 +159,8 @@ def _checkpoint(run: Training, folder: Path, resume_path: str | None, small: boo
         pretrained_checkpoint=resume_path,
         ckpt_format="torch_dist",
         async_save=not small,
+        # The worker of nvidia-resiliency-ext takes a GPU before it saves, and ends without one: the ranks wait for ever.
+        async_strategy="nvrx" if torch.cuda.is_available() else "mcore",
         fully_parallel_save=True,
         fully_parallel_load=not small,
     )
