@@ -16,6 +16,7 @@ from nemo_skymoe import __version__
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import exported_files
 from nemo_skymoe.checkpoint.hugging_face import names as hugging_face_names
+from nemo_skymoe.checkpoint.hugging_face.families import LAYOUTS, layout_of
 from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
 from nemo_skymoe.checkpoint.job import conversion as job
 from nemo_skymoe.checkpoint.sources import Source
@@ -45,12 +46,19 @@ class TargetOptions:
     layer_spec: str | None = None
     """"te" or "local": the layers that NeMo or Bridge will load it into. None means "te", Transformer Engine's, if it is
     installed."""
+    layout: str | None = None
+    """The class in whose form an MoE is written: "skywork", "mixtral" or "qwen3_moe". None means the class that it was
+    read from, and Skywork's for one that was upcycled or trained here."""
 
     def __post_init__(self) -> None:
         if self.to not in _TARGETS:
             raise ConfigurationError(f"to is '{self.to}', expected one of {', '.join(_TARGETS)}")
         if self.shard_bytes < 1:
             raise ConfigurationError(f"shard_size is {self.shard_bytes}, expected at least 1 byte")
+        if self.layout is not None and self.to != "hf":
+            raise ConfigurationError(f"layout belongs to Hugging Face's form, but to is {self.to}")
+        if self.layout not in (None, *LAYOUTS):
+            raise ConfigurationError(f"layout is '{self.layout}', expected one of {', '.join(LAYOUTS)}")
         for option in ("vocab_size", "layer_spec"):
             if self.to == "hf" and getattr(self, option) is not None:
                 raise ConfigurationError(
@@ -165,11 +173,13 @@ def hugging_face_target(
     weights: Weights, description: Description, tokenizer_folder: Path | None, options: TargetOptions
 ) -> tuple[HuggingFaceTarget, dict[str, Any]]:
     """Return a folder of safetensors, and the options that made it."""
-    chunks = hugging_face_names.chunks(weights.architecture)
-    extras = exported_files.extras(description, tokenizer_folder)
+    qwen = layout_of(description, options.layout) == "qwen3_moe"
+    chunks = hugging_face_names.chunks(weights.architecture, "qwen3_moe" if qwen else "skywork")
+    extras = exported_files.extras(description, tokenizer_folder, options.layout)
     dtypes = stored_dtypes(chunks, weights)
     target = HuggingFaceTarget(chunks, dtypes, shard_bytes=options.shard_bytes, extras=extras)
-    return target, {"shard_bytes": options.shard_bytes}
+    layout = {} if options.layout is None else {"layout": options.layout}
+    return target, {"shard_bytes": options.shard_bytes, **layout}
 
 
 def nemo_target(

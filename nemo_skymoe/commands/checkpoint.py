@@ -89,7 +89,7 @@ def _plan(folders: dict[str, Path], options: WritingOptions, upcycling: "Upcycli
     from nemo_skymoe.checkpoint.sources import open_source
 
     target = convert.TargetOptions(
-        options.to, parse_bytes(options.shard_size), options.vocab_size, options.layer_spec
+        options.to, parse_bytes(options.shard_size), options.vocab_size, options.layer_spec, options.layout
     )
     sources = {name: open_source(folder, options.config) for name, folder in folders.items()}
     return convert.plan(sources, target, upcycling)

@@ -46,6 +46,12 @@ class WritingOptions:
             help="Layers that NeMo or Bridge will load it into: te or local; default: te if it is installed."
         ),
     ] = None
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Class in whose form an MoE is written for hf: skywork, mixtral or qwen3_moe; default: the source's."
+        ),
+    ] = None
     workers: Annotated[
         int, typer.Option(min=1, help="Number of processes; it does not change the result.")
     ] = 1

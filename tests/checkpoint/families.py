@@ -9,10 +9,14 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from tests.checkpoint.hf_models import SIZES
@@ -46,13 +50,24 @@ FAMILIES: dict[str, Made] = {
 }
 """Every family with what tells it from the others: tied and untied heads, groupings, sizes of heads."""
 
+MIXTRAL, QWEN3_MOE = (MixtralConfig, MixtralForCausalLM), (Qwen3MoeConfig, Qwen3MoeForCausalLM)
+GATE = {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True, "num_key_value_heads": 2}
+MOES: dict[str, Made] = {
+    "mixtral": (*MIXTRAL, {"num_local_experts": 4, "num_key_value_heads": 2, "head_dim": 24}),
+    "qwen3_moe": (*QWEN3_MOE, GATE | {"moe_intermediate_size": 40, "head_dim": 24}),
+    "qwen3_moe_dense_layers": (*QWEN3_MOE, GATE | {"moe_intermediate_size": 40, "decoder_sparse_step": 2}),
+}
+"""MoEs of others, whose gate is ours without its normalisation."""
+
 
 def saved(name: str, folder: Path, seed: int = 0, **config: Any) -> Any:
     """Save a family's model in float32, and return it; `config` changes its configuration."""
     torch.manual_seed(seed)
-    config_class, model_class, values = FAMILIES[name]
+    config_class, model_class, values = (FAMILIES | MOES)[name]
     model: Any = model_class(config_class(**(SIZES | values | config)))
     for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith(".gate.weight"):  # a router whose choices are clear
+            torch.nn.init.normal_(parameter.data)
         if (
             parameter.dim() == 1
         ):  # norms are ones and biases zeros at first, which would hide that they are lost

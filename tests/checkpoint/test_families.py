@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,8 +16,10 @@ from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
 from nemo_skymoe.checkpoint.verification.megatron_logits import megatron_logits
 from nemo_skymoe.checkpoint.verification.verifier import verify
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.ranks import run_ranks
-from tests.checkpoint.families import FAMILIES, saved
+from tests.checkpoint import hf_models
+from tests.checkpoint.families import FAMILIES, MOES, llama3, saved
 from tests.checkpoint.hf_models import VOCAB_SIZE
 
 TEXT = torch.randint(0, VOCAB_SIZE, (2, 160), generator=torch.Generator().manual_seed(0))
@@ -60,7 +63,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 def test_there_and_back_every_bit_is_the_same(tmp_path: Path) -> None:
     """Under the family's own class, which transformers loads without code from the folder."""
     ways = cycle([("nemo", "local"), ("bridge", "te"), ("nemo", "te"), ("bridge", "local")])
-    for name, (to, spec) in zip(FAMILIES, ways, strict=False):
+    for name, (to, spec) in zip(FAMILIES | MOES, ways, strict=False):
         model = saved(name, tmp_path / name)
         there = converted(tmp_path / name, tmp_path / f"{name}-there", to, spec=spec)
         assert verify({BASE: tmp_path / name}, there).problems == [], name
@@ -72,8 +75,8 @@ def test_there_and_back_every_bit_is_the_same(tmp_path: Path) -> None:
 
 
 def test_megatron_computes_what_transformers_does(tmp_path: Path) -> None:
-    models = {name: saved(name, tmp_path / name) for name in FAMILIES}
-    folders = [converted(tmp_path / name, tmp_path / f"{name}-nemo", "nemo") for name in FAMILIES]
+    models = {name: saved(name, tmp_path / name) for name in FAMILIES | MOES}
+    folders = [converted(tmp_path / name, tmp_path / f"{name}-nemo", "nemo") for name in models]
     for (name, model), found in zip(models.items(), by_megatron(*folders), strict=True):
         result = difference(found, by_transformers(model))
         print(f"{name}: {result:.1e}")
@@ -107,3 +110,58 @@ def test_the_upcycled_moe_computes_what_its_dense_model_does(tmp_path: Path, rem
         }
         theirs = {name: tensor for name, tensor in tensors(tmp_path / name).items() if ".mlp." not in name}
         assert differing(shared, theirs) == [], name
+
+
+WITHOUT = {"moe_use_logits_norm": False, "num_key_value_heads": 2, "rope_theta": 5e5}
+NORMED = {"qk_layernorm": True, "head_dim": 24}
+
+
+def test_an_moe_without_the_gates_norm_is_written_as_others_load_it(
+    tmp_path: Path, remote_code: None
+) -> None:
+    """Under a class of transformers, without code in the folder: every tensor, and the logits, are the same."""
+    for layout, config in (
+        ("mixtral", WITHOUT),
+        ("mixtral", WITHOUT | llama3()),
+        ("qwen3_moe", WITHOUT | NORMED),
+    ):
+        folder = tmp_path / f"{layout}_{len(config)}"
+        hf_models.skywork_moe(folder, dtype=torch.float32, **config)
+        exported = converted(folder, folder / "exported", "hf")
+        ours = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)
+        written = folder / layout
+        convert.plan({BASE: open_source(folder)}, TargetOptions("hf", layout=layout)).run(written)
+        assert verify({BASE: folder}, written).problems == [] and not list(written.glob("*.py"))
+        theirs, loaded = AutoModelForCausalLM.from_pretrained(
+            written, dtype=torch.float32, output_loading_info=True
+        )
+        assert not any(loaded.values()) and theirs.config.model_type == layout
+        assert difference(by_transformers(theirs), by_transformers(ours)) <= 1e-5
+        back = folder / "back"
+        convert.plan({BASE: open_source(written)}, TargetOptions("hf", layout="skywork")).run(back)
+        assert differing(tensors(back), tensors(folder)) == []
+
+
+def test_a_layout_that_cannot_express_the_model_is_refused(tmp_path: Path) -> None:
+    for number, (layout, config, because) in enumerate(
+        (
+            ("mixtral", {}, "the gate's logits are normalised"),
+            ("mixtral", WITHOUT | {"add_qkv_bias": True}, "no biases of queries"),
+            ("mixtral", WITHOUT | NORMED, "qwen3_moe has"),
+            ("qwen3_moe", WITHOUT, "norms of queries and keys are not in the model"),
+            ("mixtral", None, "the model is dense and keeps its class"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        if config is None:
+            hf_models.skywork_dense(folder)
+        else:
+            hf_models.skywork_moe(folder, **config)
+        with pytest.raises(ConfigurationError, match=f"layout is '{layout}', .*{because}"):
+            convert.plan({BASE: open_source(folder)}, TargetOptions("hf", layout=layout))
+    for to, layout, message in (
+        ("nemo", "mixtral", "layout belongs to Hugging Face's form, but to is nemo"),
+        ("hf", "llama", "layout is 'llama', expected one of skywork, mixtral, qwen3_moe"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            TargetOptions(to, layout=layout)

@@ -22,6 +22,7 @@ from nemo_skymoe.checkpoint.hugging_face.target import HuggingFaceTarget
 from nemo_skymoe.cli import app
 from nemo_skymoe.config import ConfigurationError
 from tests.cases import every
+from tests.checkpoint import hf_models
 
 TINY = Architecture(2, 32, 48, 4, vocab_size=300)
 PYTHON = [sys.executable, "-c", "import sys; from nemo_skymoe.cli import main; main()"]
@@ -106,6 +107,16 @@ def test_verify_compares_logits(source: Path, tmp_path: Path):
     skymoe("upcycle", source, tmp_path / "moe", "--to", "hf", "--num-experts", 4)
     verified = skymoe("verify", source, tmp_path / "moe", "--logits", text)
     assert verified.exit_code == 0 and "max|difference| / max|logit| = " in verified.output
+
+
+def test_a_layout_of_others_is_written(tmp_path: Path):
+    hf_models.skywork_moe(tmp_path / "moe", moe_use_logits_norm=False)
+    wrong = skymoe("convert", tmp_path / "moe", tmp_path / "out", "--to", "hf", "--layout", "qwen3_moe")
+    assert wrong.exit_code == 2 and "layout is 'qwen3_moe', which cannot express" in wrong.output
+    assert not list(tmp_path.glob("out*"))
+    skymoe("convert", tmp_path / "moe", tmp_path / "out", "--to", "hf", "--layout", "mixtral")
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "mixtral"
+    assert skymoe("verify", tmp_path / "moe", tmp_path / "out").exit_code == 0
 
 
 def test_verify_refuses_a_text_that_is_no_file_before_it_compares(source: Path, tmp_path: Path):

@@ -10,25 +10,13 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.config_values import ConfigValues, read_json
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import unfamiliar
+from nemo_skymoe.checkpoint.hugging_face.families import CLASSES, FAMILIES
 from nemo_skymoe.checkpoint.hugging_face.foreign_tensors import check_quantization
 from nemo_skymoe.checkpoint.tensors.model import ITEM_SIZES
 from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 
-FAMILIES = {
-    "SkyworkForCausalLM": "skywork",
-    "QuantSkyworkForCausalLM": "skywork",
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-"""The classes whose checkpoints are read here. Skywork-13B and Skywork-MoE share one."""
-# What transformers' classes, for Skywork the authors', assume where config.json is silent.
-_CONTEXTS = {"skywork": 4096, "llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
-_GROUPS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-_HEAD = {"qwen3": 128}
-_QWEN = ("qwen2", "qwen3")
-_MISTRAL_WINDOW, _QWEN_WINDOW, _QWEN_FULL_LAYERS = 4096, 4096, 28
+_FULL_LAYERS = 28
+"""Layers of a Qwen without a window, if it has the switch and says nothing."""
 
 
 def read(folder: Path) -> Description:
@@ -44,25 +32,24 @@ def from_hf_config(raw: Mapping[str, Any], place: str = "config.json") -> Descri
     """Read a parsed config.json; `place` is what messages call it. Errors as `read`."""
     values = ConfigValues(dict(raw), place)
     family = _family(values)
-    experts = _num_experts(values)
-    layers = _layers(values) if experts is not None and family == "skywork" else {}
+    experts = _num_experts(values, family)
+    layers = _layers(values, family) if experts is not None else {}
     attention = _attention(values, family)
+    gate = 1.0 if experts is None else _gate(values, family)
     _refuse_what_has_no_place(values, family)
-    theta, scaling = _rope(values)
-    if experts is not None and family != "skywork":
-        raise values.wrong("architectures", "SkyworkForCausalLM, the only class read here with experts")
+    theta, scaling = _rope(values, FAMILIES[family].theta)
     description = Description(
         architecture=_architecture(values, family, experts, layers | attention),
         family=family,
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_norm_eps=values.number("rms_norm_eps", 1e-6),
-        max_position_embeddings=values.size("max_position_embeddings", _CONTEXTS[family]),
+        rms_norm_eps=values.number("rms_norm_eps", FAMILIES[family].eps),
+        max_position_embeddings=values.size("max_position_embeddings", FAMILIES[family].context),
         dtype=_dtype(values),
         bos_token_id=_token_id(values, "bos_token_id"),
         eos_token_id=_token_id(values, "eos_token_id"),
         pad_token_id=_token_id(values, "pad_token_id"),
-        moe_router_logit_norm_scale=1.0 if experts is None else _gate(values),
+        moe_router_logit_norm_scale=gate,
         raw=dict(raw),
     )
     _check_window(values, family, description.max_position_embeddings)
@@ -74,9 +61,9 @@ def _family(values: ConfigValues) -> str:
     names = values.value("architectures", None)
     kind = values.value("model_type", None)
     name = names[0] if isinstance(names, list) and names else None
-    family = kind if names is None else FAMILIES.get(name) if isinstance(name, str) else None
-    if not isinstance(family, str) or family not in _CONTEXTS:
-        raise values.wrong("architectures", f"one of {', '.join(FAMILIES)}")
+    family = kind if names is None else CLASSES.get(name) if isinstance(name, str) else None
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise values.wrong("architectures", f"one of {', '.join(CLASSES)}")
     return family
 
 
@@ -87,24 +74,32 @@ def _attention(values: ConfigValues, family: str) -> dict[str, Any]:
         return {
             option: values.flag(option, False) for option in options if values.raw.get(option) is not None
         }
-    if family in _QWEN:
+    if FAMILIES[family].has_window_switch:
         values.known("use_sliding_window", "max_window_layers")
     if family == "qwen2":  # transformers gives it biases whatever a field says
         values.known("attention_bias", "qkv_bias")
-    return {"add_qkv_bias": family == "qwen2", "qk_layernorm": family == "qwen3"}
+    return {
+        "add_qkv_bias": FAMILIES[family].add_qkv_bias,
+        "qk_layernorm": FAMILIES[family].qk_layernorm,
+    }
 
 
-def _layers(values: ConfigValues) -> dict[str, Any]:
+def _layers(values: ConfigValues, family: str) -> dict[str, Any]:
     """Return which layers are dense, and how large an expert is beside them. The fields are Qwen's."""
+    if family == "mixtral":
+        return {}
+    step = values.size("decoder_sparse_step", 1) if family == "qwen3_moe" else 1
     dense = values.value("mlp_only_layers", None) or []
     layers = values.size("num_hidden_layers")
     if not isinstance(dense, list) or any(type(one) is not int or not 0 <= one < layers for one in dense):
         raise values.wrong("mlp_only_layers", f"numbers of layers, from 0 to {layers - 1}")
-    size = (
-        None if values.value("moe_intermediate_size", None) is None else values.size("moe_intermediate_size")
-    )
+    size = values.value("moe_intermediate_size", FAMILIES[family].expert_size)
+    if size is not None:
+        size = values.size("moe_intermediate_size", size)
     return {
-        "moe_layer_freq": tuple(int(layer not in dense) for layer in range(layers)),
+        "moe_layer_freq": tuple(
+            int(layer not in dense and (layer + 1) % step == 0) for layer in range(layers)
+        ),
         "moe_ffn_hidden_size": size,
     }
 
@@ -113,11 +108,11 @@ def _architecture(
     values: ConfigValues, family: str, experts: int | None, further: dict[str, Any]
 ) -> Architecture:
     heads, hidden = values.size("num_attention_heads"), values.size("hidden_size")
-    groups = values.size("num_key_value_heads", _GROUPS.get(family, heads))
+    groups = values.size("num_key_value_heads", FAMILIES[family].groups or heads)
     default_head, rest = divmod(hidden, heads)
     head = default_head
-    if rest or family in _HEAD or values.raw.get("head_dim") is not None:
-        head = values.size("head_dim", _HEAD.get(family))
+    if rest or FAMILIES[family].head or values.raw.get("head_dim") is not None:
+        head = values.size("head_dim", FAMILIES[family].head)
     layers = values.size("num_hidden_layers")
     if layers * (experts or 1) > 1_000_000:
         raise values.wrong("num_hidden_layers", "fewer than a million MLPs in all layers")
@@ -130,7 +125,9 @@ def _architecture(
         "num_query_groups": None if groups == heads else groups,
         "kv_channels": None if head == default_head and not rest else head,
         "num_moe_experts": experts,
-        "moe_router_topk": 2 if experts is None else values.size("num_experts_per_tok", 2),
+        "moe_router_topk": 2
+        if experts is None
+        else values.size("num_experts_per_tok", FAMILIES[family].topk),
         "tied_embeddings": values.flag("tie_word_embeddings", False),
         **further,
     }
@@ -140,7 +137,7 @@ def _architecture(
         raise CheckpointError(f"{values.place}: {reason}") from None
 
 
-def _num_experts(values: ConfigValues) -> int | None:
+def _num_experts(values: ConfigValues, family: str) -> int | None:
     """Return the experts of a layer: the release writes `num_experts: [16]`, others `num_local_experts`, or a number."""
     counts: set[int] = set()
     for name in ("num_experts", "num_local_experts"):
@@ -155,11 +152,31 @@ def _num_experts(values: ConfigValues) -> int | None:
             counts.add(count)
     if len(counts) > 1:
         raise values.wrong("num_experts", "the same number in every layer, and as num_local_experts")
-    return counts.pop() if counts else None
+    count = counts.pop() if counts else None
+    never_dense = FAMILIES[family].experts
+    if count is not None and never_dense is None and family != "skywork":
+        raise values.wrong(
+            "architectures",
+            "SkyworkForCausalLM, MixtralForCausalLM or Qwen3MoeForCausalLM for a model with experts",
+        )
+    if count is None and never_dense is not None:
+        name = "num_local_experts" if family == "mixtral" else "num_experts"
+        count = values.size(name, None if name in values.raw else never_dense)
+    return count
 
 
-def _gate(values: ConfigValues) -> float | None:
+def _gate(values: ConfigValues, family: str) -> float | None:
     """Return the gate's settings; where the release's config.json is silent, what its serving code does."""
+    if family == "qwen3_moe" and values.value("norm_topk_prob", None) is not True:
+        raise values.wrong(
+            "norm_topk_prob",
+            "true: with false, its default, a token's experts are weighted by their share among all experts, and here"
+            " always by that among the chosen ones",
+        )
+    if (
+        family != "skywork"
+    ):  # softmax over all, divided by the sum of the top k: the gate here without its norm
+        return None
     if values.value("moe_expert_interval", 1) != 1:
         raise values.wrong("moe_expert_interval", "1: experts in every layer")
     if values.flag("moe_2layer_gate", False):
@@ -177,9 +194,9 @@ def _gate(values: ConfigValues) -> float | None:
     return values.number("moe_gate_norm_std", 1.0)
 
 
-def _rope(values: ConfigValues) -> tuple[float, dict[str, Any] | None]:
+def _rope(values: ConfigValues, default: float) -> tuple[float, dict[str, Any] | None]:
     """Return theta, and the scaling under `rope_type`."""
-    theta, scaling = _theta_and_scaling(values)
+    theta, scaling = _theta_and_scaling(values, default)
     if scaling is None:
         return theta, None
     if not isinstance(scaling, dict):
@@ -200,17 +217,17 @@ def _rope(values: ConfigValues) -> tuple[float, dict[str, Any] | None]:
     return theta, {**rest, "rope_type": kind}
 
 
-def _theta_and_scaling(values: ConfigValues) -> tuple[float, Any]:
+def _theta_and_scaling(values: ConfigValues, default: float) -> tuple[float, Any]:
     """Both are read from transformers 5's `rope_parameters`, which may leave theta outside, or from the fields of 4. These must agree."""
     parameters, scaling = values.value("rope_parameters", None), values.value("rope_scaling", None)
     if parameters is None:
-        return values.number("rope_theta", 10000.0), scaling
+        return values.number("rope_theta", default), scaling
     if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
         raise values.wrong("rope_parameters", "one object for all layers")
     if scaling is not None and scaling != parameters:
         raise values.wrong("rope_scaling", f"null or the same as rope_parameters ({parameters!r})")
     if parameters.get("rope_theta") is None:
-        return values.number("rope_theta", 10000.0), parameters
+        return values.number("rope_theta", default), parameters
     theta = ConfigValues(parameters, f"{values.place}: rope_parameters").number("rope_theta")
     outside = values.value("rope_theta", None)
     if outside not in (None, theta):
@@ -253,11 +270,11 @@ def _refuse_what_has_no_place(values: ConfigValues, family: str) -> None:
 
 def _check_window(values: ConfigValues, family: str, context: int) -> None:
     """Refuse an attention window, unless it hides nothing inside the context."""
-    absent = "sliding_window" not in values.raw
-    if family in _QWEN:
-        window = _qwen_window(values, _QWEN_WINDOW if absent else None)
-    else:
-        window = values.value("sliding_window", _MISTRAL_WINDOW if absent and family == "mistral" else None)
+    window = values.value(
+        "sliding_window", None if "sliding_window" in values.raw else FAMILIES[family].window
+    )
+    if FAMILIES[family].has_window_switch and not _switched_on(values, family):
+        window = None
     if window is not None and (not isinstance(window, int) or window < context):
         raise values.wrong(
             "sliding_window", f"null, or at least max_position_embeddings ({context}): attention here is full"
@@ -269,17 +286,14 @@ def _check_window(values: ConfigValues, family: str, context: int) -> None:
         raise values.wrong("layer_types", "'full_attention' in every layer")
 
 
-def _qwen_window(values: ConfigValues, default: int | None) -> Any:
-    """Return the attention window of a Qwen, None if no layer uses it: it has a switch, and a number of layers without."""
-    window, layers = values.value("sliding_window", default), values.value("layer_types", None)
-    switch, full = (
-        values.raw.get("use_sliding_window"),
-        values.raw.get("max_window_layers", _QWEN_FULL_LAYERS),
-    )
+def _switched_on(values: ConfigValues, family: str) -> bool:
+    """Say whether a layer of a Qwen uses the window: it has a switch and, unless it is an MoE, layers without one."""
+    switch, full = values.raw.get("use_sliding_window"), values.raw.get("max_window_layers", _FULL_LAYERS)
     if switch not in (None, False, True):
         raise values.wrong("use_sliding_window", "true or false")
-    if not switch or layers is not None:  # each of `layer_types` is looked at
-        return None
+    if not switch or family == "qwen3_moe":
+        return bool(switch)
     if isinstance(full, bool) or not isinstance(full, int) or full < 0:
         raise values.wrong("max_window_layers", "a number of layers")
-    return None if full >= values.size("num_hidden_layers") else window
+    # Each of `layer_types` is looked at.
+    return values.value("layer_types", None) is None and full < values.size("num_hidden_layers")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.companions import companion_files
 from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.hugging_face.families import FAMILIES, layout_of
 
 EXPORT = Path(__file__).parent / "export"
 MODELING_FILES = ("configuration_skywork.py", "modeling_skywork.py")
@@ -16,31 +19,38 @@ AUTO_MAP = {
     "AutoConfig": "configuration_skywork.SkyworkConfig",
     "AutoModelForCausalLM": "modeling_skywork.SkyworkForCausalLM",
 }
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "skywork": "SkyworkForCausalLM",
-}
+_OF_ONE_FAMILY = (
+    *(
+        "num_experts",
+        "num_local_experts",
+        "norm_topk_prob",
+        "decoder_sparse_step",
+        "add_qkv_bias",
+        "qk_layernorm",
+    ),
+    *("moe_expert_interval", "moe_2layer_gate", "moe_use_mixtral_gating", "moe_use_logits_norm"),
+    *("moe_gate_norm_std", "moe_feature_no_mul_topk"),
+)
 _WINDOWS = ("sliding_window", "layer_types", "use_sliding_window", "max_window_layers")
 
 
-def to_hf_config(description: Description) -> dict[str, Any]:
+def to_hf_config(description: Description, layout: str | None = None) -> dict[str, Any]:
     """Return the config.json of a description: what was read, with the values that no longer hold replaced.
+
+    `layout` is that of `families.layout_of`.
 
     An MoE has the fields that the release is known to have. A gate trained with the population standard deviation
     is written with the norm that gives the same function under the release's sample standard deviation.
     """
     architecture = description.architecture
-    family = _family(description)
+    family = layout_of(description, layout)
     # transformers 5 reads the older rope fields, 4 does not know `rope_parameters`.
     stale = {"auto_map", "quantization_config", "rope_parameters", "mlp_only_layers", "moe_intermediate_size"}
-    config = {name: value for name, value in description.raw.items() if name not in stale}
     if family != description.family:
-        config = {name: value for name, value in config.items() if name not in _WINDOWS}
+        stale |= {*_WINDOWS, *_OF_ONE_FAMILY}
+    config = {name: value for name, value in description.raw.items() if name not in stale}
     config |= {
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [FAMILIES[family].class_name],
         "model_type": family,
         "hidden_act": "silu",
         "hidden_size": architecture.hidden_size,
@@ -60,26 +70,52 @@ def to_hf_config(description: Description) -> dict[str, Any]:
         "pad_token_id": description.pad_token_id,
     }
     # A Qwen3 that does not say it has heads of 128.
-    if architecture.kv_channels is not None or config.get("head_dim") is not None or family == "qwen3":
+    if architecture.kv_channels is not None or config.get("head_dim") is not None or FAMILIES[family].head:
         config["head_dim"] = architecture.head_size
     tokenizers = {k: v for k, v in _auto_map(description).items() if k == "AutoTokenizer"}
     if classes := (AUTO_MAP if family == "skywork" else {}) | tokenizers:
         config["auto_map"] = classes
-    if family == "mistral":  # whose default is a window
+    if FAMILIES[family].window is not None:  # which is there unless the file says null
         config.setdefault("sliding_window", None)
     if family == "skywork":
         options = {name: getattr(architecture, name) for name in ("add_qkv_bias", "qk_layernorm")}
         config |= {name: value for name, value in options.items() if value}
+    if family in _FAMILIES_OF_MOES:
+        return config | _FAMILIES_OF_MOES[family](architecture, description.raw)
     return config | _moe_fields(description)
 
 
-def config_file(description: Description) -> bytes:
+def config_file(description: Description, layout: str | None = None) -> bytes:
     """Return the content of `to_hf_config` as it is written: the same bytes for the same description."""
-    return (json.dumps(to_hf_config(description), indent=2, sort_keys=True) + "\n").encode()
+    return (json.dumps(to_hf_config(description, layout), indent=2, sort_keys=True) + "\n").encode()
 
 
-def _family(description: Description) -> str:
-    return "skywork" if description.architecture.num_moe_experts else description.family
+def _mixtral_fields(architecture: Architecture, _: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_local_experts": architecture.num_moe_experts,
+        "num_experts_per_tok": architecture.moe_router_topk,
+    }
+
+
+def _qwen3_moe_fields(architecture: Architecture, raw: Mapping[str, Any]) -> dict[str, Any]:
+    dense = [layer for layer, moe in enumerate(architecture.moe_layers) if not moe]
+    fields = {
+        "num_experts": architecture.num_moe_experts,
+        "num_experts_per_tok": architecture.moe_router_topk,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": dense,
+        "moe_intermediate_size": architecture.expert_ffn_hidden_size,
+        "head_dim": architecture.head_size,
+    }
+    if (
+        not dense and raw.get("intermediate_size") is not None
+    ):  # the size of a dense layer, of which there is none
+        fields["intermediate_size"] = raw["intermediate_size"]
+    return fields
+
+
+_FAMILIES_OF_MOES = {"mixtral": _mixtral_fields, "qwen3_moe": _qwen3_moe_fields}
 
 
 def _auto_map(description: Description) -> dict[str, Any]:
@@ -111,19 +147,20 @@ def _moe_fields(description: Description) -> dict[str, Any]:
     return fields | ({"num_local_experts": experts} if "num_local_experts" in description.raw else {})
 
 
-def extras(description: Description, folder: Path | None) -> dict[str, bytes]:
+def extras(description: Description, folder: Path | None, layout: str | None = None) -> dict[str, bytes]:
     """Return every file beside the weights, by relative path: the same bytes for the same arguments.
 
     Args:
         description: The description of the model that is written.
         folder: The folder of the files that travel with it, if there is one.
+        layout: That of `families.layout_of`.
 
     Raises:
         CheckpointError: The same as from `companion_files`.
     """
-    files = {"config.json": config_file(description)}
+    files = {"config.json": config_file(description, layout)}
     if folder is not None:
         files |= companion_files(folder)
-    if _family(description) == "skywork":
+    if layout_of(description, layout) == "skywork":
         files |= {name: (EXPORT / name).read_bytes() for name in MODELING_FILES}
     return files

@@ -8,8 +8,8 @@ from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint.tensors.mapping import Chunk
 from nemo_skymoe.checkpoint.tensors.table import Line, below, entries, shape_of
 
-Naming = Literal["skywork", "authors"]
-"""Experts are named as in the release, or as by the authors' trainer and their later MoE++."""
+Naming = Literal["skywork", "authors", "qwen3_moe"]
+"""Experts are named as in the release and in Mixtral, as by the authors' trainer and their later MoE++, or as in Qwen3-MoE."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TABLE = (
     Line(EMBEDDING, "embedding"),
@@ -38,6 +38,10 @@ TABLE = (
         "moe authors",
     ),
     Line("model.layers.{layer}.mlp.moe.experts.experts.{expert}.down_proj.weight", "down", "moe authors"),
+    Line("model.layers.{layer}.mlp.gate.weight", "router", "moe qwen3_moe"),
+    Line("model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight", "gate", "moe qwen3_moe"),
+    Line("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight", "up", "moe qwen3_moe"),
+    Line("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight", "down", "moe qwen3_moe"),
     Line("model.norm.weight", "final_norm"),
     Line(HEAD, "output"),
 )

@@ -56,7 +56,8 @@ def open_hugging_face(folder: Path) -> tuple[StoredWeights, Description]:
     embedding = storage.tensors.get(EMBEDDING)
     if embedding is not None:
         description = _with_stored(description, embedding, folder)
-    naming = "authors" if any(".mlp.moe." in name for name in storage.tensors) else "skywork"
+    authors = any(".mlp.moe." in name for name in storage.tensors)
+    naming = "authors" if authors else "qwen3_moe" if description.family == "qwen3_moe" else "skywork"
     architecture = description.architecture
     return StoredWeights(storage, architecture, chunks(architecture, naming)), description
 

@@ -77,7 +77,7 @@ class HuggingFaceModel:
         theirs = f"{layer}mlp.moe."
         released = f"{layer}block_sparse_moe."
         if kind == "router":
-            return self._stored(f"{released}gate", f"{theirs}gate.wg")
+            return self._stored(f"{released}gate", f"{theirs}gate.wg", f"{layer}mlp.gate")
         if expert is not None and f"{theirs}experts.experts.{expert}.down_proj.weight" in self._files:
             fused = {"gate": 0, "up": 1}
             if kind in fused:
@@ -85,7 +85,9 @@ class HuggingFaceModel:
             return self._stored(f"{theirs}experts.experts.{expert}.down_proj")
         if expert is not None:
             number = {"gate": 1, "down": 2, "up": 3}[kind]
-            return self._stored(f"{released}experts.{expert}.w{number}")
+            return self._stored(
+                f"{released}experts.{expert}.w{number}", f"{layer}mlp.experts.{expert}.{kind}_proj"
+            )
         if kind in ("gate", "up", "down"):
             return self._stored(f"{layer}mlp.{kind}_proj")
         if kind in ("query_norm", "key_norm"):

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import rope
@@ -114,17 +122,29 @@ def test_what_transformers_saves(config: Any, architecture: Architecture, tmp_pa
     assert read(tmp_path).architecture == architecture
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+KINDS = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, MixtralConfig, Qwen3MoeConfig]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_absent_values_are_those_of_transformers(kind: Any):
     """Both read the same file with nothing in it but the sizes that have no meaningful default."""
     sizes = {name: value for name, value in hf_models.SIZES.items() if name != "max_position_embeddings"}
     sizes |= {"num_attention_heads": 32, "sliding_window": 10**9}
+    if kind is Qwen3MoeConfig:  # whose default has no place here
+        sizes["norm_topk_prob"] = True
     theirs = kind(**sizes)
     ours = from_hf_config({"architectures": [kind.__name__.replace("Config", "ForCausalLM")], **sizes})
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.rope_theta == hf_models.rope_theta(theirs)
     assert ours.architecture.query_groups == theirs.num_key_value_heads
+    experts = getattr(theirs, "num_local_experts", getattr(theirs, "num_experts", None))
+    assert ours.architecture.num_moe_experts == experts
+    if experts is not None:
+        size = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+        assert ours.architecture.expert_ffn_hidden_size == size
+        assert ours.architecture.moe_router_topk == theirs.num_experts_per_tok
+        assert ours.moe_router_logit_norm_scale is None
     assert ours.architecture.head_size == (getattr(theirs, "head_dim", None) or 64 // 32)
     assert ours.architecture.tied_embeddings == theirs.tie_word_embeddings
 
@@ -211,11 +231,24 @@ def test_the_window_of_a_qwen_counts_where_a_layer_uses_it():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "architectures is .*expected one of SkyworkForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "architectures is .*expected one of SkyworkForCausalLM"),
         ({"architectures": "SkyworkForCausalLM"}, "architectures is 'Skywork"),
         ({"architectures": [["SkyworkForCausalLM"]]}, "architectures is"),
         ({"architectures": None, "model_type": ["skywork"]}, "architectures is None"),
-        ({"architectures": ["LlamaForCausalLM"], "num_experts": [4]}, "SkyworkForCausalLM, the only class"),
+        ({"architectures": ["LlamaForCausalLM"], "num_experts": [4]}, "SkyworkForCausalLM, Mixtral"),
+        (
+            {"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": False},
+            "norm_topk_prob is False, .*weighted by",
+        ),
+        (
+            {"architectures": ["Qwen3MoeForCausalLM"]},
+            "norm_topk_prob is None, expected true: .*among the chosen",
+        ),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 0},
+            "num_local_experts is 0, expected a posit",
+        ),
+        ({"architectures": ["MixtralForCausalLM"], "mlp_only_layers": [0]}, "mlp_only_layers is"),
         ({"hidden_size": None}, "hidden_size is None, expected a positive integer"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
