@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_skymoe.checkpoint.companions import companion_kinds
 from nemo_skymoe.checkpoint.formats import FORMATS, form_of
+from nemo_skymoe.checkpoint.next_commands import next_commands
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of, receipt_folder
 from nemo_skymoe.checkpoint.sources import Source, open_source
 from nemo_skymoe.checkpoint.tensors.model import Key, Storage, TensorInfo
@@ -43,6 +44,8 @@ class Inspection:
     receipt: dict[str, Any] | None = None
     """The job that wrote the checkpoint, if this package wrote it."""
     not_checked: str = "the values of the weights: headers, names, shapes and sizes alone were read"
+    next: dict[str, str] = field(default_factory=dict)
+    """Commands that take the checkpoint further, by what they do; none if there are problems."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -59,12 +62,16 @@ def inspect(folder: Path, config: Path | None = None) -> Inspection:
     folder = checkpoint_of(folder)
     form = form_of(folder)
     found = Inspection(str(folder), FORMATS[form].title)
+    source: Source | None = None
     try:
         _describe_storage(found, FORMATS[form].storage(folder))
-        _describe_model(found, open_source(folder, config))
+        source = open_source(folder, config)
+        _describe_model(found, source)
     except ConfigurationError as problem:
         found.problems.append(str(problem))
     _describe_receipt(found, folder)
+    if source is not None and config is None and not found.problems:
+        found.next = next_commands(folder, form, source.description)
     return found
 
 

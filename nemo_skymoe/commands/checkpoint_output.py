@@ -115,12 +115,14 @@ class _Lines:
 def show_inspection(found: "Inspection") -> None:
     """Print everything that is known of a checkpoint, one property per line."""
     values: dict[str, Any] = asdict(found)
-    problems = values.pop("problems")
+    problems, following = values.pop("problems"), values.pop("next")
     for name, value in values.items():
         if name == "bytes" and value is not None:
             value = size(value)
         if value not in (None, [], {}):
             typer.echo(f"{name.replace('_', ' '):22}{_plain(value)}")
+    for what, command in following.items():
+        typer.echo(f"{what:22}{command}")
     for problem in problems:
         typer.echo(f"problem: {problem}", err=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def inspect(folder: Path, *options: str) -> tuple[int, str, Any]:
 
 def test_a_dense_model_has_no_options_of_an_moe(form: str, tmp_path: Path) -> None:
     _, shown, found = inspect(made("dense", form, tmp_path / "dense"))
-    assert not re.search(r"\bmoe_|num_moe|expert|gate|router", shown.replace(str(tmp_path), ""))
+    assert not re.search(
+        r"\bmoe_|num_moe|expert|gate|router", shown.replace(str(tmp_path), "").split("convert to")[0]
+    )
     assert not [name for name in (*found["architecture"], *found["options"]) if "moe" in name]
     # Four projections, an MLP's three, two norms and the last one, embedding and head.
     assert found["parameters"] == found["activated_parameters"] == 4 * 256 + 3 * 128 + 3 * 16 + 2 * 640
@@ -91,3 +94,17 @@ def test_what_was_not_checked_is_said(form: str, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1])
     code, shown, found = inspect(folder)
     assert code == 1 and str(weights) in found["problems"][0] and f"problem: {found['problems'][0]}" in shown
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_every_command_that_is_proposed_works(kind: str, form: str, tmp_path: Path, monkeypatch: Any) -> None:
+    folder = made(kind, form, tmp_path / "it's a model")
+    monkeypatch.chdir(tmp_path)
+    code, text, found = inspect(folder)
+    assert code == 0 and all(f"{what:22}{command}\n" in text for what, command in found["next"].items())
+    assert ("make an MoE of it" in found["next"]) == (kind == "dense") and len(found["next"]) >= 3
+    for command in found["next"].values():
+        skymoe, *words = shlex.split(command)
+        dry = [] if words[0] == "plan" else ["--dry-run"]
+        done = CliRunner().invoke(app, [*words, *dry])
+        assert skymoe == "skymoe" and done.exit_code == 0, (command, done.output)
