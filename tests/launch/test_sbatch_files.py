@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nemo_skymoe.experiments import catalogue
 from nemo_skymoe.recipes.executors import SAVING_SECONDS, VARIABLES, a800_slurm
 from tests.waiting import HANG, wait_until
 
@@ -74,6 +75,13 @@ def test_pretraining(slurm: dict[str, str], tmp_path: Path) -> None:
     assert (yes, nodes, steps) == ("--yes", "trainer.num_nodes=192", "trainer.max_steps=10")
 
 
+def test_pretraining_through_bridge(slurm: dict[str, str], tmp_path: Path) -> None:
+    words = ["skywork_moe_146b_pretrain_config", "dir=/data/a b", "train.train_iters=10"]
+    done = bash("pretrain.sbatch", *words, env=slurm)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert calls(tmp_path)[0][-7:] == ["python", "-m", "nemo_skymoe.bridge", "--recipe", *words]
+
+
 def test_a_failure_is_the_job_s(slurm: dict[str, str], tmp_path: Path) -> None:
     assert bash("pretrain.sbatch", RECIPE, env={**slurm, "CODE": "3"}).returncode == 3
     assert [call[0] for call in calls(tmp_path)] == ["srun", "scontrol"]
@@ -125,6 +133,17 @@ def test_the_pipeline_waits_for_its_first_job(slurm: dict[str, Any], tmp_path: P
     ]
     assert second[1] == "--dependency=afterok:41"
     assert second[-1] == "skywork_moe_146b(dir=/data/runs,resume_path=/data/b)"
+
+
+def test_the_pipeline_through_bridge(slurm: dict[str, Any], tmp_path: Path) -> None:
+    assert bash("pipeline.sh", "/data/a", "/data/b", "/data/runs", "bridge", env=slurm).returncode == 0
+    first, second = calls(tmp_path)
+    assert first[3:] == ["upcycle", "/data/a", "/data/b", "--to", "bridge"]
+    assert second[-3:] == ["skywork_moe_146b_pretrain_config", "dir=/data/runs", "resume_path=/data/b"]
+    assert second[-3] in catalogue.SHORT_NAMES
+    refused = bash("pipeline.sh", "/data/a", "/data/b", "/data/runs", "brigde", env=slurm)
+    assert refused.returncode == 2 and refused.stderr == "brigde: expected nemo or bridge\n"
+    assert len(calls(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
