@@ -51,24 +51,33 @@ def train(recipe: Any, bar: Bar) -> list[dict[str, int]]:
 
 
 class Progress(pl.Callback):
-    """Moves a `Bar`. It is made of plain values, because NeMo writes the callbacks of a training into its checkpoints."""
+    """Moves a `Bar`. Until a training starts it holds plain values alone.
+
+    NeMo pickles the callbacks of a training into its checkpoints, and nothing but callbacks and plain values is read there.
+    """
 
     def __init__(self, title: str, terminal: int, later: float) -> None:
-        self.bar = Bar(title, terminal, later)
+        self.title = title
+        self.terminal = terminal
+        self.later = later
+        self._bar: Bar | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the bar on rank 0."""
         if trainer.is_global_zero:
-            self.bar.start(trainer.max_steps)
+            self._bar = Bar(self.title, self.terminal, self.later)
+            self._bar.start(trainer.max_steps)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Move the bar."""
-        value = trainer.callback_metrics.get("reduced_train_loss")
-        self.bar.move(trainer.global_step, None if value is None else float(value))
+        if self._bar is not None:
+            value = trainer.callback_metrics.get("reduced_train_loss")
+            self._bar.move(trainer.global_step, None if value is None else float(value))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the finished bar."""
-        self.bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
 
 
 def load(

@@ -1,10 +1,12 @@
 """What the terminal is told while a phase of the demo trains."""
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from nemo_skymoe.checkpoint.untrusted import context_check
 from nemo_skymoe.demo import progress, story
 from nemo_skymoe.demo.progress import Bar
 from nemo_skymoe.demo.record import Story
@@ -27,6 +29,15 @@ def test_the_time_left_in_all_is_said_from_the_third_step_on(
     assert len(lines) == 11
     assert lines[0] == "  dense: step 3/100, loss 4.500, 4 min 54 s left in all"
     assert lines[-1] == "  dense: step 100/100, loss 4.500, 1 min 40 s left in all"
+
+
+def test_a_checkpoint_can_keep_the_callback_that_moves_the_bar(tmp_path: Path) -> None:
+    """NeMo pickles it when the trainer is made, and a checkpoint with anything but callbacks and plain values is refused."""
+    from nemo_skymoe.demo.through_nemo import Progress
+
+    file = tmp_path / "callback"
+    file.write_bytes(pickle.dumps([Progress("dense", 1, 2.0)]))
+    context_check._check_pickle(file)
 
 
 def test_what_comes_later_is_counted_in_steps_of_the_training() -> None:
