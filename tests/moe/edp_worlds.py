@@ -48,6 +48,8 @@ class Case:
     dtype: torch.dtype = torch.float64
     aux_loss_form: str = "switch"
     mutation: str | None = None
+    qwen: bool = False
+    """Biases of queries, keys and values, and norms of queries and keys."""
     slices: tuple[int, int] = (1, 1)
     """Of the reference alone: drop within (context, sequence) slices, as the ranks of a layout do."""
 
@@ -63,6 +65,7 @@ class Case:
             self.recompute or "",
         ]
         parts += [f"cp{self.cp}" if self.cp > 1 else "", self.mutation or ""]
+        parts += ["qwen" if self.qwen else ""]
         parts += [self.aux_loss_form if self.aux_loss_form != "switch" else "", str(self.dtype)[6:]]
         return "-".join(part for part in parts if part)
 
@@ -78,7 +81,15 @@ class Case:
         if self.capacity_factor is not None:
             slices = (self.cp, self.n if self.split and self.scope == "rank" else 1)
         form = self.aux_loss_form
-        return Case(1, "auto", self.capacity_factor, dtype=self.dtype, aux_loss_form=form, slices=slices)
+        return Case(
+            1,
+            "auto",
+            self.capacity_factor,
+            dtype=self.dtype,
+            aux_loss_form=form,
+            qwen=self.qwen,
+            slices=slices,
+        )
 
 
 @dataclass
@@ -220,6 +231,8 @@ def configuration(case: Case, **options: Any) -> SkyworkTransformerConfig:
         "moe_edp": True,
         "edp_dispatcher": case.dispatcher,
         "moe_capacity_scope": case.scope,
+        "add_qkv_bias": case.qwen,
+        "qk_layernorm": case.qwen,
     }
     return SkyworkTransformerConfig(**{**values, **recompute, **options})
 
@@ -240,7 +253,10 @@ def build(case: Case, **options: Any) -> Any:
         share_embeddings_and_output_weights=False,
     )
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(local_part(parameter, weight(global_name(name), global_shape(parameter))))
+        # Larger biases would make tokens alike, and leave experts without any.
+        size = 0.1 if name.endswith("linear_qkv.bias") else 1.0
+        values = size * weight(global_name(name), global_shape(parameter))
+        parameter.data.copy_(local_part(parameter, values))
     return model
 
 

@@ -32,6 +32,7 @@ def cases_of(n: int) -> list[Case]:
     cases += [Case(n, name, CAPACITY, padded=True) for name in DISPATCHERS]
     cases += [Case(n, name, CAPACITY, "edp", padded) for name in DISPATCHERS[:2] for padded in (False, True)]
     cases += [Case(n, "allgather", CAPACITY, "edp", recompute="full")]
+    cases += [Case(n, name, qwen=True) for name in DISPATCHERS]
     return cases + [Case(n, name, aux_loss_form="square") for name in DISPATCHERS]
 
 
