@@ -132,7 +132,9 @@ def with_callback(callbacks: Iterable[Callback], config: ConfigContainer) -> lis
         logger = config.logger if isinstance(config.logger, SkyworkLoggerConfig) else SkyworkLoggerConfig()
         callbacks.append(
             SkyworkMoECallback(
-                similarity_interval=logger.similarity_interval, histogram=logger.expert_histogram
+                similarity_interval=logger.similarity_interval,
+                histogram=logger.expert_histogram,
+                warm_start=logger.warm_start,
             )
         )
     return callbacks

@@ -13,3 +13,6 @@ class SkyworkLoggerConfig(LoggerConfig):
     """Optimizer steps between two measurements of expert similarity; 0 for never."""
     expert_histogram: bool = False
     """Whether to log the share of assignments of every expert too."""
+    warm_start: str = "reset"
+    """Coefficients of a run that starts from another's weights: "reset" begins at the initial value, "keep" takes those of
+    the checkpoint."""

@@ -11,7 +11,9 @@ from megatron.bridge.training import pretrain as bridge_pretrain
 from megatron.bridge.training.gpt_step import forward_step
 
 import nemo_skymoe.bridge  # noqa: F401  (before Bridge is imported)
-from nemo_skymoe.bridge.callback import SkyworkMoECallback
+from nemo_skymoe.bridge.callback import SkyworkMoECallback, with_callback
+from nemo_skymoe.bridge.overrides import set_options
+from nemo_skymoe.bridge.recipes import skywork_moe_146b_pretrain_config  # type: ignore[attr-defined]
 from nemo_skymoe.checkpoint.torch_dist.common_state import read_common_state
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.telemetry import METRICS
@@ -81,6 +83,18 @@ def test_a_warm_start_resets_or_keeps_them(source: tuple[Path, dict[int, float]]
         assert record.steps == [0] and record.coefficients[0] == expected
         [resumed] = run_ranks(trained, 1, tmp_path / warm, 2, warm)
         assert resumed.steps == [1] and resumed.coefficients[0] == record.coefficients[-1] != expected
+
+
+def test_a_warm_start_is_an_option_of_the_command():
+    config = skywork_moe_146b_pretrain_config()
+    given: Any = with_callback([], config)
+    assert [each.warm_start for each in given] == ["reset"]
+    set_options(config, ["logger.warm_start=keep"])
+    given = with_callback([], config)
+    assert [each.warm_start for each in given] == ["keep"]
+    set_options(config, ["logger.warm_start=new"])
+    with pytest.raises(ConfigurationError, match="warm_start is 'new', expected 'reset' or 'keep'"):
+        with_callback([], config)
 
 
 def test_a_run_that_leaves_the_optimizer_behind_continues_them(
