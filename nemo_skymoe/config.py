@@ -74,6 +74,11 @@ class SkyworkOptions:
     """Forward passes of a layer between two comparisons of the routing of the "replicated" dispatcher's ranks; 0 for
     never."""
 
+    differs_from_checkpoint: Optional[list[str]] = None
+    """The options in which the model is another on purpose than the checkpoint that it starts from, such as
+    ["rotary_base"] for a longer context. Any other option that decides what the model computes has to be the checkpoint's.
+    """
+
     def __post_init__(self) -> None:
         _refuse(option_values.wrong_type(self, SkyworkOptions) or option_values.wrong_size(self))
         self._check_choices()

@@ -6,8 +6,11 @@ of `SkyworkOptions`. A checkout of Megatron-LM 0.19 has to be on PYTHONPATH; not
 
 import importlib
 import sys
+from pathlib import Path
 from typing import Any
 
+from nemo_skymoe.checkpoint.torch_dist.deciding import CHANGES, check_deciding
+from nemo_skymoe.checkpoint.torch_dist.options import MEGATRON_LM, megatron_lm_options, saved_options
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 
 KEY = "skywork_moe"
@@ -28,6 +31,7 @@ def main() -> None:
     args = arguments.parse_and_validate_args(
         extra_args_provider=add_arguments, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
     )
+    check_start(args)
     keep_coefficients(training)
     training.pretrain(
         utilities.pretrain_cfg_container_from_args(args, model_config(args)),
@@ -46,6 +50,35 @@ def add_arguments(parser: Any) -> Any:
     factory = _part("megatron.training.argument_utils").ArgumentGroupFactory
     factory(SkyworkOptions).build_group(parser, title="Skywork-MoE")
     return parser
+
+
+def check_start(args: Any) -> None:
+    """Refuse to continue a run, or to start from a checkpoint, of another model.
+
+    Megatron-LM compares a few sizes, and neither the rotary base nor the gate.
+
+    Raises:
+        ConfigurationError: They differ. The message has every difference with its argument.
+    """
+    for folder in (args.load, getattr(args, "pretrained_checkpoint", None)):
+        iteration = folder and _last_iteration(Path(folder))
+        if iteration and (saved := saved_options(iteration)) is not None:
+            wanted = megatron_lm_options(vars(args))
+            check_deciding(saved, wanted, wanted.get(CHANGES), iteration, _argument)
+
+
+def _last_iteration(folder: Path) -> Path | None:
+    """Return the folder of the iteration that Megatron-LM would load; None if there is none, or in another format."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    iteration = folder / ("release" if text == "release" else f"iter_{text:0>7}")
+    return iteration if (iteration / ".metadata").is_file() else None
+
+
+def _argument(option: str) -> str:
+    """Return Megatron-LM's argument for an option of Megatron-Core."""
+    names = {option: name for name, option in MEGATRON_LM.items()}
+    return "--" + names.get(option, option).replace("_", "-")
 
 
 def model_config(args: Any) -> Any:

@@ -73,6 +73,8 @@ def small_trainer(training: Training, callbacks: Callbacks = ()) -> run.Config[n
     """Configure a trainer for one machine in float32, on GPUs if there are any, else on CPU ranks over gloo."""
     ddp = run.Config(DistributedDataParallelConfig, use_distributed_optimizer=True)
     strategy = _strategy(training, ddp, torch.float32, save_in_background=False)
+    if training.pipeline_parallelism > 1:
+        strategy.pipeline_model_parallel_size = training.pipeline_parallelism
     precision = run.Config(nl.MegatronMixedPrecision, precision="32", autocast_enabled=False)
     return _trainer(training, strategy, precision, [*callbacks, run.Config(PreemptionCallback)])
 

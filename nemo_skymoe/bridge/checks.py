@@ -10,6 +10,7 @@ from megatron.bridge.training.config import ConfigContainer, runtime_config_upda
 from nemo_skymoe.bridge.layout_check import check_ranks, check_resumed_layout
 from nemo_skymoe.bridge.learning_rate import ExpertLearningRate
 from nemo_skymoe.bridge.options_check import check_options
+from nemo_skymoe.checkpoint import tokenizer
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.torch_dist.fitting import check_architecture
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
@@ -82,20 +83,26 @@ def _check_checkpoint(folder: Path, config: ConfigContainer, option: str) -> Pat
     for file in folder.glob("*.pt"):
         check_checkpoint(file.parent)
     if config.peft is None:
-        with _vocabulary_of_the_tokenizer(config):
-            check_architecture(iteration, config.model)
+        with _vocabulary_of_the_tokenizer(config) as vocabulary:
+            check_architecture(iteration, config.model, "model.{}".format, vocabulary)
     return iteration
 
 
 @contextmanager
-def _vocabulary_of_the_tokenizer(config: ConfigContainer) -> Iterator[None]:
-    """Leave the vocabulary open while it is the tokenizer's, which Bridge builds and asks only later."""
+def _vocabulary_of_the_tokenizer(config: ConfigContainer) -> Iterator[int | None]:
+    """Leave the vocabulary open while it is the tokenizer's, which Bridge builds and asks only later.
+
+    The tokenizer's number of tokens comes with it, as far as its files tell.
+    """
     model: Any = config.model
-    kept = model.vocab_size
-    if getattr(config.tokenizer, "use_tokenizer_vocab_size", False):
+    kept, tokens = model.vocab_size, None
+    given: Any = config.tokenizer
+    if getattr(given, "use_tokenizer_vocab_size", False):
         model.vocab_size = None
+        folder = given.tokenizer_model
+        tokens = given.vocab_size if folder is None else tokenizer.size(Path(folder))
     try:
-        yield
+        yield tokens
     finally:
         model.vocab_size = kept
 

@@ -10,6 +10,7 @@ from megatron.bridge.utils.common_utils import get_world_size_safe
 from nemo_skymoe.checkpoint.config_values import read_yaml
 from nemo_skymoe.checkpoint.torch_dist.run_config import RUN_CONFIG
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
+from nemo_skymoe.pipeline.division import check_division
 
 _SIZES = (
     "tensor_model_parallel_size",
@@ -33,6 +34,7 @@ def check_ranks(config: ConfigContainer) -> None:
     stages = {"pipeline_model_parallel_size": pipeline}
     attention = {"tensor_model_parallel_size": tensor, **stages, "context_parallel_size": context}
     _check_multiple(world, attention)
+    check_division(model)
     if getattr(model, "num_moe_experts", None):
         _check_multiple(
             world, {"expert_tensor_parallel_size": within, "expert_model_parallel_size": expert, **stages}

@@ -52,6 +52,40 @@ class GivenFinetuning(GivenTask):
     peft_scheme: Optional[str] = "lora"
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfCheckpoint:
+    """The arguments that every recipe takes whose model is read from the checkpoint in `resume_path`."""
+
+    resume_path: Optional[str] = None
+    scale: Optional[str] = None
+    seq_length: Optional[int] = None
+    """None is the usual length, or the model's own if that is shorter."""
+    rotary_base: Optional[float] = None
+    """Another base than the checkpoint's, for a longer context. None keeps the checkpoint's."""
+    plan: Optional[str] = None
+    """"auto" asks the planner which layers are on which pipeline stage; None spreads them evenly."""
+    hardware: str = "A800-80G"
+    """The hardware that is planned for, as in `skymoe plan`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingOfCheckpoint(OfCheckpoint, Given):
+    """The same of a pretraining."""
+
+    max_steps: Optional[int] = None
+    """Optimizer steps, in place of `tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOfCheckpoint(OfCheckpoint, GivenTask):
+    """The same of a finetuning in one way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuningOfCheckpoint(OfCheckpoint, GivenFinetuning):
+    """The same of a finetuning of every parameter or of adapters."""
+
+
 def with_arguments(
     training: TrainingRun, *sizes: str, of: type[Any] = Given, **defaults: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

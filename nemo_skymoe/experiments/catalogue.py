@@ -15,6 +15,7 @@ from nemo_skymoe.experiments import (
     figure_7,
     figure_8,
     moe_146b,
+    own_model,
 )
 from nemo_skymoe.experiments.arguments import (
     BATCH,
@@ -24,6 +25,8 @@ from nemo_skymoe.experiments.arguments import (
     RATES,
     Given,
     GivenTask,
+    PretrainingOfCheckpoint,
+    TaskOfCheckpoint,
     with_arguments,
 )
 from nemo_skymoe.experiments.runs import Demonstration, Finetuning, Pretraining
@@ -174,6 +177,40 @@ def skywork_moe_tiny(training: Demonstration, given: Given, devices: int = 2) ->
     return _pretraining(replace(training, num_gpus_per_node=devices), given)
 
 
+@with_arguments(own_model.MOE, *own_model.MOE_SIZES, of=PretrainingOfCheckpoint)
+def skywork_moe(training: Pretraining, given: PretrainingOfCheckpoint) -> Chosen:
+    """Pretrain your own MoE: all of the model comes from the checkpoint in `resume_path`."""
+    return _pretraining(*own_model.of_checkpoint(training, given, form="bridge", moe=True))
+
+
+@with_arguments(own_model.DENSE, *own_model.SIZES, of=PretrainingOfCheckpoint)
+def skywork_dense(training: Pretraining, given: PretrainingOfCheckpoint) -> Chosen:
+    """Pretrain your own dense model: all of it comes from the checkpoint in `resume_path`."""
+    return _pretraining(*own_model.of_checkpoint(training, given, form="bridge", moe=False))
+
+
+def _own(run: Finetuning, lora: bool) -> Experiment:
+    moe = run is own_model.MOE_FINETUNING
+    sizes = own_model.MOE_FINETUNING_SIZES if moe else own_model.FINETUNING_SIZES
+
+    @with_arguments(run, *sizes, of=TaskOfCheckpoint)
+    def experiment(
+        training: Finetuning,
+        given: TaskOfCheckpoint,
+        dataset: str | None = None,
+        corpus: str | None = None,
+        tokenizer: str | None = None,
+    ) -> Chosen:
+        """Finetune your own model, of which all comes from the checkpoint in `resume_path`.
+
+        It trains on `dataset`, a folder with `training.jsonl` and `validation.jsonl`, on `corpus`, or on SQuAD.
+        """
+        changed, settled = own_model.of_checkpoint(training, given, form="bridge", moe=moe)
+        return _finetuning(changed, settled, lora=lora, dataset=dataset, corpus=corpus, tokenizer=tokenizer)
+
+    return experiment
+
+
 def _large(run: Finetuning, lora: bool) -> Experiment:
     @with_arguments(
         run, "edp", "pipeline_parallelism", "pipeline_layout", *RANKS, "max_steps", *BATCH, of=GivenTask
@@ -221,6 +258,16 @@ _EXPERIMENTS: Mapping[tuple[str, str], Experiment] = {
 }
 """By model and task, as Megatron-Bridge calls the tasks."""
 
+_OF_CHECKPOINTS: Mapping[tuple[str, str], Experiment] = {
+    ("skywork_moe", "pretrain"): skywork_moe,
+    ("skywork_moe", "sft"): _own(own_model.MOE_FINETUNING, lora=False),
+    ("skywork_moe", "peft"): _own(own_model.MOE_FINETUNING, lora=True),
+    ("skywork_dense", "pretrain"): skywork_dense,
+    ("skywork_dense", "sft"): _own(own_model.DENSE_FINETUNING, lora=False),
+    ("skywork_dense", "peft"): _own(own_model.DENSE_FINETUNING, lora=True),
+}
+"""The trainings of any model. Their names have no number of GPUs, because it is not known before the model is."""
+
 
 def _full_name(model: str, task: str, experiment: Experiment) -> str:
     run = experiment().run
@@ -229,14 +276,16 @@ def _full_name(model: str, task: str, experiment: Experiment) -> str:
     return f"{model}_{task}_{machine}_config"
 
 
-SHORT_NAMES = {
-    f"{model}_{task}_config": _full_name(model, task, experiment)
-    for (model, task), experiment in _EXPERIMENTS.items()
-}
+def _short_name(model: str, task: str) -> str:
+    return f"{model}_{task}_config"
+
+
+SHORT_NAMES = {_short_name(*key): _full_name(*key, experiment) for key, experiment in _EXPERIMENTS.items()}
 """The full name of each short one: `<model>_<task>_<N>gpu_<gpu>_<precision>_config`, as Megatron-Bridge names recipes."""
-RECIPES = {
-    SHORT_NAMES[f"{model}_{task}_config"]: experiment for (model, task), experiment in _EXPERIMENTS.items()
-}
+FIXED = {SHORT_NAMES[_short_name(*key)]: experiment for key, experiment in _EXPERIMENTS.items()}
+"""The experiments of one model by the full names of their recipes."""
+SHORT_NAMES |= {(name := _short_name(*key)): name for key in _OF_CHECKPOINTS}
+RECIPES = FIXED | {_short_name(*key): experiment for key, experiment in _OF_CHECKPOINTS.items()}
 """All experiments by the full names of their recipes."""
 
 
@@ -255,4 +304,5 @@ def full_name(name: str, option: str = "--recipe") -> str:
 def task_of(name: str) -> str:
     """Return the task of a recipe: pretrain, sft or peft."""
     full = full_name(name)
-    return next(task for (model, task) in _EXPERIMENTS if SHORT_NAMES[f"{model}_{task}_config"] == full)
+    keys = (*_EXPERIMENTS, *_OF_CHECKPOINTS)
+    return next(key[1] for key in keys if SHORT_NAMES[_short_name(*key)] == full)

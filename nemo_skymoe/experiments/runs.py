@@ -1,7 +1,9 @@
 """A training run in plain values: a model, its tokens, its learning rates and the ranks that it runs on."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.config import ConfigurationError
@@ -14,6 +16,8 @@ class TrainingRun:
 
     name: str
     architecture: Architecture
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the model by Megatron's names, in place of those below: all that a checkpoint says of its model."""
     rotary_base: int = 10_000
     expert_capacity_factor: float | None = choices.CAPACITY_FACTOR
     """An expert of an MoE takes this multiple of its fair share of tokens. None drops nothing."""

@@ -19,10 +19,11 @@ from nemo_skymoe.architecture import as_architecture
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.paths import check_each, check_paths
 from nemo_skymoe.launch.planner_options import planner_options
-from nemo_skymoe.launch.recipe import check_recipe, make_recipe, run_folder
+from nemo_skymoe.launch.recipe import check_recipe, make_recipe
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
 from nemo_skymoe.launch.through_bridge import make_training, task
 from nemo_skymoe.names import unknown
+from nemo_skymoe.nemo.checks import run_folder
 from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
 from nemo_skymoe.nemo.recipe_check import built, check_start, plan_of
 from nemo_skymoe.pipeline.texts import planned
@@ -79,7 +80,7 @@ def jobs(composed: DictConfig, tasks: Tasks) -> list[Job]:
         elif name == "training":
             found[name] = _training(values, recipe, found.get("plan"), checkpoint)
         else:
-            found[name] = _command(name, tasks[name], values, {"source": run_folder(recipe)})
+            found[name] = _command(name, tasks[name], values, {"source": str(run_folder(recipe.log))})
     return list(found.values())
 
 

@@ -3,12 +3,11 @@
 from typing import Any
 
 import nemo_run as run
-from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 
 from nemo_skymoe.architecture import Architecture, layer_pattern
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import choices
-from nemo_skymoe.nemo.recipe_check import built
+from nemo_skymoe.nemo.recipe_check import built, vocabulary_of
 from nemo_skymoe.nemo.run_numbers import check_numbers
 from nemo_skymoe.recipes._trainer import overlaps_communication
 
@@ -32,7 +31,7 @@ def planner_options(recipe: Any) -> dict[str, Any]:
     config, strategy, data = built(recipe.model.config, "model"), recipe.trainer.strategy, recipe.data
     sizes = {name: getattr(config, name) for name in _SIZES}
     sizes["ffn_hidden_size"] = config.ffn_hidden_size
-    sizes["vocab_size"] = config.vocab_size or _vocabulary(data)
+    sizes["vocab_size"] = config.vocab_size or vocabulary_of(data) or choices.VOCABULARY
     if config.share_embeddings_and_output_weights:
         sizes["tied_embeddings"] = True
     capacity: dict[str, Any] = {}
@@ -73,14 +72,6 @@ def _ffn_sizes(config: Any) -> dict[str, Any]:
         "moe_ffn_hidden_size": experts,
         "moe_layer_freq": pattern,
     }
-
-
-def _vocabulary(data: Any) -> int:
-    """Return the rows of the embedding for the recipe's own tokenizer; another's are not known before it is read."""
-    tokenizer = getattr(data, "tokenizer", None)
-    if isinstance(tokenizer, run.Config) and tokenizer.__fn_or_cls__ is NullTokenizer:
-        return tokenizer.vocab_size + 1  # it adds an end of document
-    return choices.VOCABULARY
 
 
 def _check_planned(config: Any, strategy: Any) -> None:

@@ -3,7 +3,6 @@
 import importlib
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.config import ConfigurationError
@@ -52,11 +51,6 @@ def _factory(name: str, kind: str) -> Callable[..., Any]:
             f"training.task is {kind!r}, expected pretrain, or finetune for one of {', '.join(having)}"
         )
     return getattr(importlib.import_module(f"nemo_skymoe.recipes.{_RECIPES[name].module}"), factory)
-
-
-def run_folder(recipe: Any) -> str:
-    """Return the folder where the run keeps its checkpoints."""
-    return str(Path(recipe.log.log_dir or "nemo_experiments", recipe.log.name))  # NeMo's default
 
 
 def check_recipe(recipe: Any, plan: PipelinePlan | None) -> str:

@@ -12,6 +12,7 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import catalogue
 from nemo_skymoe.experiments.arguments import check_renamed
 from nemo_skymoe.experiments.command_line import SECTIONS, checked_arguments, spoken
+from nemo_skymoe.launch.bridge_checks import check_checkpoints, check_ranks
 from nemo_skymoe.launch.sections import MISSING, check_missing
 from nemo_skymoe.names import unknown
 
@@ -83,13 +84,15 @@ def make_training(values: Mapping[str, Any], checkpoint: str | None) -> BridgeTr
     options = {name: section.pop(name) for name in list(section) if name in SECTIONS and name not in known}
     arguments = checked_arguments(recipe, section | shared, "training.")
     chosen = catalogue.RECIPES[recipe](**arguments)
-    _check_ranks(chosen)
+    check_ranks(chosen, values["model"])
     overrides = [
         *_overrides(options),
         *_overrides({"dataset": data} if data else {}),
         *_overrides({"model": values["model"]} if values["model"] else {}),
     ]
-    return BridgeTraining(recipe, chosen, ["--recipe", recipe, *spoken(arguments), *overrides])
+    training = BridgeTraining(recipe, chosen, ["--recipe", recipe, *spoken(arguments), *overrides])
+    check_checkpoints(chosen, training.folder, values["model"])
+    return training
 
 
 def task(training: BridgeTraining, python: str | None, executor: Any) -> run.Script:
@@ -136,23 +139,6 @@ def _recipe(name: Any, kind: Any) -> str:
             f"training.task is {kind!r}, expected {' or '.join(tasks)} for {name} with frontdoor=bridge"
         )
     return catalogue.SHORT_NAMES[f"{name}_{kind}_config"]
-
-
-def _check_ranks(chosen: catalogue.Chosen) -> None:
-    training = chosen.run
-    ranks = training.num_nodes * training.num_gpus_per_node
-    parallel = training.edp * training.pipeline_parallelism
-    if parallel < 1 or ranks < 1 or ranks % parallel:
-        raise ConfigurationError(
-            f"training has {ranks} ranks, expected a multiple of edp={training.edp} x"
-            f" pipeline_parallelism={training.pipeline_parallelism}"
-        )
-    batch = training.micro_batch_size * (ranks // parallel)
-    if batch < 1 or training.global_batch_size % batch:
-        raise ConfigurationError(
-            f"training.global_batch_size is {training.global_batch_size}, expected a multiple of micro_batch_size="
-            f"{training.micro_batch_size} x {ranks // parallel} data-parallel ranks"
-        )
 
 
 def _overrides(options: Mapping[str, Any], path: str = "") -> Iterator[str]:

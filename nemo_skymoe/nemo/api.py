@@ -109,7 +109,7 @@ def _prepare(
     checks.check_training(
         model, trainer, optim, pipeline, peft, data, started=None if started is None else int(started)
     )
-    checks.check_warm_start(resume, config)
+    checks.check_warm_start(resume, config, checks.vocabulary_of(data))
     checks.check_what_is_unpickled(resume, trainer, data)
     trainer.callbacks.append(ScheduleOfThisRun(checks.optimizer_of(model, optim)))
     if config is not None:

@@ -12,12 +12,33 @@ from nemo.lightning.pytorch.callbacks.deepep import DeepEPCallback
 from nemo.utils import logging
 from torch import nn
 
+from nemo_skymoe.checkpoint.run_folder import last_checkpoint
 from nemo_skymoe.checkpoint.torch_dist.fitting import check_architecture
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
+from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.nemo.index_check import check_data_module
 from nemo_skymoe.nemo.run_numbers import check_batches, check_numbers
 from nemo_skymoe.nemo.schedule_length import check_early_end, follow_max_steps
+from nemo_skymoe.pipeline.division import check_division
+
+_spelled = "model.config.{}".format
+_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+)
+_STAGES = (
+    "virtual_pipeline_model_parallel_size",
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
 
 
 def check_training(
@@ -76,21 +97,21 @@ def optimizer_of(model: Any, optim: Any) -> Any:
 
 def check_parallel_sizes(config: Any, strategy: Any) -> None:
     """Check the configuration with the strategy's parallel sizes, which NeMo sets only when it builds the model."""
-    if not isinstance(config, SkyworkOptions):
+    if not isinstance(config, GPTConfig):
         return
     probe: Any = copy.copy(config)
-    for option in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-        "expert_tensor_parallel_size",
-        "sequence_parallel",
-    ):
+    for option in _SIZES:
         setattr(probe, option, getattr(strategy, option))
     probe.pipeline_dtype = probe.pipeline_dtype or probe.params_dtype
-    probe.__post_init__()
-    probe.check_training()
+    try:
+        probe.__post_init__()
+    except (AssertionError, ImportError, ValueError) as reason:
+        raise ConfigurationError(" ".join(str(reason).split())) from reason
+    if isinstance(probe, SkyworkOptions):
+        probe.check_training()
+    for option in _STAGES:
+        setattr(probe, option, getattr(strategy, option, None))
+    check_division(probe)
 
 
 def check_world_size(trainer: Any, started: int | None = None) -> None:
@@ -144,8 +165,14 @@ def check_steps(trainer: Any) -> None:
         )
 
 
-def check_warm_start(resume: Any, config: Any) -> None:
-    """Refuse a checkpoint to start from that does not exist, or whose architecture is not that of `config`."""
+def check_warm_start(resume: Any, config: Any, vocabulary: int | None = None) -> None:
+    """Refuse a checkpoint to start from that does not exist, or that is of another model than `config`'s.
+
+    Args:
+        resume: NeMo's `AutoResume`, or its configuration.
+        config: The configuration of the model.
+        vocabulary: Tokens of the data's tokenizer, if they are known.
+    """
     path = getattr(getattr(resume, "restore_config", None), "path", None)
     if not path or "://" in str(path):
         return
@@ -154,7 +181,13 @@ def check_warm_start(resume: Any, config: Any) -> None:
             f"the checkpoint to start from, '{path}', has no weights folder: `skymoe demo` makes one for the tiny"
             " recipes, `skymoe upcycle` one from any dense checkpoint"
         )
-    check_architecture(Path(path), config)
+    check_architecture(Path(path), config, _spelled, vocabulary)
+
+
+def vocabulary_of(data: Any) -> int | None:
+    """Return the number of tokens of a data module's tokenizer, which is the model's; None if it is not known."""
+    size = getattr(getattr(data, "tokenizer", None), "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def check_what_is_unpickled(resume: Any, trainer: Any, data: Any) -> None:
@@ -183,7 +216,8 @@ def check_what_is_unpickled(resume: Any, trainer: Any, data: Any) -> None:
             check_checkpoint(Path(path))
         config = getattr(model, "config", None)
         if own and isinstance(config, GPTConfig):
-            check_architecture(Path(getattr(own, "base_model_path", None) or own), config)
+            base = Path(getattr(own, "base_model_path", None) or own)
+            check_architecture(base, config, _spelled, vocabulary_of(data))
         return setup(trainer, model)
 
     resume.setup = checked
@@ -194,12 +228,33 @@ def warn_of_own_checkpoint(resume: Any, log: Any) -> None:
     path = getattr(getattr(resume, "restore_config", None), "path", None)
     if not path or not getattr(resume, "resume_if_exists", False) or log is None:
         return
-    run = Path(log.log_dir or "nemo_experiments") / (log.name or "default")
-    if any(run.glob("checkpoints/*-last")):
+    if own_checkpoint(resume, log) is not None:
         logging.warning(
-            f"'{run}' has a checkpoint of its own: this run goes on from there, not from '{path}'; give it another"
+            f"'{run_folder(log)}' has a checkpoint of its own: this run goes on from there, not from '{path}'; give it another"
             " name to start from those weights"
         )
+
+
+def run_folder(log: Any) -> Path:
+    """Return the folder where a run keeps its checkpoints, from NeMo's logger or its configuration."""
+    return Path(log.log_dir or "nemo_experiments", log.name or "default")  # NeMo's defaults
+
+
+def check_own_checkpoint(resume: Any, log: Any, config: Any, vocabulary: int | None = None) -> None:
+    """Refuse to continue a run as another model. The arguments are those of `check_warm_start`; `log` names the run."""
+    if isinstance(config, GPTConfig) and (own := own_checkpoint(resume, log)) is not None:
+        check_checkpoint(own)
+        check_architecture(own, config, _spelled, vocabulary)
+
+
+def own_checkpoint(resume: Any, log: Any) -> Path | None:
+    """Return the run's last checkpoint, from which it goes on, if it has one here."""
+    if log is None or not getattr(resume, "resume_if_exists", False):
+        return None
+    try:
+        return last_checkpoint(run_folder(log))
+    except CheckpointError:  # it has none that is complete
+        return None
 
 
 def check_callbacks(callbacks: Any, config: Any) -> None:

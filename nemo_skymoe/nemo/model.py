@@ -57,6 +57,9 @@ class SkyworkConfig(RotaryOptions, LlamaConfig):
     train_only_ffn: bool = False
     """Whether to train nothing but the weights of the MLPs (appendix C.2). Models that are trained like this from one
     checkpoint have everything else in common, norms included. An MoE that takes its experts from them can share it."""
+    differs_from_checkpoint: Optional[list[str]] = None
+    """The options in which the model is another on purpose than the checkpoint that it starts from, as in
+    `SkyworkOptions`."""
 
     transformer_layer_spec: ModuleSpec | Callable[..., Any] = skywork_layer_spec
     layernorm_epsilon: float = 1e-6

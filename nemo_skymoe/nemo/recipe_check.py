@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
+from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 
+from nemo_skymoe.checkpoint import tokenizer
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.nemo import checks
@@ -54,7 +56,7 @@ def plan_of(recipe: Any) -> PipelinePlan | None:
 
 
 def check_start(recipe: Any, local: bool, written_before: bool) -> None:
-    """Check the checkpoint to start from as the training would, if it is on this machine.
+    """Check the checkpoint to start from, or to continue from, as the training would, if it is on this machine.
 
     Args:
         local: Whether the training runs on this machine, so that it would look for the checkpoint here.
@@ -63,12 +65,24 @@ def check_start(recipe: Any, local: bool, written_before: bool) -> None:
     Raises:
         ConfigurationError: The training would refuse the checkpoint.
     """
+    config, vocabulary = built(recipe.model.config, "model"), vocabulary_of(recipe.data)
+    if fdl.ordered_arguments(recipe).get("peft") is None:
+        checks.check_own_checkpoint(recipe.resume, recipe.log, config, vocabulary)
     path = getattr(getattr(recipe.resume, "restore_config", None), "path", None)
     if not path or "://" in path:
         return
     if (Path(path) / "weights").is_dir() or (local and not written_before):
-        checks.check_warm_start(recipe.resume, built(recipe.model.config, "model"))
+        checks.check_warm_start(recipe.resume, config, vocabulary)
         check_checkpoint(Path(path))
+
+
+def vocabulary_of(data: Any) -> int | None:
+    """Return the number of tokens of the tokenizer that a recipe's data come with; None if it is not known here."""
+    given = getattr(data, "tokenizer", None)
+    if isinstance(given, fdl.Buildable) and given.__fn_or_cls__ is NullTokenizer:
+        return given.vocab_size + 1  # it adds an end of document
+    folder = getattr(data, "corpus", None)
+    return None if folder is None else tokenizer.size(Path(folder).expanduser() / "tokenizer")
 
 
 def built(part: Any, name: str) -> Any:

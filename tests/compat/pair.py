@@ -22,7 +22,7 @@ unified_memory.apply()  # before commands imports Megatron
 
 from nemo_skymoe.data.corpus import build_corpus  # noqa: E402
 from nemo_skymoe.ranks import RankFailed  # noqa: E402
-from nemo_skymoe.recipes.registry import RECIPES  # noqa: E402
+from nemo_skymoe.recipes.registry import FIXED  # noqa: E402
 from tests.recipes.commands import last_checkpoint, losses, nemo_llm  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -44,8 +44,8 @@ def import_everything() -> int:
 
 def dry_run_everything(folder: Path) -> int:
     """Recipes that `nemo llm KIND --factory NAME --dryrun` resolves; a name that does not exist it must refuse."""
-    commands = [("pretrain", recipe.name) for recipe in RECIPES]
-    commands += [("finetune", recipe.name) for recipe in RECIPES if recipe.finetune]
+    commands = [("pretrain", recipe.name) for recipe in FIXED]
+    commands += [("finetune", recipe.name) for recipe in FIXED if recipe.finetune]
     for kind, name in commands:
         nemo_llm(folder, kind, name, "--dryrun", ranks=1)
     try:

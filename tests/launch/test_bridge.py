@@ -85,6 +85,8 @@ def test_slurm_warns_the_ranks_before_the_end_and_requeues_what_has_left(tmp_pat
 
 def test_every_recipe_can_be_launched() -> None:
     for short, full in catalogue.SHORT_NAMES.items():
+        if full not in catalogue.FIXED:
+            continue  # it needs a checkpoint: tests/experiments/test_own_model.py
         model, task_name, _ = short.rsplit("_", 2)
         made = training(f"training.recipe={model}", f"training.task={task_name}")
         assert made.recipe == full and split(full, made.words[2:])[0] == {}

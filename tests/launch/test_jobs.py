@@ -17,7 +17,7 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.composition import GROUPS, compose_groups
 from nemo_skymoe.launch.jobs import Job, _plan_of
 from nemo_skymoe.nemo.pipeline import written_plan
-from nemo_skymoe.recipes.registry import RECIPES
+from nemo_skymoe.recipes.registry import FIXED
 from tests.cases import every
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -35,13 +35,13 @@ def made(*overrides: str) -> list[Job]:
 
 
 def recipe_of(name: str, task: str = "pretrain") -> Any:
-    (entry,) = [recipe for recipe in RECIPES if recipe.name == name]
+    (entry,) = [recipe for recipe in FIXED if recipe.name == name]
     module = importlib.import_module(f"nemo_skymoe.recipes.{entry.module}")
     return getattr(module, getattr(entry, task))
 
 
 def test_every_recipe_has_its_file_and_every_file_its_recipe() -> None:
-    assert OPTIONS["training"] == sorted(recipe.name for recipe in RECIPES)
+    assert OPTIONS["training"] == sorted(recipe.name for recipe in FIXED)
     for name in OPTIONS["training"]:
         assert yaml.safe_load((CONF / "training" / f"{name}.yaml").read_text()) == {
             "recipe": name,
@@ -270,7 +270,7 @@ def test_no_value_of_a_recipe_is_repeated_in_yaml() -> None:
 
     arguments = {
         name
-        for recipe in RECIPES
+        for recipe in FIXED
         for task in ("pretrain", "finetune")
         if getattr(recipe, task)
         for name in inspect.signature(recipe_of(recipe.name, task)).parameters

@@ -10,6 +10,8 @@ from nemo_run.cli import api
 
 from nemo_skymoe import nemo_cli  # noqa: F401
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.torch_dist.context import context_files
 from nemo_skymoe.ranks import run_ranks
 from tests.checkpoint import megatron_files
 from tests.checkpoint.fakes import random_weights
@@ -30,6 +32,26 @@ CASES: tuple[Case, ...] = (
     ("skywork_13b(stages=a.yaml)", [], "stages is now called phases, expected phases=VALUE"),
     (MOE, ["trainer.num_nodes=0"], "num_nodes is 0"),
     (DENSE, ["data.global_batch_size=0"], "global_batch_size is 0"),
+    # Layouts that Megatron refuses only where it builds the model.
+    (
+        "skywork_13b(pipeline_parallelism=8)",
+        [],
+        "num_layers is 52, expected a multiple of the 8 chunks of pipeline_model_parallel_size = 8",
+    ),
+    (
+        "skywork_13b(num_nodes=5)",
+        ["trainer.strategy.tensor_model_parallel_size=5", "data.global_batch_size=4"],
+        "num_attention_heads (36) must be a multiple of tensor_model_parallel_size (5)",
+    ),
+    (
+        DENSE,
+        [
+            "trainer.strategy.tensor_model_parallel_size=2",
+            "trainer.strategy.pipeline_model_parallel_size=1",
+            "model.config.ffn_hidden_size=97",
+        ],
+        "ffn_hidden_size is 97, expected a multiple of tensor_model_parallel_size = 2",
+    ),
 )
 
 
@@ -40,7 +62,36 @@ def started_from(folder: Path) -> tuple[Case, ...]:
     )
     megatron_files.write(folder / "dense", random_weights(dense), torch.float32)
     megatron_files.write_context(folder / "dense", dense)
+    llama = Description(dense, rope_theta=5e5, rms_norm_eps=1e-5, dtype="float32")
+    megatron_files.write(folder / "llama", random_weights(dense), torch.float32)
+    for name, content in context_files(llama, None, config=b"", padded_vocab_size=100).items():
+        if not content:
+            continue  # it comes from no Hugging Face folder
+        (folder / "llama" / name).parent.mkdir(exist_ok=True)
+        (folder / "llama" / name).write_bytes(content)
+    (folder / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    (folder / "runs" / "mine" / "checkpoints" / "step=4-last").symlink_to(folder / "llama")
+    both = "model.config.rotary_base is 10000, expected 500000; model.config.layernorm_epsilon is 1e-06, expected 1e-05;"
+    on_purpose = "model.config.differs_from_checkpoint=['rotary_base','layernorm_epsilon']"
+    start = f"skywork_13b(scale=toy,resume_path={folder}/llama)"
     return (
+        (start, [], both),
+        (start, [on_purpose], None),
+        (start, ["model.config.rotary_base=500000", "model.config.layernorm_epsilon=1e-5"], None),
+        (f"skywork_13b(scale=toy,dir={folder}/runs,name=mine)", [], both),
+        (f"skywork_dense(resume_path={folder}/llama)", [], None),
+        (
+            f"skywork_dense(resume_path={folder}/llama)",
+            ["model.config.rotary_base=10000"],
+            "model.config.rotary_base is 10000, expected 500000",
+        ),
+        (
+            f"skywork_dense(resume_path={folder}/llama,edp=8)",
+            [],
+            "num_attention_heads (4) must be a multiple of tensor_model_parallel_size (8)",
+        ),
+        (f"skywork_dense(resume_path={folder}/nowhere)", [], "nowhere' is not a folder on this machine"),
+        (f"skywork_moe(resume_path={folder}/llama)", [], "is dense, expected an MoE"),
         (f"skywork_moe_146b(scale=toy,resume_path={folder}/dense)", [], "is dense, expected"),
         (f"skywork_moe_146b(scale=toy,resume_path={folder}/elsewhere)", [], None),
     )

@@ -1,18 +1,18 @@
-"""Every factory of the registry by what a user types, and the arguments by which the report's experiments differ."""
+"""Every factory of one model by what a user types, and the arguments by which the report's experiments differ."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import fiddle as fdl
 
-from nemo_skymoe.recipes.registry import RECIPES
+from nemo_skymoe.recipes.registry import FIXED, Recipe
 
 
-def factories() -> dict[str, Callable[..., Any]]:
+def factories(recipes: Iterable[Recipe]) -> dict[str, Callable[..., Any]]:
     """ "pretrain NAME" and "finetune NAME" to factory."""
     found = {}
-    for recipe in RECIPES:
+    for recipe in recipes:
         module = importlib.import_module(f"nemo_skymoe.recipes.{recipe.module}")
         found[f"pretrain {recipe.name}"] = getattr(module, recipe.pretrain)
         if recipe.finetune:
@@ -20,7 +20,7 @@ def factories() -> dict[str, Callable[..., Any]]:
     return found
 
 
-FACTORIES = factories()
+FACTORIES = factories(FIXED)
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((command, {}) for command in FACTORIES),
     *(

@@ -8,7 +8,7 @@ from nemo.collections import llm
 from nemo_run.cli.api import resolve_factory
 
 from nemo_skymoe.recipes import registry
-from tests.recipes.factories import FACTORIES
+from tests.recipes.factories import factories
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_entry_point_leads_to_every_factory() -> None:
     (entry,) = [point for point in entry_points(group="nemo_run.cli") if point.name == "skymoe"]
     entry.load()
-    for command, factory in FACTORIES.items():
+    for command, factory in factories(registry.RECIPES).items():
         kind, name = command.split()
         assert resolve_factory(getattr(llm, kind), name) is factory
 
@@ -24,7 +24,7 @@ def test_the_entry_point_leads_to_every_factory() -> None:
 def test_the_table_has_every_factory_there_is() -> None:
     files = [file.read_text() for file in (ROOT / "recipes").glob("skywork_*.py")]
     written = sum(text.count("@run.cli.factory(target=") for text in files)
-    assert written == len(FACTORIES)
+    assert written == len(factories(registry.RECIPES))
 
 
 def test_the_list_in_the_readme_is_the_table() -> None:

@@ -65,6 +65,9 @@ def container(run: Training, dir: str | None, resume_path: str | None, **parts: 
 
 def model(run: Training, **options: Any) -> SkyworkProvider:
     """Return the model with its parallel sizes. `options` are further fields of the provider."""
+    of_checkpoint = dict(run.model_options)
+    if of_checkpoint:  # Bridge adds no rows to those that are stored
+        of_checkpoint |= {"unpadded_vocab_size": run.architecture.vocab_size, "should_pad_vocab": False}
     experts: dict[str, Any] = {}
     if run.architecture.num_moe_experts is not None:
         experts = {
@@ -73,18 +76,17 @@ def model(run: Training, **options: Any) -> SkyworkProvider:
             "expert_model_parallel_size": run.edp,
             "expert_tensor_parallel_size": 1,
         }
-    return provider_of(
-        run.architecture,
-        seq_length=run.seq_length,
-        rotary_base=run.rotary_base,
-        train_only_ffn=run.train_only_ffn,
-        tensor_model_parallel_size=run.edp,
-        sequence_parallel=run.edp > 1,
-        pipeline_model_parallel_size=run.pipeline_parallelism,
-        pipeline_model_parallel_layout=run.pipeline_layout,
-        pipeline_dtype=torch.float32 if run.precision == "32" else torch.bfloat16,
-        **experts | options,
-    )
+    sizes = {
+        "seq_length": run.seq_length,
+        "rotary_base": run.rotary_base,
+        "train_only_ffn": run.train_only_ffn,
+        "tensor_model_parallel_size": run.edp,
+        "sequence_parallel": run.edp > 1,
+        "pipeline_model_parallel_size": run.pipeline_parallelism,
+        "pipeline_model_parallel_layout": run.pipeline_layout,
+        "pipeline_dtype": torch.float32 if run.precision == "32" else torch.bfloat16,
+    }
+    return provider_of(run.architecture, **sizes | experts | of_checkpoint | options)
 
 
 def adam(max_lr: float, min_lr: float) -> OptimizerConfig:

@@ -1,18 +1,20 @@
 """Check a checkpoint of Megatron against the model that will load it, and let Megatron find its layers as they are stored."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.architecture import layer_pattern
 from nemo_skymoe.checkpoint.tensors.model import TensorInfo
+from nemo_skymoe.checkpoint.torch_dist.deciding import CHANGES, check_deciding, options_of
 from nemo_skymoe.checkpoint.torch_dist.layer_tensors import (
     LAYER,
     LEAST_OTHER_VOCABULARY,
     expected_globals,
     expected_layer,
 )
+from nemo_skymoe.checkpoint.torch_dist.options import saved_options
 from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage
 from nemo_skymoe.config import ConfigurationError
 
@@ -22,11 +24,25 @@ Layers = dict[int, dict[str, tuple[int, ...]]]
 logger = logging.getLogger(__name__)
 
 
-def check_architecture(checkpoint: Path, config: Any) -> None:
-    """Refuse to start `config`'s model from a checkpoint of another architecture, before anything is built.
+def check_architecture(
+    checkpoint: Path, config: Any, spelled: Callable[[str], str] = str, vocabulary: int | None = None
+) -> None:
+    """Refuse to start `config`'s model from a checkpoint of another model, before anything is built.
+
+    What a checkpoint says of its model is compared in full, and then its tensors. Options that `config` names in
+    `differs_from_checkpoint` may be others.
 
     Megatron can store equal layers stacked in one tensor, or each by its number. If the checkpoint does it the other
     way, the configuration is changed to the checkpoint's way: `moe_layer_freq` [1, 1] and 1 are the same model.
+
+    Args:
+        checkpoint: The folder.
+        config: The configuration of the model.
+        spelled: Returns what a user writes for an option of the model, such as "model.config.rotary_base".
+        vocabulary: Tokens of the vocabulary, if `config.vocab_size` is still open.
+
+    Raises:
+        ConfigurationError: They differ. The message has every difference with the option that decides.
     """
     tensors = TorchDistStorage(checkpoint).tensors
     layers = _layers(tensors)
@@ -40,14 +56,18 @@ def check_architecture(checkpoint: Path, config: Any) -> None:
         )
     if experts and not config.num_moe_experts:
         raise ConfigurationError(f"the checkpoint '{checkpoint}' is an MoE, expected a dense model")
-    check_sizes(tensors, config, checkpoint)
+    if (saved := saved_options(checkpoint)) is not None:
+        check_deciding(saved, options_of(config), getattr(config, CHANGES, None), checkpoint, spelled)
+    check_sizes(tensors, config, checkpoint, vocabulary)
     _store_alike(tensors, config)
 
 
-def check_sizes(tensors: Mapping[str, TensorInfo], config: Any, checkpoint: Path) -> None:
+def check_sizes(
+    tensors: Mapping[str, TensorInfo], config: Any, checkpoint: Path, vocabulary: int | None = None
+) -> None:
     """Refuse a checkpoint whose tensors are missing, superfluous or of other sizes than the configuration says.
 
-    The message names the option that decides.
+    The message names every option that decides. `vocabulary` takes the place of a `config.vocab_size` that is open.
     """
     layers = {number: layer for number, layer in _layers(tensors).items() if _QKV in layer}
     if not layers:
@@ -56,56 +76,60 @@ def check_sizes(tensors: Mapping[str, TensorInfo], config: Any, checkpoint: Path
     routers = [layer[_ROUTER] for layer in layers.values() if _ROUTER in layer]
     if routers:
         found["num_moe_experts"] = routers[0][0]
-    for option, value in found.items():
-        if value != getattr(config, option):
-            raise ConfigurationError(
-                f"{option} is {getattr(config, option)}, the checkpoint '{checkpoint}' has {value}"
-            )
-    _check_pattern(layers, config, checkpoint)
-    for number in sorted(layers):
-        is_moe = _ROUTER in layers[number]
-        _check_layer(layers[number], expected_layer(config, is_moe), f"layer {number}", checkpoint)
-    _check_globals(tensors, config, checkpoint)
+    said = {
+        option: f"{option} is {getattr(config, option)}, it has {value}"
+        for option, value in found.items()
+        if value != getattr(config, option)
+    }
+    if "num_layers" not in said:
+        said |= _pattern(layers, config)
+    if not said:  # the shapes of layers follow from these
+        for number in sorted(layers):
+            expected = expected_layer(config, is_moe=_ROUTER in layers[number])
+            said = _layer(layers[number], expected, f"layer {number}") | said
+    said |= _globals(tensors, config, getattr(config, "vocab_size", None) or vocabulary)
+    if said:
+        raise ConfigurationError(
+            f"the checkpoint '{checkpoint}' does not fit the model: {'; '.join(said.values())}"
+        )
 
 
-def _check_pattern(layers: Layers, config: Any, checkpoint: Path) -> None:
+def _pattern(layers: Layers, config: Any) -> dict[str, str]:
     wanted, found = _moe_layers(config), sorted(n for n, layer in layers.items() if _ROUTER in layer)
     if found == wanted:
-        return
+        return {}
     first = min({*wanted} ^ {*found})
     kinds = ("an MoE", "dense") if first in wanted else ("dense", "an MoE")
-    raise ConfigurationError(
-        f"moe_layer_freq is {config.moe_layer_freq}, which makes layer {first}, counted from 0, {kinds[0]}; in the"
-        f" checkpoint '{checkpoint}' it is {kinds[1]}: there are routers in {found}, expected in {wanted}"
-    )
+    return {
+        "moe_layer_freq": f"moe_layer_freq is {config.moe_layer_freq}, which makes layer {first}, counted from 0,"
+        f" {kinds[0]}; in the checkpoint it is {kinds[1]}: there are routers in {found}, expected in {wanted}"
+    }
 
 
-def _check_layer(
+def _layer(
     found: dict[str, tuple[int, ...]],
     expected: dict[str, tuple[str, Any, tuple[int, ...] | None]],
     place: str,
-    checkpoint: Path,
-) -> None:
-    """Compare the tensors of a layer with `expected`.
+) -> dict[str, str]:
+    """Return what differs between the tensors of a layer and `expected`, once for each option that decides.
 
     `expected` has for each tensor the option that decides, its value, and the shape, or None if there is no such
     tensor.
     """
+    differing: dict[str, str] = {}
     for tensor, (option, value, shape) in expected.items():
         has = found.get(tensor)
         if has == shape or (has is None and _companion(tensor) not in found):
             continue
         said = f"{option} is {value}"
         if shape is None:
-            raise ConfigurationError(f"{said}, but {place} of the checkpoint '{checkpoint}' has '{tensor}'")
-        if has is None:
-            raise ConfigurationError(
-                f"{said}, but {place} of the checkpoint '{checkpoint}' has no '{tensor}'"
-            )
-        raise ConfigurationError(
-            f"{said}, which makes '{tensor}' {list(shape)}; in {place} of the checkpoint '{checkpoint}' it is"
-            f" {list(has)}"
-        )
+            said += f", but {place} has '{tensor}'"
+        elif has is None:
+            said += f", but {place} has no '{tensor}'"
+        else:
+            said += f", which makes '{tensor}' {list(shape)}; in {place} it is {list(has)}"
+        differing.setdefault(option, said)
+    return differing
 
 
 def _companion(tensor: str) -> str:
@@ -121,23 +145,22 @@ def _companion(tensor: str) -> str:
     return tensor.replace(first, second) if first in tensor else tensor.replace(second, first)
 
 
-def _check_globals(tensors: Mapping[str, TensorInfo], config: Any, checkpoint: Path) -> None:
+def _globals(tensors: Mapping[str, TensorInfo], config: Any, vocabulary: int | None) -> dict[str, str]:
     plain = {name.removeprefix("module."): info.shape for name, info in tensors.items()}
     rows = plain.get("embedding.word_embeddings.weight")
     if rows is None:
-        return
-    for tensor, (option, value, wanted) in expected_globals(config).items():
-        if (tensor in plain) != wanted:
-            has = "no" if wanted else "an"
-            raise ConfigurationError(
-                f"{option} is {value}, but the checkpoint '{checkpoint}' has {has} '{tensor}'"
-            )
-    vocabulary = getattr(config, "vocab_size", None)
+        return {}
+    said = {
+        option: f"{option} is {value}, but it has {'no' if wanted else 'an'} '{tensor}'"
+        for tensor, (option, value, wanted) in expected_globals(config).items()
+        if (tensor in plain) != wanted
+    }
     if vocabulary and not vocabulary <= rows[0] < vocabulary + LEAST_OTHER_VOCABULARY:
-        raise ConfigurationError(
-            f"vocab_size is {vocabulary}, but the embedding in the checkpoint '{checkpoint}' has {rows[0]} rows: Megatron"
-            " would cut it, or leave rows untrained, without a word"
+        said["vocab_size"] = (
+            f"vocab_size is {vocabulary}, but its embedding has {rows[0]} rows: Megatron would cut it, or leave rows"
+            " untrained, without a word"
         )
+    return said
 
 
 def _store_alike(tensors: Mapping[str, TensorInfo], config: Any) -> None:

@@ -68,6 +68,17 @@ SUPPORTED_MOE: dict[str, tuple[Any, ...]] = {
 }
 """The same for a Skywork-MoE, of whose layers some may be dense."""
 
+MEGATRON_LM = {
+    "norm_epsilon": "layernorm_epsilon",
+    "num_experts": "num_moe_experts",
+    "max_position_embeddings": "seq_length",
+    "swiglu": "gated_linear_unit",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
+    "use_rope_scaling": "rope_scaling",
+}
+"""Megatron-LM's arguments that are not called as the options that they set."""
+
 
 def config_file(folder: Path) -> Path | None:
     """Return the config.json in a checkpoint's context, if there is one."""
@@ -93,13 +104,31 @@ def describe(folder: Path, storage: Storage) -> Description:
         return from_options(options, dtype, str(weights / run_config.RUN_CONFIG), _family(options))
     common = saved_arguments.file_of(weights)
     try:
-        options = _megatron_lm_options(saved_arguments.read(common))
+        options = megatron_lm_options(saved_arguments.read(common))
     except CheckpointError as reason:
         raise CheckpointError(
             f"'{folder}' does not say how its attention heads are cut (no context/model.yaml; {reason}): expected"
             " --config with a config.json that describes the model"
         ) from reason
     return from_options(options, dtype, str(common), "llama")
+
+
+def saved_options(folder: Path) -> dict[str, Any] | None:
+    """Return the options that a checkpoint keeps of whatever model it is, by Megatron's names; None if it keeps none.
+
+    Values are as they are written. A function or class is its dotted name.
+    """
+    weights = weights_folder(folder)
+    model_yaml = _context(weights) / "model.yaml"
+    try:
+        if model_yaml.is_file():
+            return _model_options(model_yaml)
+        if (weights / run_config.RUN_CONFIG).is_file():
+            return run_config.read_model(weights / run_config.RUN_CONFIG)
+        return megatron_lm_options(saved_arguments.read(saved_arguments.file_of(weights)))
+    except CheckpointError as reason:
+        logger.warning("only the sizes of '%s' are compared: %s", folder, reason)
+        return None
 
 
 def _context(weights: Path) -> Path:
@@ -185,15 +214,16 @@ def _family(options: Mapping[str, Any]) -> str:
     return "skywork" if str(options.get("_target_")).startswith(run_config.OURS) else "llama"
 
 
-def _nemo_options(context: Path) -> dict[str, Any]:
+def _model_options(file: Path) -> dict[str, Any]:
     """Return the plain values of `model.yaml`; a function is its dotted name."""
-    file = context / "model.yaml"
     config = read_yaml(file).get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"'{file}' has no 'config': expected what NeMo writes of a model")
-    options = {
-        name: value.get("_target_") if isinstance(value, dict) else value for name, value in config.items()
-    }
+    return run_config.flat(config)
+
+
+def _nemo_options(context: Path) -> dict[str, Any]:
+    options = _model_options(context / "model.yaml")
     options |= _of_the_tokenizer(find_companions(context), has_padding=True)
     if options.get("vocab_size") is None:
         raise CheckpointError(
@@ -227,19 +257,10 @@ def _of_the_tokenizer(folder: Path | None, *, has_padding: bool) -> dict[str, An
     return options
 
 
-def _megatron_lm_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def megatron_lm_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return Megatron-LM's arguments under the names of the options that they set."""
-    renamed = {
-        "norm_epsilon": "layernorm_epsilon",
-        "num_experts": "num_moe_experts",
-        "max_position_embeddings": "seq_length",
-        "swiglu": "gated_linear_unit",
-        "apply_layernorm_1p": "layernorm_zero_centered_gamma",
-        "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
-        "use_rope_scaling": "rope_scaling",
-    }
     options = dict(arguments)
-    options |= {option: arguments[name] for name, option in renamed.items() if name in arguments}
+    options |= {option: arguments[name] for name, option in MEGATRON_LM.items() if name in arguments}
     if not arguments.get("group_query_attention"):
         options["num_query_groups"] = None
     if "untie_embeddings_and_output_weights" in arguments:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,30 @@ def _tokenizer(files: Collection[str]) -> dict[str, Any] | None:
     return {"_target_": target, "tokenizer_type": kind, "tokenizer_model": model}
 
 
+def read_model(file: Path) -> dict[str, Any]:
+    """Return the options of whatever model it is. A function or class is its dotted name.
+
+    Raises:
+        CheckpointError: The file is damaged, or has no model.
+    """
+    return flat(_model(read_yaml(file), file))
+
+
+def flat(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with the dotted name of a function or class in place of what YAML has of it."""
+    return {
+        name: value.get("_target_") if isinstance(value, dict) else value for name, value in model.items()
+    }
+
+
 def read_options(file: Path) -> dict[str, Any]:
-    """Return the options of the model. A function or class is its dotted name.
+    """Return the options of a model that is converted. A function or class is its dotted name.
 
     Raises:
         CheckpointError: The file is damaged, or describes a model of another kind, an adapter or a quantised model.
     """
     config = read_yaml(file)
-    model = config.get("model")
-    if not isinstance(model, dict):
-        raise CheckpointError(f"'{file}' has no 'model': expected what Megatron-Bridge writes of a training")
+    model = _model(config, file)
     kind = model.get("_builder_") or model.get("_target_")
     if not _KNOWN.fullmatch(str(kind)):
         raise CheckpointError(
@@ -101,6 +115,11 @@ def read_options(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"'{file}' belongs to a model that ModelOpt has quantised, pruned or distilled, expected plain weights"
         )
-    return {
-        name: value.get("_target_") if isinstance(value, dict) else value for name, value in model.items()
-    }
+    return flat(model)
+
+
+def _model(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    model = config.get("model")
+    if not isinstance(model, dict):
+        raise CheckpointError(f"'{file}' has no 'model': expected what Megatron-Bridge writes of a training")
+    return model
