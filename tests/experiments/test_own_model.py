@@ -97,7 +97,7 @@ def test_a_submission_compares_the_model_and_its_layout(folder: Path) -> None:
         str(folder / "none"),
         {"layernorm_epsilon": 1e-6, "differs_from_checkpoint": ["layernorm_epsilon"]},
     )
-    with pytest.raises(ConfigurationError, match="model.layernorm_epsilon is 1e-06, expected 1e-05"):
+    with pytest.raises(ConfigurationError, match=r"model\.layernorm_epsilon is 1e-06, expected 1e-05"):
         check_checkpoints(start, str(folder / "none"), {"layernorm_epsilon": 1e-6})
     with pytest.raises(ConfigurationError, match="num_layers is 4, expected a multiple of the 8 chunks"):
         check_ranks(chosen(folder, pipeline_parallelism=8, num_gpus_per_node=8), {})
@@ -108,7 +108,7 @@ def test_a_submission_compares_the_model_and_its_layout(folder: Path) -> None:
     tiny = catalogue.RECIPES["skywork_moe_tiny_pretrain_2rank_cpu_fp32_config"](
         resume_path=str(folder / "bridge")
     )
-    with pytest.raises(ConfigurationError, match="model.hidden_size is 160, expected 64") as refused:
+    with pytest.raises(ConfigurationError, match=r"model\.hidden_size is 160, expected 64") as refused:
         check_checkpoints(tiny, str(folder / "none"), {})
     for option in ("rotary_base", "layernorm_epsilon", "num_moe_experts", "kv_channels"):
         assert f"model.{option} is" in str(refused.value)
