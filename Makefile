@@ -43,9 +43,9 @@ coverage: $(STAMP)
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report
 
-# The full grids as well; writes tests/logs/test-long.log.
+# The full grids, which `make test` leaves out; writes tests/logs/test-long.log.
 test-long: $(STAMP)
-	@$(RUN) bash tests/logged.sh test-long $(BIN)/pytest --durations=20
+	@$(RUN) bash tests/logged.sh test-long $(BIN)/pytest -m long --durations=20
 
 # A real SLURM on loopback, which preempts, stops and loses trainings of both doors. As root; it says which packages it needs.
 # Writes tests/logs/test-slurm.log.
