@@ -6,7 +6,7 @@ log=tests/logs/$1.log
 shift
 mkdir -p tests/logs
 {
-    echo "$(date -u +%F) $(git rev-parse --short HEAD)$(git diff --quiet HEAD || echo ' with changes'), $(uname -sm), $(getconf _NPROCESSORS_ONLN) cores"
+    echo "$(date -u +%F) $(git rev-parse --short HEAD)$(git diff --quiet HEAD -- . ':!tests/logs' || echo ' with changes'), $(uname -sm), $(getconf _NPROCESSORS_ONLN) cores"
     echo "$*"
     status=0
     "$@" 2>&1 || status=$?

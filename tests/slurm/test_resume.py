@@ -115,6 +115,8 @@ def test_a_job_of_nemo_run_that_is_preempted_and_loses_its_node(
 
     export.wait_for_success()
     assert verify({"base": runs / "runs" / "preempted"}, runs / "preempted-hf").problems == []
+    cluster.start_node(lost)  # for the other door
+    wait_until("the node's return", lambda: cluster.node(lost).startswith("IDLE"), SECONDS, pause=0.5)
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, runs: Path, door: Door) -> None:
