@@ -108,6 +108,13 @@ class SkyworkOptions:
                 raise ConfigurationError(
                     f"{option} is {value!r}, expected one of {', '.join(map(str, choices))}"
                 )
+        changes: Any = self.differs_from_checkpoint
+        if changes is not None and not (
+            isinstance(changes, list | tuple) and all(isinstance(one, str) for one in changes)
+        ):
+            raise ConfigurationError(
+                f"differs_from_checkpoint is {changes!r}, expected a list of options, such as ['rotary_base']"
+            )
 
     def _check_ranges(self) -> None:
         maximum = self.moe_adaptive_aux_loss_maximum
