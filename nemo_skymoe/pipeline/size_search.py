@@ -189,7 +189,7 @@ def _stages_within(ends: list[float], limit: float) -> int:
 
 
 def _powers_of_two(most: int) -> list[int]:
-    return [2**power for power in range(most.bit_length()) if 2**power <= most]
+    return [2**power for power in range(most.bit_length())]
 
 
 def _divisors(number: int, most: int | None = None) -> list[int]:

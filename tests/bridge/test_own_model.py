@@ -16,37 +16,25 @@ from nemo_skymoe.bridge.recipes import RECIPES
 from nemo_skymoe.bridge.training import pretrain
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.ranks import run_ranks
 from tests.bridge.models import converted
-from tests.checkpoint import hf_models
-
-VOCABULARY = 512
-LLAMA: dict[str, Any] = {
-    "rope_theta": 5e5, "rms_norm_eps": 1e-2, "tie_word_embeddings": True, "num_key_value_heads": 2, "head_dim": 24,
-    "vocab_size": VOCABULARY,
-}  # fmt: skip
-JOB: dict[str, Any] = {
-    "precision": "32", "num_gpus_per_node": 1, "max_steps": 2, "global_batch_size": 2, "micro_batch_size": 2,
-    "seq_length": 48, "warmup_steps": 0,
-}  # fmt: skip
+from tests.own_model import JOB, make_llama_and_corpus
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama that no recipe of the report can start from, converted and upcycled; and a corpus."""
     folder = tmp_path_factory.mktemp("own")
-    hf_models.llama(folder / "llama", **LLAMA)
-    converted(folder / "llama", folder / "dense", "bridge")
-    converted(folder / "llama", folder / "moe", "bridge", Upcycling(num_experts=4, moe_router_topk=2))
-    build_corpus(folder / "corpus", VOCABULARY, 0.3, files=["argparse.py", "typing.py", "ast.py"])
+    llama = make_llama_and_corpus(folder)
+    converted(llama, folder / "dense", "bridge")
+    converted(llama, folder / "moe", "bridge", Upcycling(num_experts=4, moe_router_topk=2))
     return folder
 
 
 def recipe(folder: Path, kind: str, **arguments: Any) -> Any:
     own = {"expert_capacity_factor": None} if kind == "moe" else {}
     given = {"dir": str(folder / "runs"), "corpus": str(folder / "corpus"), "resume_path": str(folder / kind)}
-    return RECIPES[f"skywork_{kind}_pretrain_config"](**(given | JOB | own | arguments))
+    return RECIPES[f"skywork_{kind}_pretrain_config"](**(given | JOB | {"max_steps": 2} | own | arguments))
 
 
 class Keep(Callback):

@@ -14,34 +14,24 @@ from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
-from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.nemo.model import SkyworkModel
 from nemo_skymoe.nemo.recipe_check import check_made, check_start
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
 from nemo_skymoe.recipes import skywork_dense, skywork_moe
-from tests.checkpoint import hf_models
-
-VOCABULARY = 512
-LLAMA: dict[str, Any] = {
-    "rope_theta": 5e5, "rms_norm_eps": 1e-2, "tie_word_embeddings": True, "num_key_value_heads": 2, "head_dim": 24,
-    "vocab_size": VOCABULARY,
-}  # fmt: skip
-JOB: dict[str, Any] = {
-    "precision": "32", "num_gpus_per_node": 1, "max_steps": 1, "global_batch_size": 2, "micro_batch_size": 2,
-    "seq_length": 48, "warmup_steps": 0,
-}  # fmt: skip
+from tests.own_model import JOB, make_llama_and_corpus
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama that no recipe of the report can start from, converted and upcycled; and a corpus."""
     folder = tmp_path_factory.mktemp("own")
-    hf_models.llama(folder / "llama", **LLAMA)
-    source, local = {BASE: open_source(folder / "llama")}, TargetOptions("nemo", layer_spec="local")
+    source, local = (
+        {BASE: open_source(make_llama_and_corpus(folder))},
+        TargetOptions("nemo", layer_spec="local"),
+    )
     convert.plan(source, local, None).run(folder / "dense")
     convert.plan(source, local, Upcycling(num_experts=4, moe_router_topk=2)).run(folder / "moe")
-    build_corpus(folder / "corpus", VOCABULARY, 0.3, files=["argparse.py", "typing.py", "ast.py"])
     return folder
 
 
