@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_skymoe.checkpoint import yarn
+from nemo_skymoe.checkpoint.yarn import positive
 from nemo_skymoe.durable.errors import ConfigurationError
 
 _LLAMA3 = {
@@ -41,9 +42,9 @@ def megatron_options(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
         return options
     kind = scaling.get("rope_type")
     if kind == "linear":
-        return options | {"seq_len_interpolation_factor": _number(scaling, "factor")}
+        return options | {"seq_len_interpolation_factor": positive(scaling, "factor")}
     if kind == "llama3":
-        values = {ours: _number(scaling, field) for field, (ours, _) in _LLAMA3.items()}
+        values = {ours: positive(scaling, field) for field, (ours, _) in _LLAMA3.items()}
         length = "rope_scaling_original_max_position_embeddings"
         low, high = (values[f"rope_scaling_{end}_freq_factor"] for end in ("low", "high"))
         if low >= high:
@@ -51,10 +52,28 @@ def megatron_options(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
                 f"rope_scaling: low_freq_factor is {low:g}, expected less than high_freq_factor ({high:g})"
             )
         return options | values | {length: int(values[length]), "rope_scaling": True}
-    why = "which Megatron has, but no model here sets" if kind == "yarn" else "which Megatron lacks"
+    if kind == "yarn":
+        return options | yarn.megatron_options(scaling)
     raise ConfigurationError(
-        f"rope_scaling is of type {kind!r}, {why}; expected 'linear', 'llama3', 'ntk' or none"
+        f"rope_scaling is of type {kind!r}, which Megatron lacks; expected 'linear', 'llama3', 'yarn', 'ntk' or none"
     )
+
+
+def canonical(scaling: Mapping[str, Any], length: int) -> dict[str, Any] | None:
+    """Return a scaling as `scaling_of` does, so that one function has one form; one that Megatron lacks as it is.
+
+    Args:
+        scaling: Hugging Face's `rope_scaling` with a `rope_type`.
+        length: `max_position_embeddings`, which is YaRN's original length where the scaling says none.
+    """
+    if scaling.get("rope_type") != "yarn":
+        return {**scaling}
+    said = scaling.get("original_max_position_embeddings") or length
+    complete = {**scaling, "original_max_position_embeddings": said}
+    try:
+        return yarn.scaling_of(yarn.megatron_options(complete))
+    except ConfigurationError:
+        return complete
 
 
 def scaling_of(options: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -66,16 +85,11 @@ def scaling_of(options: Mapping[str, Any]) -> dict[str, Any] | None:
     if options.get("rope_scaling") or options.get("scale_factor") is not None:
         number = 0 if options.get("rope_scaling") else 1
         values = {
-            field: _number(options, names[number], _DEFAULTS[field]) for field, names in _LLAMA3.items()
+            field: positive(options, names[number], _DEFAULTS[field]) for field, names in _LLAMA3.items()
         }
         length = int(values["original_max_position_embeddings"])
         return {"rope_type": "llama3", **values, "original_max_position_embeddings": length}
-    factor = _number(options, "seq_len_interpolation_factor", 1.0)
+    if (interpolated := yarn.scaling_of(options)) is not None:
+        return interpolated
+    factor = positive(options, "seq_len_interpolation_factor", 1.0)
     return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
-
-
-def _number(values: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    value = default if values.get(name) is None else values[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigurationError(f"rope_scaling: {name} is {value!r}, expected a positive number")
-    return float(value)

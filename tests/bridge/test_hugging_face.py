@@ -212,6 +212,7 @@ def test_a_parameter_that_the_release_has_not_is_refused(tmp_path: Path):
         ({"rope_theta": 5000.0}, 5000, None),
         ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, 20000, None),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000, 2.0),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, 10000, None),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, None, None),
     ],
 )
@@ -233,6 +234,16 @@ def test_the_provider_follows_the_configuration(
     provider = bridge.to_megatron_provider(load_weights=False)
     assert (provider.rotary_base, provider.seq_len_interpolation_factor) == (theta, factor)
     assert (provider.params_dtype, provider.bf16) == (torch.bfloat16, True)
+    if config.get("rope_scaling", {}).get("type") == "yarn":
+        original = provider.yarn_original_max_position_embeddings
+        assert (provider.yarn_rotary_scaling_factor, original) == (
+            4.0,
+            hf_models.SIZES["max_position_embeddings"],
+        )
+        written = SkyworkBridge.megatron_to_hf_config(provider)
+        assert (written["rope_scaling"]["factor"], written["rope_scaling"]["truncate"]) == (4.0, False)
+    else:
+        assert provider.yarn_rotary_scaling_factor == 1.0
 
 
 def test_the_configuration_follows_the_provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

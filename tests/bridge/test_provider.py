@@ -9,12 +9,15 @@ import torch
 from megatron.bridge.training.model_load_save import temporary_distributed_context
 from megatron.bridge.training.utils.checkpoint_utils import read_run_config
 from megatron.bridge.utils.instantiate_utils import InstantiationException, instantiate
+from megatron.core.models.common.embeddings import YarnRotaryEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
 
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.bridge.checkpoint import manager_name
 from nemo_skymoe.bridge.learning_rate import ExpertLearningRate
 from nemo_skymoe.bridge.provider import SkyworkProvider
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import bridge_cpu
 from nemo_skymoe.ranks import run_ranks
 from tests.bridge.recorded import Record, Recorder, start_alike, train
@@ -64,6 +67,13 @@ def frequencies(options: dict[str, Any]) -> torch.Tensor:
         return provider.provide(pre_process=True, post_process=True).rotary_pos_emb.inv_freq
 
 
+def megatrons_yarn(options: dict[str, Any]) -> Tensor:
+    bridge_cpu.apply()
+    heads = {name.removeprefix("yarn_").removeprefix("rotary_"): value for name, value in options.items()}
+    embedding = YarnRotaryEmbedding(DENSE.head_size, rotary_base=10_000, use_cpu_initialization=True, **heads)
+    return embedding.get_emb(2)[0][1, 0, 0, : DENSE.head_size // 2]
+
+
 def test_the_rotary_embedding_is_scaled_with_every_number():
     """Bridge passes the factor on. The reference is Megatron's own scaling."""
     options = {"rope_scaling": True, "rope_scaling_factor": 4.0, "rope_scaling_low_freq_factor": 0.5}
@@ -72,6 +82,18 @@ def test_the_rotary_embedding_is_scaled_with_every_number():
     [scaled] = run_ranks(frequencies, 1, options)
     expected = RotaryEmbedding._apply_scaling(cast(Any, None), plain, 4.0, 0.5, 2.0, 16)
     assert torch.equal(scaled, expected) and not torch.equal(scaled, plain)
+
+
+def test_yarn_is_scaled_by_the_options_and_not_by_another_embedding():
+    """The reference is Megatron's own YaRN, of which position 1 turns by the frequencies."""
+    options = {"yarn_rotary_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 64}
+    options |= {"yarn_beta_fast": 8.0, "yarn_beta_slow": 0.5}
+    [plain] = run_ranks(frequencies, 1, {})
+    [scaled] = run_ranks(frequencies, 1, options)
+    [expected] = run_ranks(megatrons_yarn, 1, options)
+    assert torch.equal(scaled, expected) and not torch.equal(scaled, plain)
+    with pytest.raises(ConfigurationError, match="position_embedding_type is 'yarn', expected 'rope'"):
+        tiny_provider(DENSE, position_embedding_type="yarn", **options).finalize()
 
 
 def saved(folder: Path) -> None:

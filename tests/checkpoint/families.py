@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.transformer import attention
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,6 +22,8 @@ from transformers import (
 
 from tests.checkpoint.hf_models import SIZES
 
+MEGATRON_HAS_YARN = hasattr(attention, "_yarn_get_concentration_factor_from_config")
+"""Whether the installed Megatron-Core can compute it, as 0.14 cannot: tests/moe/test_rotary.py sees it refused."""
 Made = tuple[Any, Any, dict[str, Any]]
 """The classes of the configuration and of the model, and what its configuration has beside SIZES."""
 LLAMA, MISTRAL = (LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)
@@ -31,6 +34,12 @@ def llama3(**values: Any) -> dict[str, Any]:
     """Return llama31's scaling, which with these values changes every kind of frequency of a tiny head."""
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | values
     return {"rope_scaling": {"rope_type": "llama3", "original_max_position_embeddings": 64, **scaling}}
+
+
+def yarn(**values: Any) -> dict[str, Any]:
+    """Return the scaling with which a Qwen's folder is given a longer context; some frequencies of every kind."""
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 0.5}
+    return {"rope_scaling": {"rope_type": "yarn", **scaling, **values}}
 
 
 FAMILIES: dict[str, Made] = {
@@ -45,7 +54,13 @@ FAMILIES: dict[str, Made] = {
     "mistral": (*MISTRAL, {"num_key_value_heads": 2, "head_dim": 24, "sliding_window": None}),
     "qwen2": (*QWEN2, {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 1e6}),
     "qwen25": (*QWEN2, {"num_key_value_heads": 2, "use_sliding_window": False, "sliding_window": 64}),
+    "qwen25_yarn": (*QWEN2, {"num_key_value_heads": 2, **yarn()}),
     "qwen3": (*QWEN3, {"num_key_value_heads": 2, "head_dim": 24, "rope_theta": 1e6}),
+    "qwen3_yarn": (
+        *QWEN3,
+        {"num_key_value_heads": 2, "head_dim": 24, "rope_theta": 1e6}
+        | yarn(truncate=False, mscale=2.0, mscale_all_dim=0.5),
+    ),
     "qwen3_tied": (*QWEN3, {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True}),
 }
 """Every family with what tells it from the others: tied and untied heads, groupings, sizes of heads."""

@@ -1,8 +1,9 @@
 """Llama, Mistral and Qwen: every bit comes back, Megatron computes what transformers does, and so does the upcycled MoE."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,15 @@ from nemo_skymoe.checkpoint.verification.verifier import verify
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.ranks import run_ranks
 from tests.checkpoint import hf_models
-from tests.checkpoint.families import FAMILIES, MOES, llama3, saved
+from tests.checkpoint.families import FAMILIES, MEGATRON_HAS_YARN, MOES, llama3, saved, yarn
 from tests.checkpoint.hf_models import VOCAB_SIZE
 
 TEXT = torch.randint(0, VOCAB_SIZE, (2, 160), generator=torch.Generator().manual_seed(0))
 """Longer than what the scaled families were "trained" with at first."""
+
+
+def in_megatron(names: Iterable[str]) -> list[str]:
+    return [name for name in names if MEGATRON_HAS_YARN or "yarn" not in name]
 
 
 def converted(
@@ -75,7 +80,7 @@ def test_there_and_back_every_bit_is_the_same(tmp_path: Path) -> None:
 
 
 def test_megatron_computes_what_transformers_does(tmp_path: Path) -> None:
-    models = {name: saved(name, tmp_path / name) for name in FAMILIES | MOES}
+    models = {name: saved(name, tmp_path / name) for name in in_megatron(FAMILIES | MOES)}
     folders = [converted(tmp_path / name, tmp_path / f"{name}-nemo", "nemo") for name in models]
     for (name, model), found in zip(models.items(), by_megatron(*folders), strict=True):
         result = difference(found, by_transformers(model))
@@ -85,14 +90,14 @@ def test_megatron_computes_what_transformers_does(tmp_path: Path) -> None:
 
 def test_the_upcycled_moe_computes_what_its_dense_model_does(tmp_path: Path, remote_code: None) -> None:
     """In Megatron, and in transformers by the code of the export; what is no expert's is the dense model's to the bit."""
-    models, in_megatron = {}, []
-    for name in FAMILIES:
+    models, upcycled = {}, []
+    for name in in_megatron(FAMILIES):
         models[name] = saved(name, tmp_path / name, num_hidden_layers=4)
         moe = converted(tmp_path / name, tmp_path / f"{name}-moe", "nemo", Upcycling(num_experts=4))
         assert verify({BASE: tmp_path / name}, moe).problems == []
-        in_megatron.append(moe)
+        upcycled.append(moe)
         converted(moe, tmp_path / f"{name}-exported", "hf")
-    for (name, dense), found in zip(models.items(), by_megatron(*in_megatron), strict=True):
+    for (name, dense), found in zip(models.items(), by_megatron(*upcycled), strict=True):
         exported = AutoModelForCausalLM.from_pretrained(
             tmp_path / f"{name}-exported", trust_remote_code=True, dtype=torch.float32
         )
@@ -120,12 +125,15 @@ def test_an_moe_without_the_gates_norm_is_written_as_others_load_it(
     tmp_path: Path, remote_code: None
 ) -> None:
     """Under a class of transformers, without code in the folder: every tensor, and the logits, are the same."""
-    for layout, config in (
+    cases: tuple[tuple[str, dict[str, Any]], ...] = (
         ("mixtral", WITHOUT),
         ("mixtral", WITHOUT | llama3()),
+        ("mixtral", WITHOUT | yarn(attention_factor=0.9)),
         ("qwen3_moe", WITHOUT | NORMED),
-    ):
-        folder = tmp_path / f"{layout}_{len(config)}"
+        ("qwen3_moe", WITHOUT | NORMED | yarn()),
+    )
+    for number, (layout, config) in enumerate(cases):
+        folder = tmp_path / f"{layout}_{number}"
         hf_models.skywork_moe(folder, dtype=torch.float32, **config)
         exported = converted(folder, folder / "exported", "hf")
         ours = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)

@@ -28,6 +28,7 @@ from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
 from tests.cases import every
 from tests.checkpoint import hf_models
+from tests.checkpoint.families import MEGATRON_HAS_YARN, yarn
 from tests.checkpoint.megatron_files import save
 
 TOKENS = torch.arange(100, 164).view(2, 32)
@@ -44,6 +45,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     grouped = {"num_key_value_heads": 2, "rope_theta": 5e5}
     hf_models.llama(folder / "hf-dense", **grouped, rms_norm_eps=1e-5, rope_scaling=scaled)
     attention = {"add_qkv_bias": True, "qk_layernorm": True}
+    attention |= yarn(original_max_position_embeddings=16) if MEGATRON_HAS_YARN else {}
     hf_models.skywork_moe(folder / "hf-moe", dtype=torch.float32, moe_gate_norm_std=0.5, **attention)
     for name in ("dense", "moe"):
         source = folder / f"hf-{name}"
@@ -85,6 +87,10 @@ def test_the_model_and_its_configuration_come_from_the_context(checkpoints: Path
     assert (moe.config.num_moe_experts, moe.config.moe_router_topk) == (4, 2)
     assert (moe.config.add_qkv_bias, moe.config.qk_layernorm, moe.config.rope_scaling) == (True, True, False)
     assert moe.config.moe_router_logit_norm_scale == 0.5
+    assert moe.config.yarn_rotary_scaling_factor == (4.0 if MEGATRON_HAS_YARN else 1.0)
+    assert (moe.config.yarn_beta_fast, moe.config.yarn_mscale) == (
+        (8.0, 1.0) if MEGATRON_HAS_YARN else (32.0, 1.0)
+    )
 
 
 def test_the_tokenizer_and_the_whole_context_load(checkpoints: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint import rope
 from nemo_skymoe.checkpoint.config_values import ConfigValues, read_json
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.hugging_face import unfamiliar
@@ -37,7 +38,7 @@ def from_hf_config(raw: Mapping[str, Any], place: str = "config.json") -> Descri
     attention = _attention(values, family)
     gate = 1.0 if experts is None else _gate(values, family)
     _refuse_what_has_no_place(values, family)
-    theta, scaling = _rope(values, FAMILIES[family].theta)
+    theta, scaling = _rope(values, family)
     description = Description(
         architecture=_architecture(values, family, experts, layers | attention),
         family=family,
@@ -194,9 +195,9 @@ def _gate(values: ConfigValues, family: str) -> float | None:
     return values.number("moe_gate_norm_std", 1.0)
 
 
-def _rope(values: ConfigValues, default: float) -> tuple[float, dict[str, Any] | None]:
+def _rope(values: ConfigValues, family: str) -> tuple[float, dict[str, Any] | None]:
     """Return theta, and the scaling under `rope_type`."""
-    theta, scaling = _theta_and_scaling(values, default)
+    theta, scaling = _theta_and_scaling(values, FAMILIES[family].theta)
     if scaling is None:
         return theta, None
     if not isinstance(scaling, dict):
@@ -214,7 +215,8 @@ def _rope(values: ConfigValues, default: float) -> tuple[float, dict[str, Any] |
         if kind == "ntk":
             return theta * factor, None
     rest = {name: value for name, value in scaling.items() if name not in ("type", "rope_theta")}
-    return theta, {**rest, "rope_type": kind}
+    length = values.size("max_position_embeddings", FAMILIES[family].context)
+    return theta, rope.canonical({**rest, "rope_type": kind}, length)
 
 
 def _theta_and_scaling(values: ConfigValues, default: float) -> tuple[float, Any]:

@@ -69,8 +69,9 @@ def to_hf_config(description: Description, layout: str | None = None) -> dict[st
         "eos_token_id": description.eos_token_id,
         "pad_token_id": description.pad_token_id,
     }
-    # A Qwen3 that does not say it has heads of 128.
-    if architecture.kv_channels is not None or config.get("head_dim") is not None or FAMILIES[family].head:
+    # A Qwen3 that does not say it has heads of 128, and transformers 4 finds no YaRN for a Mixtral that says nothing.
+    said = architecture.kv_channels is not None or config.get("head_dim") is not None
+    if said or FAMILIES[family].head or (description.rope_scaling or {}).get("rope_type") == "yarn":
         config["head_dim"] = architecture.head_size
     tokenizers = {k: v for k, v in _auto_map(description).items() if k == "AutoTokenizer"}
     if classes := (AUTO_MAP if family == "skywork" else {}) | tokenizers:

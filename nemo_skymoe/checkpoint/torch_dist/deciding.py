@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from nemo_skymoe.architecture import Architecture, layer_pattern
-from nemo_skymoe.checkpoint import rope
+from nemo_skymoe.checkpoint import rope, yarn
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.torch_dist.model_options import llama_options, model_options
 from nemo_skymoe.checkpoint.torch_dist.options import SUPPORTED, SUPPORTED_MOE
@@ -125,7 +125,10 @@ def _settled(options: Mapping[str, Any]) -> dict[str, Any]:
         found["kv_channels"] = found["kv_channels"] or hidden // heads
         found["ffn_hidden_size"] = found["ffn_hidden_size"] or 4 * hidden
     rotary = rope.megatron_options(rope.scaling_of(options))  # NeMo's Llama has other names for the same
-    found = {option: value for option, value in found.items() if not option.startswith("rope_")} | rotary
+    found = {option: value for option, value in found.items() if not option.startswith(("rope_", "yarn_"))}
+    found |= {yarn.FACTOR: 1.0, **rotary}
+    if found["position_embedding_type"] == "yarn":  # another spelling of the same embedding
+        found["position_embedding_type"] = "rope"
     if not found["num_moe_experts"]:
         return {option: value for option, value in found.items() if not option.startswith("moe_")}
     found["moe_ffn_hidden_size"] = found["moe_ffn_hidden_size"] or found["ffn_hidden_size"]

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
-    "position_embedding_type": ("rope",),
+    "position_embedding_type": ("rope", "yarn"),
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
     "gated_linear_unit": (True,),
@@ -78,6 +78,12 @@ MEGATRON_LM = {
     "use_rope_scaling": "rope_scaling",
 }
 """Megatron-LM's arguments that are not called as the options that they set."""
+_MEGATRON_LM_YARN = {
+    "rotary_scaling_factor": "yarn_rotary_scaling_factor",
+    "mscale": "yarn_mscale",
+    "mscale_all_dim": "yarn_mscale_all_dim",
+}
+"""Those that belong to YaRN if that is the embedding, and otherwise to latent attention."""
 
 
 def config_file(folder: Path) -> Path | None:
@@ -260,7 +266,8 @@ def _of_the_tokenizer(folder: Path | None, *, has_padding: bool) -> dict[str, An
 def megatron_lm_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return Megatron-LM's arguments under the names of the options that they set."""
     options = dict(arguments)
-    options |= {option: arguments[name] for name, option in MEGATRON_LM.items() if name in arguments}
+    names = MEGATRON_LM | (_MEGATRON_LM_YARN if arguments.get("position_embedding_type") == "yarn" else {})
+    options |= {option: arguments[name] for name, option in names.items() if name in arguments}
     if not arguments.get("group_query_attention"):
         options["num_query_groups"] = None
     if "untie_embeddings_and_output_weights" in arguments:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,11 @@ from nemo_skymoe.moe.layer import SkyworkTransformerConfig, get_skywork_block_sp
 from nemo_skymoe.moe.rotary import scale_rotary_embedding
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.rotary_options import RotaryOptions
+
+
+@dataclass
+class _Config(RotaryOptions, SkyworkTransformerConfig):
+    """Megatron's attention takes YaRN's concentration factor from the configuration."""
 
 
 @contextmanager
@@ -50,7 +56,7 @@ def gpt_model(
     architecture = description.architecture
     scaling = rope.megatron_options(description.rope_scaling)
     interpolation = scaling.pop("seq_len_interpolation_factor")
-    config = SkyworkTransformerConfig(
+    config = _Config(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -76,6 +82,7 @@ def gpt_model(
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pipeline_dtype=torch.float32,
+        **scaling,
         **(_moe_options(description, layer_spec) if architecture.num_moe_experts else {}),
     )
     model = GPTModel(
@@ -90,7 +97,7 @@ def gpt_model(
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
-    scale_rotary_embedding(model, RotaryOptions(**scaling))
+    scale_rotary_embedding(model, config)
     return model
 
 

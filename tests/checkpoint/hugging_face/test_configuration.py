@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,59 @@ def test_linear_scaling_is_megatrons_interpolation():
     description = from_hf_config(DENSE | {"rope_scaling": {"type": "linear", "factor": 2.0}})
     assert description.rope_scaling == {"rope_type": "linear", "factor": 2.0}
     assert rope.megatron_options(description.rope_scaling)["seq_len_interpolation_factor"] == 2.0
+
+
+YARN = {"type": "yarn", "factor": 4.0}
+FILLED = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0}
+
+
+def test_yarn_is_read_as_transformers_reads_it():
+    """One form for one function: what is absent is filled in, and what has no effect is left out."""
+    length = DENSE["max_position_embeddings"]
+    for fields, expected in (
+        ({}, {"original_max_position_embeddings": length}),
+        ({"original_max_position_embeddings": 64, "beta_fast": None, "finetuned": True}, {}),
+        ({"original_max_position_embeddings": 64, "mscale": 0.5}, {}),
+        ({"original_max_position_embeddings": 64, "attention_factor": 0.1 * math.log(4.0) + 1.0}, {}),
+        (
+            {"original_max_position_embeddings": 64, "mscale": 2, "mscale_all_dim": 2},
+            {"attention_factor": 1.0},
+        ),
+        ({"original_max_position_embeddings": 64, "attention_factor": 1.4}, {"attention_factor": 1.4}),
+        (
+            {"original_max_position_embeddings": 64, "truncate": False, "beta_slow": 2},
+            {"truncate": False, "beta_slow": 2.0},
+        ),
+    ):
+        filled = FILLED | {"original_max_position_embeddings": 64} | expected
+        description = from_hf_config(DENSE | {"rope_scaling": YARN | fields})
+        assert description.rope_scaling == filled, fields
+        assert rope.scaling_of(rope.megatron_options(description.rope_scaling)) == filled
+    new = {name: value for name, value in DENSE.items() if not name.startswith("rope_")}
+    inside = YARN | {"rope_theta": 5e4, "original_max_position_embeddings": 64}
+    assert from_hf_config(new | {"rope_parameters": inside}).rope_scaling == FILLED | {
+        "original_max_position_embeddings": 64
+    }
+
+
+def test_yarn_that_megatron_cannot_express_is_refused_by_its_field():
+    """On the way to Megatron; from Hugging Face's form to the same it passes as it is."""
+    for fields, message in (
+        ({"factor": None}, "factor is None, expected a positive number"),
+        ({"factor": 0.5}, "factor is 0.5, expected at least 1"),
+        ({"beta_slow": 32}, r"beta_slow is 32, expected less than beta_fast \(32\)"),
+        ({"attention_factor": 0.3}, "attention_factor is 0.3, expected a number that Megatron reaches"),
+        ({"attention_factor": "1"}, "attention_factor is '1', expected a positive number"),
+        ({"factor": 1.0, "attention_factor": 1.2}, "attention_factor is 1.2, expected a number"),
+        ({"truncate": "no"}, "truncate is 'no', expected true or false"),
+        ({"attn_factor": 1.2}, "attn_factor is 1.2, expected no such field"),
+        ({"mscale": "1", "mscale_all_dim": 1}, "mscale is '1', expected a number"),
+    ):
+        scaling = from_hf_config(DENSE | {"rope_scaling": YARN | fields}).rope_scaling
+        assert scaling is not None and scaling["rope_type"] == "yarn"
+        assert all(scaling[name] == value for name, value in fields.items())
+        with pytest.raises(ConfigurationError, match=f"^rope_scaling: {message}"):
+            rope.megatron_options(scaling)
 
 
 def test_rope_parameters_of_transformers_5():

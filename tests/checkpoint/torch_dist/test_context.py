@@ -41,6 +41,15 @@ CONFIG = {
     "eos_token_id": [2, 3],
     "initializer_range": 0.03,
 }
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 24.0,
+    "beta_slow": 1.0,
+    "attention_factor": 1.25,
+    "truncate": False,
+}
 TOKENIZER = '{"model": {"vocab": {"a": 0}}, "added_tokens": []}'
 
 
@@ -77,11 +86,11 @@ def test_without_config_json_the_options_say_the_same(tmp_path: Path) -> None:
         moe_router_logit_norm_scale=None,
         moe_router_logit_norm_correction=0,
     )
-    for description in (
-        moe,
-        replace(moe, architecture=DENSE, moe_router_logit_norm_scale=1.0, moe_router_logit_norm_correction=1),
-    ):
-        folder = tmp_path / str(description.architecture.num_moe_experts)
+    dense = replace(
+        moe, architecture=DENSE, moe_router_logit_norm_scale=1.0, moe_router_logit_norm_correction=1
+    )
+    for number, description in enumerate((moe, dense, replace(dense, rope_scaling=YARN))):
+        folder = tmp_path / str(number)
         tensors = {
             chunk.tensor: torch.zeros(chunk.shape)
             for chunk in torch_dist_names.chunks(description.architecture, 97)

@@ -22,6 +22,7 @@ OTHERS: dict[str, Any] = {
     "moe_router_logit_norm_scale": None, "moe_router_logit_norm_correction": 0, "moe_router_logit_norm_eps": 1e-3,
     "moe_layer_freq": [0, 1, 1, 1], "activation_func": gelu, "normalization": "LayerNorm",
     "position_embedding_type": "none", "rotary_percent": 0.5, "moe_router_score_function": "sigmoid",
+    "yarn_rotary_scaling_factor": 4.0,
 }  # fmt: skip
 
 
@@ -59,8 +60,8 @@ def test_every_option_is_compared() -> None:
     for option, value in (numbers | off | OTHERS).items():
         if option in ("ffn_hidden_size", "moe_layer_freq", "hidden_size") and option not in OTHERS:
             continue  # in a model of MoE layers it is the experts' size
-        if option.startswith("rope_scaling_"):
-            continue  # without effect where rope_scaling is off: the next test has them
+        if option.startswith(("rope_scaling_", "yarn_")) and option not in OTHERS:
+            continue  # without effect where nothing is scaled: the next tests have them
         other = wanted(**{"moe_layer_freq": 1, option: value})
         found = [each.option for each in differences(saved(Description(MOE)), other)]
         assert option in found, option
@@ -78,6 +79,30 @@ def test_the_scaling_of_the_rotary_embedding_is_compared() -> None:
         ({"rope_scaling": True, "rope_scaling_high_freq_factor": 5.0}, "rope_scaling_high_freq_factor"),
     ):
         assert [each.option for each in differences(llama, wanted(**options))] == [option]
+
+
+def test_yarn_is_compared() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    qwen = saved(Description(MOE, rope_scaling=scaling))
+    same = {"yarn_rotary_scaling_factor": 4, "yarn_original_max_position_embeddings": 32768}
+    assert differences(qwen, wanted(**same)) == []
+    assert (
+        differences(qwen, wanted(**same, position_embedding_type="yarn", yarn_mscale=None)) == []
+    )  # stock Bridge's
+    assert [each.option for each in differences(saved(Description(MOE)), wanted(**same))] == [
+        "yarn_rotary_scaling_factor"
+    ]
+    for options, option in (
+        ({}, "yarn_rotary_scaling_factor"),
+        (same | {"yarn_rotary_scaling_factor": 8.0}, "yarn_rotary_scaling_factor"),
+        (same | {"yarn_original_max_position_embeddings": 4096}, "yarn_original_max_position_embeddings"),
+        (same | {"yarn_beta_fast": 24.0}, "yarn_beta_fast"),
+        (same | {"yarn_beta_slow": 2.0}, "yarn_beta_slow"),
+        (same | {"yarn_mscale": 0.5}, "yarn_mscale"),
+        (same | {"yarn_mscale_all_dim": 1.0}, "yarn_mscale"),
+        (same | {"yarn_correction_range_round_to_int": False}, "yarn_correction_range_round_to_int"),
+    ):
+        assert [each.option for each in differences(qwen, wanted(**options))] == [option], options
 
 
 def test_all_differences_are_said_at_once() -> None:
