@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 
 from nemo_skymoe.bridge.layout_check import check_ranks, check_resumed_layout
@@ -82,10 +83,25 @@ def _check_checkpoint(folder: Path, config: ConfigContainer, option: str) -> Pat
     check_checkpoint(iteration)
     for file in folder.glob("*.pt"):
         check_checkpoint(file.parent)
-    if config.peft is None:
-        with _vocabulary_of_the_tokenizer(config) as vocabulary:
-            check_architecture(iteration, config.model, "model.{}".format, vocabulary)
+    with _vocabulary_of_the_tokenizer(config) as vocabulary:
+        check_architecture(iteration, config.model, "model.{}".format, vocabulary)
     return iteration
+
+
+def check_saving(config: ConfigContainer) -> None:
+    """Refuse saving in the background by a worker that takes a GPU first, and without one keeps all ranks waiting.
+
+    This is no part of `check`, which may run on a machine without GPUs for one that has them.
+
+    Raises:
+        ConfigurationError: The message names the option.
+    """
+    settings = config.checkpoint
+    if settings.async_save and settings.async_strategy == "nvrx" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            "checkpoint.async_strategy is 'nvrx', whose worker needs a GPU and finds none: expected 'mcore', or"
+            " checkpoint.async_save=False"
+        )
 
 
 @contextmanager

@@ -51,6 +51,9 @@ class CorpusConfig(DatasetProvider):
     persistent_workers: bool = False
     skip_getting_attention_mask_from_dataset: bool = field(default_factory=have_transformer_engine)
 
+    # No field: Bridge sets it where it finds it, and saves its files in the checkpoints, but it is no option.
+    tokenizer = None
+
     def finalize(self) -> None:
         """Look at the folder, before anything is built.
 

@@ -10,7 +10,7 @@ from megatron.bridge.training.config import ConfigContainer
 
 from nemo_skymoe.bridge.callback import with_callback
 from nemo_skymoe.bridge.checkpoint import manager_name
-from nemo_skymoe.bridge.checks import check, check_starting_point
+from nemo_skymoe.bridge.checks import check, check_saving, check_starting_point
 from nemo_skymoe.bridge.forward import forward_step
 from nemo_skymoe.patches import bridge_compiled_helpers, bridge_cpu, bridge_warnings, chained_optimizers
 
@@ -59,6 +59,7 @@ def _train(
     forward_step_func: Callable[..., Any],
     callbacks: Sequence[Callback],
 ) -> None:
+    check_saving(config)
     bridge_cpu.apply()
     bridge_compiled_helpers.apply()
     bridge_warnings.apply()

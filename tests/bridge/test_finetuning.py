@@ -15,9 +15,11 @@ from megatron.bridge.training import gpt_step
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nemo_skymoe.bridge.checks import check
 from nemo_skymoe.bridge.recipes import RECIPES
 from nemo_skymoe.bridge.training import finetune
 from nemo_skymoe.checkpoint.sources import open_source
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable.errors import CheckpointError
 from nemo_skymoe.experiments import catalogue, choices
 from nemo_skymoe.ranks import run_ranks
@@ -112,6 +114,20 @@ def test_the_first_loss_is_that_of_the_checkpoint(
     adapters = {name for name in run.before if ".adapter." in name}
     assert moved == (adapters if "peft" in recipe else {*run.before})
     assert fingerprints(place / start) == files
+
+
+def test_the_base_of_adapters_is_compared_as_every_start_is(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made: Any = RECIPES[catalogue.full_name("skywork_moe_tiny_peft_config")](
+        corpus="corpus", resume_path="moe"
+    )
+    check(made)
+    made.model.layernorm_epsilon = 0.5
+    with pytest.raises(ConfigurationError, match=r"model\.layernorm_epsilon is 0\.5, expected 1e-06"):
+        check(made)
 
 
 def fingerprints(folder: Path) -> dict[Path, str]:

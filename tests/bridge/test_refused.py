@@ -64,23 +64,26 @@ def test_a_dense_model_may_have_what_concerns_routers_alone():
         check(config)
 
 
+NO_GPU_TO_SAVE = {"checkpoint": {"async_save": True, "async_strategy": "nvrx"}}
+
+
 @every(
-    ("start", "message"),
+    ("start", "overrides", "message"),
     [
-        (pretrain, r"ConfigurationError: dist\.use_torch_fsdp2 is True, expected False"),
-        (
-            finetune,
-            r"ConfigurationError: checkpoint\.pretrained_checkpoint is None and checkpoint\.load '.*' has no",
-        ),
+        (pretrain, {"dist": {"use_torch_fsdp2": True}}, r"dist\.use_torch_fsdp2 is True, expected False"),
+        (pretrain, NO_GPU_TO_SAVE, r"checkpoint\.async_strategy is 'nvrx', whose worker needs a GPU"),
+        (finetune, {}, r"checkpoint\.pretrained_checkpoint is None and checkpoint\.load '.*' has no"),
     ],
 )
-def test_nothing_is_left_behind(start: Any, message: str, tmp_path: Path):
+def test_nothing_is_left_behind(
+    start: Any, overrides: dict[str, dict[str, Any]], message: str, tmp_path: Path
+):
     """The refusal comes from the functions themselves, before Bridge makes a folder or a process group."""
 
     def world() -> None:
-        start(tiny_config(tmp_path / "run", overrides={"dist": {"use_torch_fsdp2": True}}))
+        start(tiny_config(tmp_path / "run", overrides=overrides))
 
-    with pytest.raises(RankFailed, match=message):
+    with pytest.raises(RankFailed, match=f"ConfigurationError: {message}"):
         run_ranks(world, 1)
     assert not (tmp_path / "run").exists()
 

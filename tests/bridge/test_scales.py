@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from nemo_skymoe.bridge.__main__ import main
 from nemo_skymoe.ranks import run_ranks
 from tests.doors import case
@@ -36,3 +38,9 @@ def test_a_toy_in_phases_and_a_warm_start(tmp_path: Path) -> None:
         assert run_ranks(train, 2, tmp_path, *words, timeout=300.0) == [0, 0], name
     steps = {name: [path.name for path in (tmp_path / "runs" / name).glob("iter_*")] for name in runs}
     assert steps == {"phases": ["iter_0000003"], "warm": ["iter_0000001"]}
+    texts = ("def train(self):", "loss = 0.5")
+    given, saved = (
+        AutoTokenizer.from_pretrained(tmp_path / folder)
+        for folder in ("corpus/tokenizer", "runs/warm/iter_0000001/tokenizer")
+    )
+    assert [saved.encode(text) for text in texts] == [given.encode(text) for text in texts]
