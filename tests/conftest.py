@@ -1,5 +1,6 @@
 """What every test module starts from, and what none may leave behind."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -41,3 +42,14 @@ def no_world_in_this_process() -> Iterator[None]:
     yield
     threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in threads if "gloo" in name], "a process group was made outside of run_ranks"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_handler_is_left() -> Iterator[None]:
+    """An experiment of NeMo-Run prints what all others log, which would be in the output of later modules' commands."""
+    root = logging.getLogger()
+    handlers, level = [*root.handlers], root.level
+    yield
+    for handler in {*root.handlers} - {*handlers}:
+        root.removeHandler(handler)
+    root.setLevel(level)
