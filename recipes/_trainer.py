@@ -80,10 +80,11 @@ def small_trainer(training: Training, callbacks: Callbacks = ()) -> run.Config[n
 
 
 def _strategy(training: Training, ddp: Any, dtype: torch.dtype, *, save_in_background: bool) -> Any:
+    dense = training.architecture.num_moe_experts is None
     return run.Config(
         nl.MegatronStrategy,
         tensor_model_parallel_size=training.edp,
-        expert_model_parallel_size=training.edp,
+        expert_model_parallel_size=1 if dense else training.edp,
         expert_tensor_parallel_size=1,
         sequence_parallel=training.edp > 1,
         pipeline_dtype=dtype,

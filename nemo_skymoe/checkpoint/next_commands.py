@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,10 @@ _OTHER_FORMS = {"hf": ("nemo", "bridge"), "nemo": ("hf", "bridge"), "bridge": ("
 _EXPERTS = 8
 _LONGEST_PLANNED = 8192
 """Tokens of the sequences that a plan is proposed for: contexts are longer than the sequences of most pretrainings."""
+_CORPUS = "runs/corpus"
+"""Where `skymoe corpus` and `skymoe preprocess` write in the examples. A dry run does not open it."""
+_NOT_IN_BRACKETS = re.compile(r"[,'\"()\x00-\x1f]|^\s|\s$")
+"""NeMo-Run reads the arguments of a recipe between brackets, and has no quotes for them."""
 
 
 def next_commands(folder: Path, form: str, description: Description) -> dict[str, str]:
@@ -34,4 +39,23 @@ def next_commands(folder: Path, form: str, description: Description) -> dict[str
     commands["plan its training"] = (
         f"skymoe plan --model {path} --hardware H100 --num-gpus 64 --seq-length {length} --global-batch-size 512 --search"
     )
+    if (training := _training(str(folder), form, description)) is not None:
+        commands["check its training"] = training
     return commands
+
+
+def _training(folder: str, form: str, description: Description) -> str | None:
+    """Return the dry run of a training that starts from the checkpoint, or None if no front door takes it as it is."""
+    recipe = "skywork_dense" if description.architecture.num_moe_experts is None else "skywork_moe"
+    if form == "bridge":
+        words = [
+            "--recipe",
+            f"{recipe}_pretrain_config",
+            "--dry-run",
+            f"resume_path={folder}",
+            f"corpus={_CORPUS}",
+        ]
+        return f"python -m nemo_skymoe.bridge {shlex.join(words)}"
+    if form != "nemo" or _NOT_IN_BRACKETS.search(folder):
+        return None
+    return f"nemo llm pretrain --factory {shlex.quote(f'{recipe}(resume_path={folder},corpus={_CORPUS})')} --dryrun"

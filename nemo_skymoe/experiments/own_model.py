@@ -3,12 +3,16 @@
 The values are ours. They are starting points for one node, and every one of them is an argument.
 """
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B
-from nemo_skymoe.checkpoint.sources import Source, open_source
+from nemo_skymoe.checkpoint.description import Description
+from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.torch_dist.deciding import CHANGES
 from nemo_skymoe.checkpoint.torch_dist.model_options import model_options
 from nemo_skymoe.checkpoint.torch_dist.names import layout
@@ -54,6 +58,31 @@ _PRECISIONS = ("bf16-mixed", "32")
 _FORMS = {"nemo": "NeMo 2", "bridge": "Megatron-Bridge"}
 
 
+@dataclass(frozen=True)
+class StoredModel:
+    """What a recipe takes from a checkpoint."""
+
+    folder: str
+    form: str
+    """One of `checkpoint.formats.FORMATS`."""
+    description: Description
+    rows: int
+    """Rows of embedding and head, padding included."""
+
+
+_TO_COME: ContextVar[StoredModel | None] = ContextVar("to_come", default=None)
+
+
+@contextmanager
+def to_come(model: StoredModel) -> Iterator[None]:
+    """Let recipes start from a checkpoint that a job before the training is going to write."""
+    token = _TO_COME.set(model)
+    try:
+        yield
+    finally:
+        _TO_COME.reset(token)
+
+
 def of_checkpoint(run: Run, given: Given, *, form: str, moe: bool) -> tuple[Run, Given]:
     """Return a training and its arguments with the model of the checkpoint in `given.resume_path`.
 
@@ -70,28 +99,27 @@ def of_checkpoint(run: Run, given: Given, *, form: str, moe: bool) -> tuple[Run,
         raise ConfigurationError(f"scale is {given.scale!r}, expected none: the model is the checkpoint's")
     if run.precision not in _PRECISIONS:
         raise ConfigurationError(f"precision is {run.precision!r}, expected {' or '.join(_PRECISIONS)}")
-    source = _opened(given.resume_path, form)
-    model = source.description
+    stored = _opened(given.resume_path, form)
+    model, rows = stored.description, stored.rows
     if moe != (model.architecture.num_moe_experts is not None):
         kinds = ("an MoE", "skywork_dense") if moe else ("a dense model", "skywork_moe")
         raise ConfigurationError(
-            f"resume_path '{source.folder}' is {'dense' if moe else 'an MoE'}, expected {kinds[0]}: its recipe is"
+            f"resume_path '{stored.folder}' is {'dense' if moe else 'an MoE'}, expected {kinds[0]}: its recipe is"
             f" {kinds[1]}, and `skymoe upcycle` makes an MoE of a dense model"
         )
-    rows = layout(source.weights.storage).padded_vocab_size
     options = model_options(model, rows)
     length = given.seq_length or min(run.seq_length, options.pop("seq_length"))
     options.pop("seq_length", None)
     if run.edp < 1 or rows % run.edp:
         raise ConfigurationError(
-            f"edp is {run.edp}, expected a divisor of the {rows} rows of the embedding in '{source.folder}'"
+            f"edp is {run.edp}, expected a divisor of the {rows} rows of the embedding in '{stored.folder}'"
         )
     if given.rotary_base is not None:
         options |= {"rotary_base": given.rotary_base, CHANGES: ["rotary_base"]}
     changed = replace(run, architecture=model.architecture, model_options=options, seq_length=length)
     if isinstance(changed, Pretraining):
         changed = _as_long(changed, getattr(given, "max_steps", None))
-    return _laid_out(changed, given), replace(given, resume_path=str(source.folder))
+    return _laid_out(changed, given), replace(given, resume_path=stored.folder)
 
 
 def _as_long(run: Pretraining, max_steps: int | None) -> Pretraining:
@@ -112,11 +140,15 @@ def _as_long(run: Pretraining, max_steps: int | None) -> Pretraining:
     )
 
 
-def _opened(folder: str | None, form: str) -> Source:
+def _opened(folder: str | None, form: str) -> StoredModel:
     if folder is None:
         raise ConfigurationError(
             "resume_path is missing, expected the folder of the checkpoint: resume_path=FOLDER"
         )
+    model = _TO_COME.get()
+    if model is not None and model.folder == folder:
+        _check_form(model.form, form, folder)
+        return model
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ConfigurationError(
@@ -124,12 +156,17 @@ def _opened(folder: str | None, form: str) -> Source:
             " model where it is made, and not where it trains"
         )
     source = open_source(path)
-    if source.form != form:
+    _check_form(source.form, form, folder)
+    rows = layout(source.weights.storage).padded_vocab_size
+    return StoredModel(str(source.folder), source.form, source.description, rows)
+
+
+def _check_form(found: str, expected: str, folder: str) -> None:
+    if found != expected:
         raise ConfigurationError(
-            f"resume_path '{folder}' has the form {source.form}, expected that of {_FORMS[form]}: `skymoe convert --to"
-            f" {form}` and `skymoe upcycle --to {form}` write it"
+            f"resume_path '{folder}' has the form {found}, expected that of {_FORMS[expected]}: `skymoe convert --to"
+            f" {expected}` and `skymoe upcycle --to {expected}` write it"
         )
-    return source
 
 
 def _laid_out(run: Run, given: OfCheckpoint) -> Run:

@@ -21,7 +21,8 @@ from nemo_skymoe.launch.paths import check_each, check_paths
 from nemo_skymoe.launch.planner_options import planner_options
 from nemo_skymoe.launch.recipe import check_recipe, make_recipe
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
-from nemo_skymoe.launch.through_bridge import make_training, task
+from nemo_skymoe.launch.through_bridge import BridgeTraining, make_training, task
+from nemo_skymoe.launch.to_come import expected
 from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo.checks import run_folder
 from nemo_skymoe.nemo.pipeline import PipelinePlan, written_plan
@@ -74,7 +75,8 @@ def jobs(composed: DictConfig, tasks: Tasks) -> list[Job]:
             found[name] = _command(name, tasks[name], values, _source(checkpoint))
             checkpoint = found[name].task.output_path
             continue
-        recipe = make_recipe(values, checkpoint)
+        with expected(values["training"], _writing(found)):
+            recipe = make_recipe(values, checkpoint)
         if name == "plan":
             found[name] = _command(name, tasks[name], values, planner_options(recipe))
         elif name == "training":
@@ -82,6 +84,11 @@ def jobs(composed: DictConfig, tasks: Tasks) -> list[Job]:
         else:
             found[name] = _command(name, tasks[name], values, {"source": str(run_folder(recipe.log))})
     return list(found.values())
+
+
+def _writing(found: Mapping[str, Job]) -> dict[str, Any]:
+    """Return the tasks that write checkpoints before a training, in their order."""
+    return {name: job.task for name, job in found.items() if name in ("conversion", "upcycle")}
 
 
 def _source(checkpoint: str | None) -> dict[str, Any]:
@@ -109,7 +116,7 @@ def _jobs_of_bridge(values: dict[str, Any], tasks: Tasks) -> list[Job]:
             " as training.pipeline_layout and training.pipeline_recompute"
         )
     checkpoint: str | None = None
-    made = []
+    found: dict[str, Job] = {}
     writing = [name for name in values["jobs"] if name in ("conversion", "upcycle")]
     for name in values["jobs"]:
         if name in writing:
@@ -121,16 +128,18 @@ def _jobs_of_bridge(values: dict[str, Any], tasks: Tasks) -> list[Job]:
                     f"{name}.to is {job.task.to!r}, expected bridge, which the training with frontdoor=bridge reads"
                 )
             checkpoint = job.task.output_path
-        elif name == "training":
-            job = _bridge_training(values, checkpoint)
         else:
-            job = _command(name, tasks[name], values, {"source": make_training(values, checkpoint).folder})
-        made.append(job)
-    return made
+            with expected(values["training"], _writing(found)):
+                training = make_training(values, checkpoint)
+            if name == "training":
+                job = _bridge_training(values, training)
+            else:
+                job = _command(name, tasks[name], values, {"source": training.folder})
+        found[name] = job
+    return list(found.values())
 
 
-def _bridge_training(values: dict[str, Any], checkpoint: str | None) -> Job:
-    training = make_training(values, checkpoint)
+def _bridge_training(values: dict[str, Any], training: BridgeTraining) -> Job:
     run_sizes = training.chosen.run
     executor, chosen = _executor(
         values["cluster"], run_sizes.num_nodes, run_sizes.num_gpus_per_node, script=True
@@ -190,10 +199,11 @@ def _plan_of(task: run.Partial) -> PipelinePlan | None:
 def _training(values: dict[str, Any], recipe: Any, planning: Job | None, checkpoint: str | None) -> Job:
     section = values["training"]
     if planning is not None:
-        if section.get("pipeline_layout") is not None:
-            raise ConfigurationError(
-                f"training.pipeline_layout is {section['pipeline_layout']!r} and jobs has plan, expected one of them"
-            )
+        for option in ("pipeline_layout", "plan"):
+            if section.get(option) is not None:
+                raise ConfigurationError(
+                    f"training.{option} is {section[option]!r} and jobs has plan, expected one of them"
+                )
         recipe.pipeline = run.Config(written_plan, file=planning.task.output_path)
         plan = _plan_of(planning.task)
     else:

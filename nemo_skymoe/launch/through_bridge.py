@@ -42,9 +42,10 @@ class BridgeTraining:
         training = self.chosen.run
         ranks = training.num_nodes * training.num_gpus_per_node
         data = ranks // (training.edp * training.pipeline_parallelism)
+        experts = 1 if training.architecture.num_moe_experts is None else training.edp
         return (
             f"{self.recipe}: {training.num_nodes} x {training.num_gpus_per_node} = {ranks} ranks,"
-            f" PP {training.pipeline_parallelism} x TP {training.edp} x DP {data}, EP {training.edp}"
+            f" PP {training.pipeline_parallelism} x TP {training.edp} x DP {data}, EP {experts}"
         )
 
     def paths(self) -> Iterator[tuple[str, str]]:

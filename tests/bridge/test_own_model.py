@@ -1,5 +1,7 @@
 """The recipes that take their model from a checkpoint: the training begins with the loss of the dense model."""
 
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ from megatron.core import parallel_state
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
+from nemo_skymoe.bridge.__main__ import main
 from nemo_skymoe.bridge.callback import Callback, CallbackContext
 from nemo_skymoe.bridge.checks import check
 from nemo_skymoe.bridge.forward import forward_step
 from nemo_skymoe.bridge.recipes import RECIPES
 from nemo_skymoe.bridge.training import pretrain
+from nemo_skymoe.checkpoint.inspection import inspect
 from nemo_skymoe.checkpoint.upcycling.options import Upcycling
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.ranks import run_ranks
@@ -89,3 +93,16 @@ def test_the_training_begins_with_the_loss_of_the_dense_model(folder: Path) -> N
             with pytest.raises(ConfigurationError, match=message):
                 check(made)
     assert not parallel_state.is_initialized()
+
+
+def by_itself(words: list[str]) -> int:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    return main(words)
+
+
+def test_the_training_that_inspect_proposes_passes_its_checks(folder: Path) -> None:
+    for kind in ("dense", "moe"):
+        words = shlex.split(inspect(folder / kind).next["check its training"])
+        assert words[:3] == ["python", "-m", "nemo_skymoe.bridge"] and "--dry-run" in words
+        assert run_ranks(by_itself, 1, words[3:]) == [0]

@@ -1,17 +1,22 @@
 """The recipes that take their model from a checkpoint: the training begins with the loss of the dense model."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
 import pytest
 import torch
+from nemo_run.cli import api
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
+from nemo_skymoe import nemo_cli  # noqa: F401
 from nemo_skymoe.checkpoint import convert
 from nemo_skymoe.checkpoint.convert import TargetOptions
+from nemo_skymoe.checkpoint.inspection import inspect
 from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
 from nemo_skymoe.nemo.model import SkyworkModel
@@ -75,6 +80,7 @@ def test_the_recipes_serialise_and_pass_their_own_checks(folder: Path) -> None:
     for made in (
         recipe(folder, "moe"),
         recipe(folder, "dense"),
+        recipe(folder, "dense", edp=2, num_gpus_per_node=2),
         skywork_moe.finetune_recipe(resume_path=str(folder / "moe"), num_gpus_per_node=1, precision="32"),
         skywork_dense.finetune_recipe(resume_path=str(folder / "dense"), num_gpus_per_node=1, peft_scheme="none"),
         recipe(folder, "moe", plan="auto", pipeline_parallelism=2, num_gpus_per_node=2),
@@ -84,3 +90,20 @@ def test_the_recipes_serialise_and_pass_their_own_checks(folder: Path) -> None:
         plan = fdl.build(made.pipeline) if getattr(made, "pipeline", None) is not None else None
         check_made(made, plan)
         check_start(made, local=True, written_before=False)
+
+
+def dry_run(words: list[str]) -> int:
+    sys.argv = words
+    try:
+        api.create_cli()(standalone_mode=True)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_training_that_inspect_proposes_passes_its_checks(folder: Path) -> None:
+    for kind in ("dense", "moe"):
+        command = inspect(folder / kind).next["check its training"]
+        words = shlex.split(command)
+        assert words[:4] == ["nemo", "llm", "pretrain", "--factory"] and words[-1] == "--dryrun"
+        assert run_ranks(dry_run, 1, words, env={"NEMORUN_HOME": str(folder)}) == [0]
