@@ -14,13 +14,16 @@ _EXPERTS = 8
 _LONGEST_PLANNED = 8192
 """Tokens of the sequences that a plan is proposed for: contexts are longer than the sequences of most pretrainings."""
 _CORPUS = "runs/corpus"
-"""Where `skymoe corpus` and `skymoe preprocess` write in the examples. A dry run does not open it."""
+"""Where `skymoe corpus` and `skymoe preprocess` write in the examples. NeMo's dry run does not open it, and Bridge's reads
+its tokenizer."""
 _NOT_IN_BRACKETS = re.compile(r"[,'\"()\x00-\x1f]|^\s|\s$")
 """NeMo-Run reads the arguments of a recipe between brackets, and has no quotes for them."""
 
 
 def next_commands(folder: Path, form: str, description: Description) -> dict[str, str]:
     """Return commands by what they do. Every one of them works as it is, and says more with --help.
+
+    The training is one on the corpus in runs/corpus.
 
     Args:
         folder: The checkpoint.

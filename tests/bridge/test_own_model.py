@@ -95,14 +95,17 @@ def test_the_training_begins_with_the_loss_of_the_dense_model(folder: Path) -> N
     assert not parallel_state.is_initialized()
 
 
-def by_itself(words: list[str]) -> int:
+def by_itself(folder: Path, words: list[str]) -> int:
+    os.chdir(folder)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     return main(words)
 
 
 def test_the_training_that_inspect_proposes_passes_its_checks(folder: Path) -> None:
+    (folder / "runs").mkdir(exist_ok=True)
+    (folder / "runs" / "corpus").symlink_to(folder / "corpus")
     for kind in ("dense", "moe"):
         words = shlex.split(inspect(folder / kind).next["check its training"])
         assert words[:3] == ["python", "-m", "nemo_skymoe.bridge"] and "--dry-run" in words
-        assert run_ranks(by_itself, 1, words[3:]) == [0]
+        assert run_ranks(by_itself, 1, folder, words[3:]) == [0]
