@@ -121,7 +121,11 @@ def groups(layout: Layout = Layout()) -> Iterator[None]:
                 torch.distributed.destroy_process_group(group)
 
 
-def configuration(layout: Layout = Layout(), **options: Any) -> SkyworkTransformerConfig:
+def configuration(
+    layout: Layout = Layout(),
+    config_class: type[SkyworkTransformerConfig] = SkyworkTransformerConfig,
+    **options: Any,
+) -> SkyworkTransformerConfig:
     """Two layers of eight experts, top-2, in float64."""
     values: dict[str, Any] = {
         "num_layers": 2,
@@ -152,13 +156,13 @@ def configuration(layout: Layout = Layout(), **options: Any) -> SkyworkTransform
         "virtual_pipeline_model_parallel_size": layout.vpp,
         "sequence_parallel": layout.sequence_parallel,
     }
-    return SkyworkTransformerConfig(**{**values, **options})
+    return config_class(**{**values, **options})
 
 
-def build(config: SkyworkTransformerConfig) -> list[GPTModel]:
+def build(config: SkyworkTransformerConfig, make: Callable[..., GPTModel] | None = None) -> list[GPTModel]:
     """This rank's model chunks, one a virtual pipeline stage, with the weights that their global names stand for."""
     stages = config.virtual_pipeline_model_parallel_size
-    chunks = [model_chunk(config, stage if stages else None) for stage in range(stages or 1)]
+    chunks = [(make or model_chunk)(config, stage if stages else None) for stage in range(stages or 1)]
     for name, parameter in parameters(chunks).items():
         parameter.data.copy_(local_part(name, parameter, weight(name, global_shape(name, parameter))))
     return chunks
@@ -208,9 +212,13 @@ def make_router(config: SkyworkTransformerConfig, router_class: type[TopKRouter]
 class Training:
     """Micro-batches through Megatron's schedule: batch i is the same in every layout."""
 
+    config_class: type[SkyworkTransformerConfig] = SkyworkTransformerConfig
+    make_chunk: Callable[..., GPTModel] | None = None
+    mask: Tensor | None = None
+
     def __init__(self, layout: Layout = Layout(), micro_batches: int = 2, **options: Any) -> None:
-        self.config = configuration(layout, **options)
-        self.chunks = build(self.config)
+        self.config = configuration(layout, self.config_class, **options)
+        self.chunks = build(self.config, self.make_chunk)
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
         self.wrapped: list[Any] = [DistributedDataParallel(self.config, ddp, chunk) for chunk in self.chunks]
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -235,7 +243,7 @@ class Training:
     def _forward(self, names: Iterator[str], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         positions = context_positions()
         tokens = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator(next(names)))[:, positions]
-        output = model(tokens, positions.expand(BATCH, -1), None)
+        output = model(tokens, positions.expand(BATCH, -1), self.mask)
 
         def loss(logits: Tensor) -> tuple[Any, ...]:
             # Random weights on the logits; the mean over the micro-batch's tokens or their sum.
