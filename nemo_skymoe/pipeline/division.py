@@ -8,7 +8,9 @@ from nemo_skymoe.config import ConfigurationError
 def check_division(config: Any) -> None:
     """Refuse tensor-parallel ranks that do not divide a layer, and pipeline stages that do not divide the layers.
 
-    A pipeline's layout says by itself which layers are where, and is checked where it is applied.
+    Several ranks may have one key-value head between them in Megatron-Core 0.16 and later. Before, Megatron's own
+    configuration refuses this. A pipeline's layout says by itself which layers are where, and is checked where it is
+    applied.
 
     Args:
         config: Any object with the options of Megatron's model and its parallel sizes.
@@ -18,7 +20,7 @@ def check_division(config: Any) -> None:
     """
     tensor = config.tensor_model_parallel_size
     heads = config.num_attention_heads
-    split = {"num_attention_heads": heads, "num_query_groups": config.num_query_groups or heads}
+    split = {"num_attention_heads": heads}
     experts = config.num_moe_experts
     if not experts or config.moe_layer_freq not in (1, [1] * config.num_layers):
         split["ffn_hidden_size"] = config.ffn_hidden_size
@@ -27,6 +29,11 @@ def check_division(config: Any) -> None:
             raise ConfigurationError(
                 f"{option} is {size}, expected a multiple of tensor_model_parallel_size = {tensor}"
             )
+    groups = config.num_query_groups or heads
+    if groups % tensor and tensor % groups:
+        raise ConfigurationError(
+            f"num_query_groups is {groups}, expected a multiple or a divisor of tensor_model_parallel_size = {tensor}"
+        )
     _check_stages(config)
 
 

@@ -101,10 +101,12 @@ def test_a_submission_compares_the_model_and_its_layout(folder: Path) -> None:
         check_checkpoints(start, str(folder / "none"), {"layernorm_epsilon": 1e-6})
     with pytest.raises(ConfigurationError, match="num_layers is 4, expected a multiple of the 8 chunks"):
         check_ranks(chosen(folder, pipeline_parallelism=8, num_gpus_per_node=8), {})
+    four = chosen(folder, edp=4, num_gpus_per_node=4)
+    check_ranks(four, {})  # two ranks have one of the two key-value heads
     with pytest.raises(
-        ConfigurationError, match="num_query_groups is 2, expected a multiple of tensor_model"
+        ConfigurationError, match="num_query_groups is 3, expected a multiple or a divisor of tensor_model"
     ):
-        check_ranks(chosen(folder, edp=4, num_gpus_per_node=4), {})
+        check_ranks(four, {"num_query_groups": 3})
     tiny = catalogue.RECIPES["skywork_moe_tiny_pretrain_2rank_cpu_fp32_config"](
         resume_path=str(folder / "bridge")
     )

@@ -3,18 +3,29 @@
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import attention
 from torch import Tensor
 
+from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig, get_skywork_block_spec
 from nemo_skymoe.moe.rotary import scale_rotary_embedding
 from nemo_skymoe.ranks import run_ranks
 from nemo_skymoe.rotary_options import RotaryOptions
 from tests.moe import edp_worlds
-from tests.moe.worlds import LENGTH, VOCABULARY, Layout, Training, groups, relative_errors
+from tests.moe.worlds import (
+    LENGTH,
+    VOCABULARY,
+    Layout,
+    Training,
+    configuration,
+    groups,
+    relative_errors,
+    spreads_key_value_heads,
+)
 
 MULTIPLIES = hasattr(attention, "_yarn_get_concentration_factor_from_config")
 ATTENTION: dict[str, Any] = {
@@ -81,6 +92,22 @@ def gradients(cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict[str, Tens
             training.run()
             found.append(training.gradients())
     return found
+
+
+def test_ranks_that_share_a_key_value_head() -> None:
+    """From Megatron-Core 0.16 on. Before, its configuration refuses them."""
+    one_head = {"num_query_groups": 1, **YARN}
+    if not spreads_key_value_heads():
+        with pytest.raises(
+            ConfigurationError, match=r"num_query_groups \(1\) must be a multiple of tensor_model"
+        ):
+            configuration(Layout(tp=2), Config, **ATTENTION | MOE | one_head)
+        return
+    [[dense, moe]] = run_ranks(gradients, 1, [(Layout(), model | one_head) for model in (DENSE, MOE)])
+    found = run_ranks(gradients, 2, [(layout, options | one_head) for layout, options in LAYOUTS])[0]
+    for (layout, options), gradient in zip(LAYOUTS, found, strict=True):
+        errors = relative_errors(gradient, dense if options == DENSE else moe)
+        assert {name: error for name, error in errors.items() if not error <= 1e-10} == {}, (layout, options)
 
 
 def test_gradients_are_those_of_one_rank() -> None:

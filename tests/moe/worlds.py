@@ -22,6 +22,7 @@ from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig, get_skywork_block_spec
@@ -157,6 +158,16 @@ def configuration(
         "sequence_parallel": layout.sequence_parallel,
     }
     return config_class(**{**values, **options})
+
+
+def spreads_key_value_heads() -> bool:
+    """Whether the installed Megatron-Core lets tensor-parallel ranks have one key-value head between them."""
+    sizes = {"num_attention_heads": 2, "num_query_groups": 1, "tensor_model_parallel_size": 2}
+    try:
+        TransformerConfig(num_layers=1, hidden_size=8, **sizes)
+    except ValueError:
+        return False
+    return True
 
 
 def build(config: SkyworkTransformerConfig, make: Callable[..., GPTModel] | None = None) -> list[GPTModel]:

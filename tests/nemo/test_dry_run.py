@@ -15,6 +15,7 @@ from nemo_skymoe.checkpoint.torch_dist.context import context_files
 from nemo_skymoe.ranks import run_ranks
 from tests.checkpoint import megatron_files
 from tests.checkpoint.fakes import random_weights
+from tests.moe.worlds import spreads_key_value_heads
 
 MOE, DENSE = "skywork_moe_146b(scale=toy)", "skywork_13b(scale=toy)"
 Case = tuple[str, list[str], str | None]
@@ -42,6 +43,17 @@ CASES: tuple[Case, ...] = (
         "skywork_13b(num_nodes=5)",
         ["trainer.strategy.tensor_model_parallel_size=5", "data.global_batch_size=4"],
         "num_attention_heads (36) must be a multiple of tensor_model_parallel_size (5)",
+    ),
+    (
+        DENSE,
+        [
+            "trainer.strategy.tensor_model_parallel_size=2",
+            "trainer.strategy.pipeline_model_parallel_size=1",
+            "model.config.num_query_groups=1",
+        ],
+        None
+        if spreads_key_value_heads()
+        else "num_query_groups (1) must be a multiple of tensor_model_parallel_size (2)",
     ),
     (
         DENSE,
