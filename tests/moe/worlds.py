@@ -162,7 +162,11 @@ def configuration(
 
 def spreads_key_value_heads() -> bool:
     """Whether the installed Megatron-Core lets tensor-parallel ranks have one key-value head between them."""
-    sizes = {"num_attention_heads": 2, "num_query_groups": 1, "tensor_model_parallel_size": 2}
+    sizes: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "num_query_groups": 1,
+        "tensor_model_parallel_size": 2,
+    }
     try:
         TransformerConfig(num_layers=1, hidden_size=8, **sizes)
     except ValueError:
