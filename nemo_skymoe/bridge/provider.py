@@ -19,6 +19,7 @@ from nemo_skymoe.moe.layer import get_skywork_block_spec, have_transformer_engin
 from nemo_skymoe.moe.rotary import scale_rotary_embedding
 from nemo_skymoe.patches import expert_parallel_warning
 from nemo_skymoe.pipeline.apply import apply_layout, apply_recompute
+from nemo_skymoe.pipeline.written_plan import read_plan
 from nemo_skymoe.rotary_options import RotaryOptions
 
 _TE = have_transformer_engine()
@@ -50,6 +51,9 @@ class SkyworkProvider(SkyworkOptions, RotaryOptions, _FinalizedProvider):
     pipeline_recompute: Any = None
     """`[stage][virtual stage]` is the number of layers of that chunk, from its first, that are recomputed in full. It
     belongs to a `pipeline_model_parallel_layout`. None leaves recomputation as the other options say."""
+
+    pipeline_plan: str | None = None
+    """A file of `skymoe plan --output`, in place of layout and recomputation, which become those of the file."""
 
     unpadded_vocab_size: int | None = None
     """Tokens of the vocabulary, where `vocab_size` counts rows of embedding and head that no token refers to. A
@@ -95,8 +99,20 @@ class SkyworkProvider(SkyworkOptions, RotaryOptions, _FinalizedProvider):
             ConfigurationError: A value cannot work. The message names the option and what was expected.
         """
         expert_parallel_warning.apply()
+        self._read_plan()
         self._apply_layout()
         SkyworkOptions.__post_init__(self)
+
+    def _read_plan(self) -> None:
+        if self.pipeline_plan is None:
+            return
+        for name in ("pipeline_model_parallel_layout", "pipeline_recompute"):
+            if getattr(self, name) is not None:
+                raise ConfigurationError(
+                    f"{name} is {getattr(self, name)!r} and pipeline_plan '{self.pipeline_plan}', expected one of them"
+                )
+        self.pipeline_model_parallel_layout, self.pipeline_recompute = read_plan(self.pipeline_plan)
+        self.pipeline_plan = None  # a checkpoint says what the plan said
 
     def _apply_layout(self) -> None:
         layout, recompute = self.pipeline_model_parallel_layout, self.pipeline_recompute

@@ -19,6 +19,7 @@ from nemo_skymoe.checkpoint.torch_dist.names import layout
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import choices
 from nemo_skymoe.experiments.arguments import EXPERTS, RANKS, RATES, OfCheckpoint
+from nemo_skymoe.experiments.planning import planner_options
 from nemo_skymoe.experiments.runs import Finetuning, Pretraining, TrainingRun
 from nemo_skymoe.pipeline.texts import planned
 
@@ -181,21 +182,7 @@ def _laid_out(run: Run, given: OfCheckpoint) -> Run:
         raise ConfigurationError(
             f"plan is auto and pipeline_parallelism {run.pipeline_parallelism}, expected 2 or more stages to plan for"
         )
-    moe: dict[str, Any] = {}
-    if run.architecture.num_moe_experts is not None:
-        moe = {"expert_parallel": run.edp, "capacity_factor": run.expert_capacity_factor}
-    plan = planned(
-        run.architecture,
-        hardware=given.hardware,
-        num_gpus=run.num_nodes * run.num_gpus_per_node,
-        tensor_parallel=run.edp,
-        sequence_parallel=run.edp > 1,
-        pipeline_parallel=run.pipeline_parallelism,
-        seq_length=run.seq_length,
-        global_batch_size=run.global_batch_size,
-        micro_batch_size=run.micro_batch_size,
-        **moe,
-    )
+    plan = planned(run.architecture, hardware=given.hardware, **planner_options(run, {}))
     laid_out: dict[str, Any] = {"pipeline_layout": plan.layout}
     if isinstance(run, Pretraining):
         laid_out["pipeline_recompute"] = tuple(map(tuple, plan.recompute))

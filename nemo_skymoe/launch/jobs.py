@@ -21,7 +21,7 @@ from nemo_skymoe.launch.paths import check_each, check_paths
 from nemo_skymoe.launch.planner_options import planner_options
 from nemo_skymoe.launch.recipe import check_recipe, make_recipe
 from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
-from nemo_skymoe.launch.through_bridge import BridgeTraining, make_training, task
+from nemo_skymoe.launch.through_bridge import BridgeTraining, make_training, plan_options, task
 from nemo_skymoe.launch.to_come import expected
 from nemo_skymoe.names import unknown
 from nemo_skymoe.nemo.checks import run_folder
@@ -110,12 +110,8 @@ def _door(values: dict[str, Any]) -> str:
 
 def _jobs_of_bridge(values: dict[str, Any], tasks: Tasks) -> list[Job]:
     """Return the jobs around a training of Megatron-Bridge, which starts from a checkpoint in its own format."""
-    if "plan" in values["jobs"]:
-        raise ConfigurationError(
-            "jobs has plan, which plans for NeMo's recipes: expected none with frontdoor=bridge, and the plan's layout"
-            " as training.pipeline_layout and training.pipeline_recompute"
-        )
     checkpoint: str | None = None
+    plan: str | None = None
     found: dict[str, Job] = {}
     writing = [name for name in values["jobs"] if name in ("conversion", "upcycle")]
     for name in values["jobs"]:
@@ -129,12 +125,17 @@ def _jobs_of_bridge(values: dict[str, Any], tasks: Tasks) -> list[Job]:
                 )
             checkpoint = job.task.output_path
         else:
+            if name == "plan":
+                plan = values["plan"].get("output_path", MISSING)
             with expected(values["training"], _writing(found)):
-                training = make_training(values, checkpoint)
+                training = make_training(values, checkpoint, plan)
             if name == "training":
                 job = _bridge_training(values, training)
             else:
-                job = _command(name, tasks[name], values, {"source": training.folder})
+                derived = (
+                    plan_options(training, values["model"]) if name == "plan" else {"source": training.folder}
+                )
+                job = _command(name, tasks[name], values, derived)
         found[name] = job
     return list(found.values())
 

@@ -2,16 +2,19 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import nemo_run as run
 
+from nemo_skymoe.architecture import Architecture
+from nemo_skymoe.checkpoint import tokenizer
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.experiments import catalogue
 from nemo_skymoe.experiments.arguments import check_renamed
 from nemo_skymoe.experiments.command_line import SECTIONS, checked_arguments, spoken
+from nemo_skymoe.experiments.planning import planner_options
 from nemo_skymoe.launch.bridge_checks import check_checkpoints, check_ranks
 from nemo_skymoe.launch.sections import MISSING, check_missing
 from nemo_skymoe.names import unknown
@@ -63,8 +66,15 @@ class BridgeTraining:
                 yield name, value
 
 
-def make_training(values: Mapping[str, Any], checkpoint: str | None) -> BridgeTraining:
-    """Make the training of the groups training, data and model. It starts from `checkpoint`, unless it is given another.
+def make_training(
+    values: Mapping[str, Any], checkpoint: str | None, plan: str | None = None
+) -> BridgeTraining:
+    """Make the training of the groups training, data and model.
+
+    Args:
+        values: The composed groups.
+        checkpoint: The checkpoint that the training starts from, unless it is given another.
+        plan: The file of `skymoe plan` that says what its pipeline stages are; None leaves that to the recipe.
 
     Raises:
         ConfigurationError: A recipe or an option does not exist, or a value does not fit.
@@ -85,15 +95,42 @@ def make_training(values: Mapping[str, Any], checkpoint: str | None) -> BridgeTr
     options = {name: section.pop(name) for name in list(section) if name in SECTIONS and name not in known}
     arguments = checked_arguments(recipe, section | shared, "training.")
     chosen = catalogue.RECIPES[recipe](**arguments)
-    check_ranks(chosen, values["model"])
+    model = dict(values["model"])
+    if plan is not None:
+        model |= _planned(plan, section)
+    check_ranks(chosen, model)
     overrides = [
         *_overrides(options),
         *_overrides({"dataset": data} if data else {}),
-        *_overrides({"model": values["model"]} if values["model"] else {}),
+        *_overrides({"model": model} if model else {}),
     ]
     training = BridgeTraining(recipe, chosen, ["--recipe", recipe, *spoken(arguments), *overrides])
     check_checkpoints(chosen, training.folder, values["model"])
     return training
+
+
+def _planned(file: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the model that take a plan's layout in place of the recipe's."""
+    layout = ("pipeline_layout", "pipeline_recompute")
+    for name in layout:
+        if section.get(name) is not None:
+            raise ConfigurationError(
+                f"training.{name} is {section[name]!r} and jobs has plan, expected one of them"
+            )
+    return {"pipeline_plan": file, "pipeline_model_parallel_layout": None, "pipeline_recompute": None}
+
+
+def plan_options(training: BridgeTraining, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `skymoe plan` for a training, except for the hardware.
+
+    Raises:
+        ConfigurationError: An override is a size, which a plan takes from the training.
+    """
+    sizes = {each.name: getattr(training.chosen.run.architecture, each.name) for each in fields(Architecture)}
+    if (corpus := training.chosen.corpus) is not None:
+        sizes["vocab_size"] = tokenizer.size(Path(corpus).expanduser() / "tokenizer") or sizes["vocab_size"]
+    model = run.Config(Architecture, **{name: size for name, size in sizes.items() if size is not None})
+    return {"model": model, **planner_options(training.chosen.run, overrides)}
 
 
 def task(training: BridgeTraining, python: str | None, executor: Any) -> run.Script:

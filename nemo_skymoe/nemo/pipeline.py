@@ -2,15 +2,14 @@
 # No `from __future__ import annotations`: NeMo-Run reads these annotations.
 
 import copy
-import json
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Optional
 
 import lightning.pytorch as pl
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.pipeline.apply import apply_layout, apply_recompute
+from nemo_skymoe.pipeline.written_plan import read_plan
 
 
 @dataclass
@@ -63,13 +62,7 @@ def written_plan(file: str) -> PipelinePlan:
     Raises:
         ConfigurationError: The file does not exist, or is not a plan.
     """
-    try:
-        plan = json.loads(Path(file).read_text())
-        return PipelinePlan(plan["layout"], plan["recompute"])
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise ConfigurationError(
-            f"the pipeline plan '{file}' cannot be read, expected what `skymoe plan --output` writes: {reason!r}"
-        ) from None
+    return PipelinePlan(*read_plan(file))
 
 
 class _ApplyRecompute(pl.Callback):

@@ -39,7 +39,8 @@ def check_division(config: Any) -> None:
 
 def _check_stages(config: Any) -> None:
     stages = config.pipeline_model_parallel_size
-    if stages == 1 or getattr(config, "pipeline_model_parallel_layout", None) is not None:
+    told = ("pipeline_model_parallel_layout", "pipeline_plan")
+    if stages == 1 or any(getattr(config, option, None) is not None for option in told):
         return
     layers, left = config.num_layers, stages
     counted = "num_layers"

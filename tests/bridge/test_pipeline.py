@@ -1,7 +1,9 @@
 """A pipeline plan through Bridge: losses and gradients of one stage to the last bit, and the recomputation that was asked for."""
 
 import functools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,12 +27,12 @@ PLANS: dict[str, tuple[str, Any, set[int]]] = {
 
 
 def provider(layout: str | None = None, recompute: Any = None, **options: Any) -> Any:
+    stages = {"pipeline_model_parallel_size": 1 if layout is None else 2}
     return tiny_provider(
         replace(MOE, num_layers=LAYERS),
-        pipeline_model_parallel_size=1 if layout is None else 2,
         pipeline_model_parallel_layout=layout,
         pipeline_recompute=recompute,
-        **options,
+        **stages | options,
     )
 
 
@@ -112,3 +114,21 @@ def test_a_plan_survives_being_finalised_again():
     model.finalize()
     assert str(model.pipeline_model_parallel_layout) == TWO_VIRTUAL
     assert model.virtual_pipeline_model_parallel_size == 2 and not model.batch_p2p_comm
+
+
+def test_a_written_plan_becomes_layout_and_recomputation(tmp_path: Path):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"layout": TWO, "recompute": [[1], [3]], "step_time": 1.0}))
+    model = provider(pipeline_plan=str(file), pipeline_model_parallel_size=2)
+    model.finalize()
+    model.finalize()
+    assert (str(model.pipeline_model_parallel_layout), model.pipeline_recompute) == (TWO, [[1], [3]])
+    for changed, message in (
+        (
+            {"layout": TWO, "pipeline_plan": str(file)},
+            "pipeline_model_parallel_layout is .* and pipeline_plan",
+        ),
+        ({"pipeline_plan": str(tmp_path / "no.json")}, "the pipeline plan '.*no.json' cannot be read"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            provider(**changed).finalize()

@@ -15,6 +15,7 @@ from nemo_skymoe.experiments import catalogue
 from nemo_skymoe.experiments.command_line import split
 from nemo_skymoe.launch.composition import compose_groups
 from nemo_skymoe.launch.experiment import dry_run
+from nemo_skymoe.launch.jobs import _plan_of
 from nemo_skymoe.launch.through_bridge import MODULE, make_training, quoted, task
 from nemo_skymoe.recipes.executors import a800_slurm, local_torchrun
 from tests.cases import every
@@ -22,6 +23,7 @@ from tests.launch.test_hostile_values import HOSTILE, LINES, bash, script_of
 
 __all__ = ["bash"]
 BRIDGE = ["frontdoor=bridge", "training=skywork_moe_tiny"]
+PLANNED = ["training=skywork_moe_146b", "jobs=[plan,training]", "plan.output_path=/data/p"]
 SLURM = [*BRIDGE, "cluster=a800_slurm", "training.dir=/data/runs", "data.corpus=/data/corpus"]
 
 
@@ -76,6 +78,19 @@ def test_the_training_starts_from_what_the_upcycling_writes(tmp_path: Path) -> N
     assert export.task.source == "/data/runs/skywork_moe_tiny"
 
 
+def test_the_training_takes_the_plan_that_is_the_same_through_both_doors() -> None:
+    plans, trainings = [], []
+    for door in ("nemo", "bridge"):
+        words = [f"frontdoor={door}", *PLANNED, "cluster=a800_slurm", "training.dir=/data/runs"]
+        planning, training = jobs(compose_groups(words))
+        options = fdl.ordered_arguments(planning.task)
+        plans.append((_plan_of(planning.task), options["num_gpus"], options["capacity_factor"]))
+        trainings.append(training)
+    assert plans[0] == plans[1] and plans[0][1:] == (1536, 1.25)
+    words = trainings[1].task.args
+    assert "model.pipeline_plan='/data/p'" in words and "model.pipeline_model_parallel_layout=null" in words
+
+
 def test_slurm_warns_the_ranks_before_the_end_and_requeues_what_has_left(tmp_path: Path) -> None:
     script = dry_run(jobs(compose_groups([*SLURM, "cluster.saving_seconds=120"])))
     assert "#SBATCH --signal=15@120" in script and "trap requeue_if_stopped EXIT" in script
@@ -101,7 +116,9 @@ def test_every_recipe_can_be_launched() -> None:
         (["training.micro_batch_size=3"], "training.global_batch_size is 8, expected a multiple of micro_batch_size=3"),
         (["training.edp=3"], "training has 2 ranks, expected a multiple of edp=3"),
         (["training.stages=x"], "stages is now called phases"),
-        (["jobs=[plan,training]"], "jobs has plan, which plans for NeMo's recipes"),
+        (["jobs=[plan,training]"], "plan.output_path is missing, expected plan.output_path=VALUE"),
+        ([*PLANNED, "training.pipeline_layout=Et*12|t*12L"], "training.pipeline_layout is 'Et\\*12|t\\*12L' and jobs has plan, expected one"),
+        ([*PLANNED, "+model.tensor_model_parallel_size=4"], "model.tensor_model_parallel_size is 4, expected none with a plan"),
         (["frontdoor.pyton=x"], "option frontdoor.pyton is unknown: did you mean frontdoor.python"),
         (["frontdoor.python=/bin/bash"], "frontdoor.python is '/bin/bash', expected a Python"),
         (["cluster=a800_slurm"], "training.dir is runs, expected an absolute path"),
