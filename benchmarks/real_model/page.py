@@ -1,0 +1,222 @@
+"""The page and its picture, drawn from the results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.pictures import table
+from benchmarks.real_model.conversions import EXPERTS, TOPK
+from benchmarks.real_model.corpus import HELD_OUT, SEQUENCE, SEQUENCES
+from benchmarks.real_model.function import COMPARED, DTYPES
+from benchmarks.real_model.generation import NEW_TOKENS, PROMPTS, QUESTION
+from benchmarks.real_model.training import BATCH, RANKS, STEPS
+
+PAGE = Path(__file__).parents[1] / "real_model.md"
+WAYS = ("without cache", "batched with left padding", "pipeline")
+
+Parts = Mapping[str, Any]
+
+
+def write(parts: Parts) -> None:
+    """Write the page, and the picture of the trainings beside it."""
+    from benchmarks.real_model import picture
+
+    PAGE.write_text(text(parts))
+    if all(f"training of {name}" in parts for name in ("dense", "moe")):
+        PAGE.with_suffix(".png").write_bytes(picture.draw(parts))
+
+
+def text(parts: Parts) -> str:
+    """Return the page. A part that is missing is said not to have been measured."""
+    sections = (
+        (_head, ("model", "versions")),
+        (_conversions, ("conversions",)),
+        (_function, ("function",)),
+        (_generation, ("text of dense", "text of moe")),
+        (_training, ("training of dense", "training of moe", "export of dense", "export of moe", "corpus")),
+        (_specialists, ("specialists",)),
+    )
+    lines: list[str] = []
+    for section, needed in sections:
+        missing = [name for name in needed if name not in parts]
+        lines += [f"Not measured: {', '.join(missing)}."] if missing else section(parts)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _head(parts: Parts) -> list[str]:
+    model, versions = parts["model"], parts["versions"]
+    return [
+        "# A published model, from its weights to a trained MoE",
+        "",
+        "```bash",
+        "pip install -e '.[nemo,real-model]'",
+        "python -m benchmarks.real_model",
+        "python -m benchmarks.real_model --publish",
+        "```",
+        "",
+        f"The model is SmolLM2-135M-Instruct: a `{model['class']}` of {model['parameters'] / 1e6:.1f}M parameters with"
+        f" {model['layers']} layers of width {model['hidden']}, {model['heads']} heads in {model['groups']} groups and"
+        f" {'tied' if model['tied'] else 'untied'} embeddings. The package `{model['package']}` carries it as"
+        f" `{model['file']}`. The GGUF file has 4 bits a weight, which transformers and the package `gguf` widen; the"
+        " folder that everything begins with is in bfloat16, as such models are published. Every step is a command that"
+        " a user types. The page, its picture and its digits come from `benchmarks/real_model/results.json`.",
+        "",
+        f"CPU only, {', '.join(f'{name} {number}' for name, number in versions.items())}.",
+    ]
+
+
+def _conversions(parts: Parts) -> list[str]:
+    found = parts["conversions"]
+    rows = [
+        (name, row["tensors"], f"{row['bytes'] / 1e6:,.0f}", row["problems"], f"{row['logits']:.1e}")
+        for name, row in found["verified"].items()
+    ]
+    return [
+        "## Conversions",
+        "",
+        f"{found['equal']} of {found['tensors']} tensors are equal to the bit after the way from Hugging Face's form to"
+        f" NeMo's and back. Each upcycling makes {EXPERTS} experts of which a token meets {TOPK}; `granular` cuts each of"
+        f" them in two. `skymoe verify --logits` recomputed every tensor, and ran source and result on the same text in"
+        " float32, a folder of NeMo in Megatron, and one of Hugging Face in transformers.",
+        "",
+        *table(
+            ("", "tensors", "MB compared", "differences", "logits: largest difference / largest logit"), rows
+        ),
+        "",
+        "With `noise` (0.01 of each matrix's deviation) and `drop` (half of each MLP drawn anew) the model is meant to"
+        " compute something else, so the logits say how far from the dense model it starts.",
+    ]
+
+
+def _function(parts: Parts) -> list[str]:
+    rows = []
+    for name, row in parts["function"].items():
+        cells = [cell for dtype in DTYPES for cell in _difference(row.get(dtype))]
+        rows.append((name.removesuffix("-hf"), *cells, f"{row['loss']:.6f}"))
+    heads = [head for dtype in DTYPES for head in (f"{dtype}: difference", f"{dtype}: equal logits")]
+    return [
+        "## The same function in transformers",
+        "",
+        f"The exported folders are loaded as any other. Logits are those of {COMPARED} sequences of {SEQUENCE} tokens; the"
+        " difference is the largest one, divided by the largest logit of the dense model in the same precision. Losses are"
+        f" the mean over {SEQUENCES} sequences of held-out text, in nats a token, in float32.",
+        "",
+        *table(("", *heads, "held-out loss"), rows),
+    ]
+
+
+def _difference(found: Mapping[str, float] | None) -> tuple[str, str]:
+    return ("", "") if found is None else (f"{found['relative']:.1e}", f"{100 * found['equal']:.2f}%")
+
+
+def _generation(parts: Parts) -> list[str]:
+    dense, moe = parts["text of dense"], parts["text of moe"]
+    rows = [(name, *(f"{found[way]} of {len(found['texts'])}" for way in WAYS)) for name, found in
+            (("dense", dense), ("MoE of copies", moe))]  # fmt: skip
+    same = _same(dense["tokens"], moe["tokens"])
+    return [
+        "## Text",
+        "",
+        f"Up to {NEW_TOKENS} tokens are generated greedily for {len(dense['texts'])} prompts, in float32. The table says for"
+        " how many of them another way gives the text that one prompt at a time gives with the cache. The upcycled MoE"
+        f" gives the dense model's tokens for {same} of {len(dense['texts'])}.",
+        "",
+        *table(("", *WAYS), rows),
+    ]
+
+
+def _training(parts: Parts) -> list[str]:
+    losses = parts["function"]
+    corpus, trained = parts["corpus"], {name: parts[f"export of {name}"] for name in ("dense", "moe")}
+    before = {"dense": losses["dense-hf"]["loss"], "moe": losses["copy-hf"]["loss"]}
+    rows = [
+        (
+            name,
+            f"{before[name]:.4f}",
+            f"{trained[name]['loss']:.4f}",
+            f"{parts[f'training of {name}']['seconds'] / 60:.0f}",
+            f"{parts[f'training of {name}']['processor_seconds'] / 60:.0f}",
+            trained[name]["verified"]["problems"],
+        )
+        for name in ("dense", "moe")
+    ]
+    return [
+        "## Trained on",
+        "",
+        f"Both models continue for {STEPS} steps of {BATCH} sequences of {SEQUENCE} tokens on Python's standard library"
+        f" ({corpus['documents']} files, {corpus['tokens'] / 1e6:.1f}M tokens of the model's own tokenizer, of which"
+        f" {100 * HELD_OUT:.0f}% of the files are held out), with `nemo llm pretrain --factory` and the recipes"
+        f" `skywork_dense` and `skywork_moe`, in float32 on {RANKS} CPU ranks that are pipeline stages. Learning rates and"
+        " capacity factor are the recipes' own. The MoE starts from the copies. Losses are those of the exported folders"
+        " in transformers, where no token is dropped.",
+        "",
+        *table(
+            ("", "loss before", "loss after", "minutes", "processor minutes", "differences of the export"),
+            rows,
+        ),
+        "",
+        "![Losses, drop rates and coefficients of the two trainings](real_model.png)",
+        "",
+        "This is one seed and few tokens, and other work ran on the same two cores: it shows that the way works, and says"
+        " nothing about which model wins.",
+        "",
+        *_texts(parts),
+    ]
+
+
+def _texts(parts: Parts) -> list[str]:
+    prompts = (QUESTION, *PROMPTS)
+    columns = {
+        "both before": parts["text of dense"]["texts"],
+        "dense after": parts["export of dense"]["text"]["texts"],
+        "MoE after": parts["export of moe"]["text"]["texts"],
+    }
+    same = parts["text of dense"]["tokens"] == parts["text of moe"]["tokens"]
+    if not same:
+        columns = {
+            "dense before": columns.pop("both before"),
+            "MoE before": parts["text of moe"]["texts"],
+        } | columns
+    rows = [
+        [_quoted(prompt), *(_quoted(texts[number]) for texts in columns.values())]
+        for number, prompt in enumerate(prompts)
+    ]
+    exports = {name: parts[f"export of {name}"]["text"] for name in ("dense", "moe")}
+    equal = [
+        f"{name}, {way}: {found[way]} of {len(prompts)}" for name, found in exports.items() for way in WAYS
+    ]
+    return [
+        *table(("prompt", *columns), rows, "---"),
+        "",
+        f"The other ways give the same text after the training as well ({'; '.join(equal)}).",
+    ]
+
+
+def _specialists(parts: Parts) -> list[str]:
+    found = parts["specialists"]
+    rows = [
+        (name, row["tensors"], f"{row['bytes'] / 1e6:,.0f}", row["problems"])
+        for name, row in found["verified"].items()
+    ]
+    return [
+        "## Specialised sources",
+        "",
+        f"The dense model was continued in nothing but its MLPs (`model.config.train_only_ffn=true`), and"
+        f" {EXPERTS // 2} experts each come from it and from the model as it was. The held-out loss of that MoE is"
+        f" {found['loss']:.4f} before any training.",
+        "",
+        *table(("", "tensors", "MB compared", "differences"), rows),
+    ]
+
+
+def _same(found: Sequence[Any], expected: Sequence[Any]) -> int:
+    return sum(one == other for one, other in zip(found, expected, strict=True))
+
+
+def _quoted(content: str) -> str:
+    """Return a text as a cell of a table."""
+    shown = content.strip().replace("|", "\\|").replace("`", "'")
+    return "<br>".join(f"`{line}`" for line in shown.splitlines() if line.strip())

@@ -1,0 +1,29 @@
+"""The results, a part at a time: what is there is not measured again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+
+
+class Results:
+    """A JSON file of parts by name."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.parts: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def part(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Return a part, which is measured if it is not there."""
+        if name not in self.parts:
+            print(f"== {name}", flush=True)
+            self.parts[name] = measure()
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.parts, indent=1) + "\n")
+            temporary.replace(self.file)
+        return self.parts[name]
