@@ -12,12 +12,18 @@ from torchx.specs import AppState
 _ROOT_CAUSE = re.compile(
     r"Root Cause.*?rank\s*:\s*(?P<rank>\d+).*?exitcode\s*:\s*(?P<ending>[^\n]*)", re.DOTALL
 )
-_TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(?P<raised>\S.*)")
+_TRACEBACK = re.compile(r"Traceback \(most recent call last\):.*\n(?:[ \t].*\n|\n)*(?P<raised>\S.*)")
 _CONSEQUENCE = re.compile(
     r"(?i)(connection (closed|reset|refused)|broken pipe|DistBackendError|DistNetworkError|DistStoreError|ChildFailedError"
     r"|SignalException|socket timeout|timed out|gloo|nccl|remote process)"
 )
 """Messages of collectives and stores, which break because another rank has failed."""
+
+
+_HINTS = {
+    "results_queue should not be empty": "a process that wrote the checkpoint was killed, as by a machine out of memory"
+}
+"""What messages that do not tell mean."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ def _raised(log: Path) -> str:
     """Return the exception that a log ends with, or an empty text."""
     tracebacks = [found["raised"] for found in _TRACEBACK.finditer(_read(log))]
     own = [raised for raised in tracebacks if not raised.startswith("torch.distributed.elastic")]
-    return re.sub(r"^(?:\w+\.)*(\w+: )", r"\1", (own or [""])[-1])
+    reason = re.sub(r"^(?:\w+\.)*(\w+: )", r"\1", (own or [""])[-1])
+    return next((f"{reason} ({hint})" for message, hint in _HINTS.items() if message in reason), reason)
 
 
 def _last_line(log: Path) -> str:
@@ -75,7 +82,8 @@ def _last_line(log: Path) -> str:
 
 def _read(log: Path) -> str:
     text = log.read_text(errors="replace")
-    return re.sub(r"^\[\w+\]:", "", text, flags=re.MULTILINE)  # torchrun's mark of a rank
+    # The marks of torchrun, "[default0]:", and of an exception after the process groups are made, "[rank0]: ".
+    return re.sub(r"^(?:\[\w+\]: ?)+", "", text, flags=re.MULTILINE)
 
 
 ended: list[str] = []

@@ -8,6 +8,19 @@ from nemo_skymoe.nemo.failure import first_failure
 FRAMES = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    g()\n    ^^^\n'
 LOST = FRAMES + "torch.distributed.DistBackendError: NCCL error: remote process exited\n"
 ELASTIC = FRAMES + "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+WRITER = (
+    FRAMES
+    + "torch.distributed.checkpoint.api.CheckpointException: CheckpointException ranks:dict_keys([0, 1])\n"
+    "Traceback (most recent call last): (RANK 0)\nRuntimeError: results_queue should not be empty\n"
+    "Traceback (most recent call last): (RANK 1)\nRuntimeError: results_queue should not be empty\n\n"
+)
+"""What Megatron raises if one of the processes that write a checkpoint is killed."""
+KILLED = "a process that wrote the checkpoint was killed, as by a machine out of memory"
+
+
+def marked(text: str) -> str:
+    """Return an exception as PyTorch prints it once process groups are made."""
+    return "".join(f"[rank0]: {line}\n" if line else "\n" for line in text.splitlines())
 
 
 def root(rank: int, ending: str = "1 (pid: 7) ") -> str:
@@ -39,6 +52,9 @@ def test_the_cause_and_not_its_consequence(tmp_path: Path) -> None:
         "both of their own": (root(0), {1: own, 0: FRAMES + "ValueError: 3\n"}, 0, "ValueError: 3"),
         "the earlier of its own": (root(2), {1: FRAMES + "KeyError: 'a'\n", 0: own, 2: LOST}, 1, "KeyError: 'a'"),
         "with torchrun's mark": (root(0), {0: "".join(f"[default0]:{line}\n" for line in own.splitlines())}, 0, "ConfigurationError: no corpus in /x"),
+        "with that of the process groups": (root(0), {0: marked(own) + "ERROR: a span is stopped\n"}, 0, "ConfigurationError: no corpus in /x"),
+        "with both": (root(0), {0: "".join(f"[default0]:{line}\n" for line in marked(own).splitlines())}, 0, "ConfigurationError: no corpus in /x"),
+        "a writer was killed": (root(0), {0: marked(WRITER) + "ERROR: a span is stopped\n"}, 0, f"RuntimeError: results_queue should not be empty ({KILLED})"),
         "the last of a chain": (root(0), {0: FRAMES + "KeyError: 'a'\n\nDuring handling of the above exception, another:\n\n" + own}, 0, "ConfigurationError: no corpus in /x"),
         "killed": (root(1, "-9 (pid: 8)  (SIGKILL)"), {0: LOST, 1: "step 3\n"}, 1, "exit code -9 (pid: 8)  (SIGKILL), after 'step 3'"),
         "killed silently": (root(1, "-11 (pid: 8)  (SIGSEGV)"), {0: "", 1: ""}, 1, "exit code -11 (pid: 8)  (SIGSEGV), without a word"),
