@@ -6,6 +6,8 @@ python -m benchmarks.real_model --publish    # writes benchmarks/real_model.md f
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,38 +22,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=Path("runs/real_model"), help="12 GB")
+    parser.add_argument("--folder", type=Path, default=Path("runs/real_model"), help="25 GB")
+    parser.add_argument("--parts", nargs="+", help="measure only these, with what others have left")
     parser.add_argument("--publish", action="store_true", help="measure nothing, write the page")
     given = parser.parse_args()
     folder = given.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder / "results.json")
-    if not given.publish:
-        folder.mkdir(parents=True, exist_ok=True)
-        measure(Workplace(folder), results)
+    if given.publish:
+        RESULTS.write_text(results.file.read_text())
+        page.write(results.parts)
         return
-    RESULTS.write_text(results.file.read_text())
-    page.write(results.parts)
+    for name, measure in parts(Workplace(folder)).items():
+        if given.parts is None or name in given.parts:
+            results.part(name, measure)
 
 
-def measure(place: Workplace, results: Results) -> None:
-    """Measure every part that is missing, each with what the ones before have written."""
+def parts(place: Workplace) -> dict[str, Callable[[], Any]]:
+    """Return what is measured, by name, in the order in which one part needs what others have left in the folder."""
     from benchmarks.real_model import conversions, corpus, function, generation, published, training
 
     folder = place.folder
-    results.part("versions", versions)
-    results.part("model", lambda: published.measure(place))
-    results.part("corpus", lambda: corpus.measure(place))
-    results.part("conversions", lambda: conversions.measure(place))
-    tokens = corpus.held_out(place)
     dense, moe = folder / published.DENSE, folder / conversions.exported("copy")
     upcycled = [folder / conversions.exported(init) for init in conversions.INITIALISATIONS]
-    results.part("function", lambda: function.beside_dense(dense, upcycled, tokens))
-    for name, export in (("dense", dense), ("moe", moe)):
-        results.part(f"text of {name}", lambda export=export: generation.generate(export))
-    for name in training.RECIPES:
-        results.part(f"training of {name}", lambda name=name: training.train(place, name))
-        results.part(f"export of {name}", lambda name=name: training.export(place, name, tokens))
-    results.part("specialists", lambda: training.specialists(place, tokens))
+    return {
+        "versions": versions,
+        "model": partial(published.measure, place),
+        "corpus": partial(corpus.measure, place),
+        "conversions": partial(conversions.measure, place),
+        **{
+            f"upcycled, {init}": partial(conversions.upcycle, place, init, [conversions.NEMO], options)
+            for init, options in conversions.INITIALISATIONS.items()
+        },
+        "logits": partial(conversions.logits, place),
+        "function": lambda: function.beside_dense(dense, upcycled, corpus.held_out(place)),
+        "text of dense": partial(generation.generate, dense),
+        "text of moe": partial(generation.generate, moe),
+        **{f"training of {name}": partial(training.train, place, name) for name in training.RECIPES},
+        **{f"export of {name}": partial(training.export, place, name) for name in training.RECIPES},
+        "specialists": partial(training.specialists, place),
+    }
 
 
 def versions() -> dict[str, Any]:

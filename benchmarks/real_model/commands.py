@@ -16,7 +16,7 @@ BINARIES = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that ended well: what it printed, how long it took, and the processor time of all its processes."""
+    """A command that has ended: what it printed, how long it took, and the processor time of all its processes."""
 
     output: str
     seconds: float
@@ -29,11 +29,11 @@ class Workplace:
 
     folder: Path
 
-    def run(self, *words: str) -> Finished:
+    def run(self, *words: str, may_fail: bool = False) -> Finished:
         """Run `skymoe`, `nemo` or `pip`.
 
         Raises:
-            SystemExit: The command has failed. The message has the end of what it printed.
+            SystemExit: The command has failed, which it may not. The message has the end of what it printed.
         """
         environment = os.environ | {
             "PATH": f"{BINARIES}:{os.environ['PATH']}",
@@ -52,7 +52,7 @@ class Workplace:
         seconds = time.monotonic() - start
         with (self.folder / "commands.log").open("a") as log:
             log.write(f"$ {shlex.join(words)}\n{done.stdout}\n")
-        if done.returncode:
+        if done.returncode and not may_fail:
             raise SystemExit(f"{shlex.join(words)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
         return Finished(done.stdout, seconds, _children() - before)
 

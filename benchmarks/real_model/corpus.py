@@ -18,7 +18,7 @@ from nemo_skymoe.data.standard_library import read_sources
 CORPUS, DOMAIN = "corpus", "code"
 HELD_OUT = 0.03
 """Share of the documents, the last ones, on which nothing is trained."""
-SEQUENCE = 256
+SEQUENCE = 128
 SEQUENCES = 32
 """Sequences of held-out text on which losses are compared."""
 

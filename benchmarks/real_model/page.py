@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.pictures import table
-from benchmarks.real_model.conversions import EXPERTS, TOPK
+from benchmarks.real_model.conversions import EXPERTS, INITIALISATIONS, TOPK
 from benchmarks.real_model.corpus import HELD_OUT, SEQUENCE, SEQUENCES
 from benchmarks.real_model.function import COMPARED, DTYPES
 from benchmarks.real_model.generation import NEW_TOKENS, PROMPTS, QUESTION
-from benchmarks.real_model.training import BATCH, RANKS, STEPS
+from benchmarks.real_model.training import BATCH, RANKS, SPECIALIST_STEPS, STEPS
 
 PAGE = Path(__file__).parents[1] / "real_model.md"
 WAYS = ("without cache", "batched with left padding", "pipeline")
@@ -24,7 +24,7 @@ def write(parts: Parts) -> None:
     from benchmarks.real_model import picture
 
     PAGE.write_text(text(parts))
-    if all(f"training of {name}" in parts for name in ("dense", "moe")):
+    if all(f"export of {name}" in parts for name in ("dense", "moe")):
         PAGE.with_suffix(".png").write_bytes(picture.draw(parts))
 
 
@@ -32,7 +32,8 @@ def text(parts: Parts) -> str:
     """Return the page. A part that is missing is said not to have been measured."""
     sections = (
         (_head, ("model", "versions")),
-        (_conversions, ("conversions",)),
+        (_conversions, ("conversions", *(f"upcycled, {init}" for init in INITIALISATIONS))),
+        (_logits, ("logits",)),
         (_function, ("function",)),
         (_generation, ("text of dense", "text of moe")),
         (_training, ("training of dense", "training of moe", "export of dense", "export of moe", "corpus")),
@@ -70,24 +71,36 @@ def _head(parts: Parts) -> list[str]:
 
 def _conversions(parts: Parts) -> list[str]:
     found = parts["conversions"]
-    rows = [
-        (name, row["tensors"], f"{row['bytes'] / 1e6:,.0f}", row["problems"], f"{row['logits']:.1e}")
-        for name, row in found["verified"].items()
-    ]
+    verified = dict(found["verified"])
+    for init in INITIALISATIONS:
+        verified |= parts[f"upcycled, {init}"]
     return [
         "## Conversions",
         "",
         f"{found['equal']} of {found['tensors']} tensors are equal to the bit after the way from Hugging Face's form to"
         f" NeMo's and back. Each upcycling makes {EXPERTS} experts of which a token meets {TOPK}; `granular` cuts each of"
-        f" them in two. `skymoe verify --logits` recomputed every tensor, and ran source and result on the same text in"
-        " float32, a folder of NeMo in Megatron, and one of Hugging Face in transformers.",
+        " them in two, of which a token meets twice as many. `skymoe verify` recomputed every tensor of every result.",
         "",
-        *table(
-            ("", "tensors", "MB compared", "differences", "logits: largest difference / largest logit"), rows
-        ),
+        *_verified(verified),
+    ]
+
+
+def _verified(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    cells = [
+        (name, row["tensors"], f"{row['bytes'] / 1e6:,.0f}", row["differences"]) for name, row in rows.items()
+    ]
+    return table(("", "tensors", "MB compared", "differences"), cells)
+
+
+def _logits(parts: Parts) -> list[str]:
+    rows = [(name, f"{relative:.1e}") for name, relative in parts["logits"].items()]
+    return [
+        "## The same function in Megatron",
         "",
-        "With `noise` (0.01 of each matrix's deviation) and `drop` (half of each MLP drawn anew) the model is meant to"
-        " compute something else, so the logits say how far from the dense model it starts.",
+        "`skymoe verify --logits` runs a folder in NeMo's form in Megatron and one in Hugging Face's in transformers, on a"
+        " text of 512 tokens in float32.",
+        "",
+        *table(("", "largest difference / largest logit"), rows),
     ]
 
 
@@ -139,7 +152,7 @@ def _training(parts: Parts) -> list[str]:
             f"{trained[name]['loss']:.4f}",
             f"{parts[f'training of {name}']['seconds'] / 60:.0f}",
             f"{parts[f'training of {name}']['processor_seconds'] / 60:.0f}",
-            trained[name]["verified"]["problems"],
+            trained[name]["verified"]["differences"],
         )
         for name in ("dense", "moe")
     ]
@@ -149,9 +162,9 @@ def _training(parts: Parts) -> list[str]:
         f"Both models continue for {STEPS} steps of {BATCH} sequences of {SEQUENCE} tokens on Python's standard library"
         f" ({corpus['documents']} files, {corpus['tokens'] / 1e6:.1f}M tokens of the model's own tokenizer, of which"
         f" {100 * HELD_OUT:.0f}% of the files are held out), with `nemo llm pretrain --factory` and the recipes"
-        f" `skywork_dense` and `skywork_moe`, in float32 on {RANKS} CPU ranks that are pipeline stages. Learning rates and"
-        " capacity factor are the recipes' own. The MoE starts from the copies. Losses are those of the exported folders"
-        " in transformers, where no token is dropped.",
+        f" `skywork_dense` and `skywork_moe`, in float32 on {RANKS} CPU ranks that are pipeline stages. Learning rates are the"
+        " recipes' own. The MoE starts from the copies, and drops no token (`expert_capacity_factor=None`). Losses are"
+        " those of the exported folders in transformers.",
         "",
         *table(
             ("", "loss before", "loss after", "minutes", "processor minutes", "differences of the export"),
@@ -197,18 +210,14 @@ def _texts(parts: Parts) -> list[str]:
 
 def _specialists(parts: Parts) -> list[str]:
     found = parts["specialists"]
-    rows = [
-        (name, row["tensors"], f"{row['bytes'] / 1e6:,.0f}", row["problems"])
-        for name, row in found["verified"].items()
-    ]
     return [
         "## Specialised sources",
         "",
-        f"The dense model was continued in nothing but its MLPs (`model.config.train_only_ffn=true`), and"
-        f" {EXPERTS // 2} experts each come from it and from the model as it was. The held-out loss of that MoE is"
-        f" {found['loss']:.4f} before any training.",
+        f"The dense model was continued for {SPECIALIST_STEPS} steps in nothing but its MLPs"
+        f" (`model.config.train_only_ffn=true`), and {EXPERTS // 2} experts each come from it and from the model as it was."
+        f" The held-out loss of that MoE is {found['loss']:.4f} before any training.",
         "",
-        *table(("", "tensors", "MB compared", "differences"), rows),
+        *_verified(found["verified"]),
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_skymoe.report import drawing
-from nemo_skymoe.report.curves import TRAIN_LOSS, VALIDATION_LOSS, Curve
+from nemo_skymoe.report.curves import TRAIN_LOSS, Curve
 
 NAMES = {"dense": "dense", "moe": "MoE"}
 
@@ -14,13 +14,17 @@ NAMES = {"dense": "dense", "moe": "MoE"}
 def draw(parts: Mapping[str, Any]) -> bytes:
     """Return the picture: losses of both, and drop rates and coefficients of the MoE's layers."""
     trained = {name: parts[f"training of {name}"]["curves"] for name in NAMES}
+    starts = {"dense": "dense-hf", "moe": "copy-hf"}
+    held_out = {
+        name: [parts["function"][starts[name]]["loss"], parts[f"export of {name}"]["loss"]] for name in NAMES
+    }
     with drawing.style():
         figure, (losses, drops, coefficients) = drawing.new_figure(3, 11.0, 2.9)
         for (name, curves), colour in zip(trained.items(), drawing.RUN_COLOURS, strict=False):
-            train, held_out = curve(curves[TRAIN_LOSS]), curve(curves[VALIDATION_LOSS])
+            train = curve(curves[TRAIN_LOSS])
             drawing.draw_line(losses, train, colour, linewidth=0.5, alpha=0.4)
             drawing.draw_line(losses, train.smoothed(0.15), colour, linewidth=1.3, label=NAMES[name])
-            losses.plot(held_out.steps, held_out.values, "o", color=colour, markersize=4)
+            losses.plot([0, train.steps[-1]], held_out[name], "o", color=colour, markersize=4)
         drawing.finish_axes(losses, "loss (lines smoothed; dots: held out)")
         losses.legend()
         for axes, metric, title in (

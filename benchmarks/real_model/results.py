@@ -16,14 +16,19 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.parts: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        self.parts = self._read()
 
     def part(self, name: str, measure: Callable[[], Any]) -> Any:
         """Return a part, which is measured if it is not there."""
         if name not in self.parts:
             print(f"== {name}", flush=True)
-            self.parts[name] = measure()
+            found = measure()
+            # Another process may have measured another part meanwhile.
+            self.parts = self._read() | {name: found}
             temporary = self.file.with_suffix(".tmp")
             temporary.write_text(json.dumps(self.parts, indent=1) + "\n")
             temporary.replace(self.file)
         return self.parts[name]
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text()) if self.file.is_file() else {}

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from benchmarks.real_model import function, generation
 from benchmarks.real_model.commands import Workplace
 from benchmarks.real_model.conversions import EXPERTS, NEMO, TOPK, exported, upcycle, verified
-from benchmarks.real_model.corpus import CORPUS, DOMAIN, HELD_OUT, SEQUENCE
-from nemo_skymoe.report.curves import TRAIN_LOSS, VALIDATION_LOSS, Curve, layer_curves, read_curves
+from benchmarks.real_model.corpus import CORPUS, DOMAIN, HELD_OUT, SEQUENCE, held_out
+from nemo_skymoe.report.curves import TRAIN_LOSS, Curve, layer_curves, read_curves
 
 STEPS, SPECIALIST_STEPS = 100, 20
 BATCH = 4
 """Sequences of an optimizer step."""
 RANKS = 2
 RUNS = "runs"
-RECIPES = {"dense": ("skywork_dense", NEMO), "moe": ("skywork_moe", "copy-nemo")}
-"""The recipe of each training, and the checkpoint that it starts from."""
+RECIPES = {
+    "dense": ("skywork_dense", NEMO, {}),
+    "moe": ("skywork_moe", "copy-nemo", {"expert_capacity_factor": None}),
+}
+"""The recipe of each training, the checkpoint that it starts from, and arguments of its own: the MoE drops no token."""
 _DIGITS = 5
 
 
-def command(recipe: str, name: str, start: str, steps: int, **arguments: str) -> list[str]:
-    """Return the command line of a training. Two pipeline stages share the optimizer's memory."""
+def command(
+    recipe: str, name: str, start: str, steps: int, own: Mapping[str, Any], **settings: Any
+) -> list[str]:
+    """Return the command line of a training, with arguments and settings of its own.
+
+    Two pipeline stages share the optimizer's memory. The weights alone are saved, at the end.
+    """
     given = {
         "resume_path": start,
         "corpus": CORPUS,
@@ -39,22 +47,23 @@ def command(recipe: str, name: str, start: str, steps: int, **arguments: str) ->
         "seq_length": SEQUENCE,
         "global_batch_size": BATCH,
         "warmup_steps": steps // 10,
+        **own,
     }
     factory = f"{recipe}({','.join(f'{option}={value}' for option, value in given.items())})"
-    settings = {
+    shared = {
         "data.held_out": HELD_OUT,
-        "trainer.val_check_interval": max(1, steps // 4),
-        "trainer.limit_val_batches": 8,
+        "trainer.limit_val_batches": 0,
         "trainer.log_every_n_steps": 1,
-    } | arguments
-    words = [f"{option}={value}" for option, value in settings.items()]
+        "log.ckpt.save_optim_on_train_end": "false",
+    }
+    words = [f"{option}={value}" for option, value in (shared | settings).items()]
     return ["nemo", "llm", "pretrain", "--factory", factory, "--yes", "run.executor=torchrun", *words]
 
 
 def train(place: Workplace, name: str) -> dict[str, Any]:
     """Train the MoE or the dense model, and return how long it took, and its curves."""
-    recipe, start = RECIPES[name]
-    done = place.run(*command(recipe, name, start, STEPS))
+    recipe, start, own = RECIPES[name]
+    done = place.run(*command(recipe, name, start, STEPS, own))
     return {
         "seconds": round(done.seconds),
         "processor_seconds": round(done.processor_seconds),
@@ -62,34 +71,34 @@ def train(place: Workplace, name: str) -> dict[str, Any]:
     }
 
 
-def export(place: Workplace, name: str, tokens: Tensor) -> dict[str, Any]:
-    """Export a trained model, and return what it then computes: its loss on held-out `tokens`, and its texts."""
+def export(place: Workplace, name: str) -> dict[str, Any]:
+    """Export a trained model, and return what it then computes: its loss on held-out text, and its texts."""
     run, folder = f"{RUNS}/{name}", exported(f"trained-{name}")
     place.run("skymoe", "convert", run, folder, "--to", "hf")
     return {
         "verified": verified(place, run, folder),
-        "loss": function.loss(function.load(place.folder / folder), tokens),
+        "loss": function.loss(function.load(place.folder / folder), held_out(place)),
         "text": generation.generate(place.folder / folder),
     }
 
 
-def specialists(place: Workplace, tokens: Tensor) -> dict[str, Any]:
+def specialists(place: Workplace) -> dict[str, Any]:
     """Continue the dense model in nothing but its MLPs, and make experts of both."""
     name = "specialist"
     only_mlps = {"model.config.train_only_ffn": "true"}
-    done = place.run(*command("skywork_dense", name, NEMO, SPECIALIST_STEPS, **only_mlps))
+    done = place.run(*command("skywork_dense", name, NEMO, SPECIALIST_STEPS, {}, **only_mlps))
     sources = [f"base={NEMO}", f"code={RUNS}/{name}"]
     options = ("--moe-router-topk", f"{TOPK}", "--expert-source", f"code:{EXPERTS // 2},base:{EXPERTS // 2}")
     rows = upcycle(place, "specialized", sources, options)
     model = function.load(place.folder / exported("specialized"))
-    return {"seconds": round(done.seconds), "verified": rows, "loss": function.loss(model, tokens)}
+    return {"seconds": round(done.seconds), "verified": rows, "loss": function.loss(model, held_out(place))}
 
 
 def curves(logs: Path) -> dict[str, Any]:
     """Return losses by step, and over the MoE layers the mean, least and largest drop rate and coefficient."""
     found = read_curves(logs)
     # NeMo logs a step's loss under the number of the step before, ours under the number of the steps done.
-    kept = {tag: _points(found[tag], 1) for tag in (TRAIN_LOSS, VALIDATION_LOSS)}
+    kept = {TRAIN_LOSS: _points(found[TRAIN_LOSS], 1)}
     for metric in ("drop_rate", "aux_loss_coefficient"):
         layers = list(layer_curves(found, metric).values())
         if layers:
