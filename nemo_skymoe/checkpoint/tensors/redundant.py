@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 _ROWS = 4096
 FREQUENCIES = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 MASKS = (".masked_bias", ".self_attn.bias", ".attn.bias")
-_KNOWN_SCALINGS = (None, "linear")
+_OF_ALL = (None, "linear")
+_OF_SOME = ("llama3", "yarn")
+"""Scalings that divide all frequencies by the factor, and those that leave high ones as they are and divide low ones."""
 _TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-2}
 
 
@@ -105,23 +107,27 @@ def _same(storage: FileStorage, copy: str, name: str) -> bool:
 
 
 def _check_frequencies(storage: FileStorage, name: str, description: Description) -> None:
-    """theta ** (-2 i / head size), as float32 or rounded to 16 bits; positions are scaled there or elsewhere."""
+    """theta ** (-2 i / head size), as float32 or rounded to 16 bits; positions are scaled there or elsewhere.
+
+    Of a scaling that divides some of them, none leaves the range between what it was and what the factor makes of it.
+    """
     import torch
 
     scaling = description.rope_scaling or {}
-    if scaling.get("rope_type") not in _KNOWN_SCALINGS:
+    kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
+    if kind not in (*_OF_ALL, *_OF_SOME) or not isinstance(factor, int | float):
         return
     head = description.architecture.head_size
     exponents = torch.arange(0, head, 2, dtype=torch.float64) / head
     expected = description.rope_theta**-exponents
     found: Tensor = storage.read(name).double().reshape(-1)
     tolerance = _TOLERANCE.get(storage.tensors[name].dtype, 1e-5)
-    for factor in {1.0, float(scaling.get("factor", 1.0))}:
-        close = found.shape == expected.shape and torch.allclose(
-            found, expected / factor, rtol=tolerance, atol=1e-7
-        )
-        if close:
-            return
+    if found.shape == expected.shape:
+        least = expected / factor
+        within = found.clamp(least, expected)  # of what is rounded, the nearest that may be
+        for right in (within,) if kind in _OF_SOME else (expected, least):
+            if torch.allclose(found, right, rtol=tolerance, atol=1e-7):
+                return
     raise CheckpointError(
         f"'{name}' in '{storage.folder}' is not what rope_theta {description.rope_theta:g} and heads of {head} give:"
         " expected the rotary frequencies of the configuration, or none"

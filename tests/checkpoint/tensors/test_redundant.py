@@ -49,6 +49,24 @@ EXTRAS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
 }
 
 
+def test_frequencies_of_a_scaling_stay_between_plain_and_divided_ones(tmp_path: Path):
+    """YaRN's and Llama 3.1's leave high frequencies as they are, and divide low ones."""
+    tensors = {chunk.tensor: torch.randn(chunk.shape) for chunk in hugging_face_names.chunks(TIED)}
+    name = "model.rotary_emb.inv_freq"
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    scaled = FREQUENCIES / torch.tensor([1.0, 1.0, 2.5, 4.0])
+    for scaling in ({"rope_type": "yarn", "factor": 4.0}, {"rope_type": "llama3", "factor": 4.0, **llama3}):
+        config = to_hf_config(replace(DESCRIPTION, rope_scaling=scaling))
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for right in (FREQUENCIES, scaled, scaled.bfloat16()):
+            save_file(tensors | {name: right}, tmp_path / "model.safetensors")
+            assert name not in open_hugging_face(tmp_path)[0].storage.tensors
+        for wrong in (scaled / 1.1, FREQUENCIES * torch.tensor([1.0, 1.0, 1.0, 1.1]), scaled[:3]):
+            save_file(tensors | {name: wrong}, tmp_path / "model.safetensors")
+            with pytest.raises(ConfigurationError, match=f"'{name}' in .* is not what rope_theta 500 and"):
+                open_hugging_face(tmp_path)
+
+
 def test_hugging_face(tmp_path: Path):
     tensors = {chunk.tensor: torch.randn(chunk.shape) for chunk in hugging_face_names.chunks(TIED)}
     (tmp_path / "config.json").write_text(json.dumps(to_hf_config(DESCRIPTION)))
