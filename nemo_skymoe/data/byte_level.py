@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nemo_skymoe.config import ConfigurationError
+from nemo_skymoe.data.tokenizer import MODEL_INPUTS
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 """Special tokens with the ids 0, 1 and 2, as in the tokenizer of the released Skywork models."""
@@ -50,4 +51,5 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
         bos_token=begin,
         eos_token=end,
         clean_up_tokenization_spaces=False,
+        model_input_names=MODEL_INPUTS,
     ).save_pretrained(directory)

@@ -214,5 +214,9 @@ def _copy_tokenizer(work: Work, folder: Path) -> None:
         if (beside := file.with_name(name)).is_file():
             write_small(folder / name, beside.read_bytes())
     if file.suffix == ".json" and not (folder / tokenizers.CONFIG).is_file():
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": work.tokenizer.end_token}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": work.tokenizer.end_token,
+            "model_input_names": tokenizers.MODEL_INPUTS,
+        }
         write_small(folder / tokenizers.CONFIG, json.dumps(config).encode())

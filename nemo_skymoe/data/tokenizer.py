@@ -11,6 +11,8 @@ from nemo_skymoe.checkpoint.tokenizer import SENTENCEPIECE, TOKENIZER_JSON
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable.errors import CheckpointError
 
+MODEL_INPUTS = ["input_ids", "attention_mask"]
+"""What a tokenizer gives a model. By its default it gives types of tokens too, which `generate` of no model here takes."""
 CONFIG = "tokenizer_config.json"
 _ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>")
 

@@ -11,11 +11,14 @@ from typer.testing import CliRunner
 from nemo_skymoe.bridge.__main__ import main
 from nemo_skymoe.bridge.recipes import RECIPES
 from nemo_skymoe.cli import app
+from nemo_skymoe.data.corpus import build_corpus
 from nemo_skymoe.ranks import run_ranks
+from nemo_skymoe.report.curves import read_curves
 from tests.docs.pages import PAGES, Block
 from tests.doors import case
 
 [PAGE] = [page for page in PAGES if page.name == "bridge"]
+[LLAMA] = [page for page in PAGES if page.name == "your-own-llama"]
 HERE = [block for block in PAGE.blocks if block.needs == "Megatron-Bridge"]
 EXPECTED = [block.text for block in PAGE.blocks if block.language == "text"]
 ROWS = PAGE.text.partition("|---|---|\n")[2].partition("\n\n")[0].splitlines()
@@ -73,6 +76,19 @@ def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert any(Path("runs", name).glob("iter_*")), name
     assert Path("runs/skywork_moe_tiny/latest_checkpointed_iteration.txt").read_text() == "6"
     assert any(Path("exported-by-bridge").glob("*.safetensors"))
+
+
+def test_your_own_llama_goes_through_bridge_as_its_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build_corpus(Path("runs/corpus"), 512, 0.3, files=["argparse.py", "typing.py", "inspect.py", "ast.py"])
+    script = next(block for block in LLAMA.blocks if block.language == "python")
+    run_ranks(execute, 1, script.text)
+    [block] = [block for block in LLAMA.blocks if block.needs == "Megatron-Bridge"]
+    assert run(block).count("every bit as expected") == 2
+    assert Path("runs/bridged/latest_checkpointed_iteration.txt").read_text() == "6"
+    assert len(read_curves(Path("runs/tensorboard/bridged"))["lm loss"].values) == 6
 
 
 def test_the_options_of_bridge_in_the_table_exist(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("split, names", [("train", TRAIN), ("valid", HELD_OUT)])
 def test_documents_are_the_files_of_their_split(corpus, split, names):
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer)
+    assert {*tokenizer("text")} == {"input_ids", "attention_mask"}  # `generate` takes nothing else
     found = documents(getattr(corpus, f"{split}_prefix"))
     stdlib = Path(os.__file__).parent
     for name, document in zip(names, found, strict=True):

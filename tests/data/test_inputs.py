@@ -81,7 +81,8 @@ def test_a_tokenizers_file_alone_is_enough(tmp_path: Path, tokenizer: Path) -> N
     jsonl(tmp_path / "a.jsonl", TEXTS)
     run(tmp_path, tmp_path / "mine.json", str(tmp_path / "a.jsonl"))
     assert read(tmp_path / "out") == TEXTS
-    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer").eos_token == "</s>"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    assert tokenizer.eos_token == "</s>" and {*tokenizer("a")} == {"input_ids", "attention_mask"}
 
 
 def test_sentencepiece(tmp_path: Path) -> None:

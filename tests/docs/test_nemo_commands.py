@@ -34,7 +34,7 @@ SITE = {
 
 def dry_run(words: list[str], folder: Path) -> int:
     os.chdir(folder)
-    sys.argv = [*words, "--dryrun"]
+    sys.argv = [*(word for word in words if word != "--dryrun"), "--dryrun"]
     try:
         api.create_cli()(standalone_mode=True)
     except SystemExit as end:
@@ -57,6 +57,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nemo_run_understands_it(words: list[str], data: Path, tmp_path: Path) -> None:
     if words[4].startswith(OWN_MODEL):
         words = [word.replace("=/data/", f"={data}/") for word in words]
+        (tmp_path / "upcycled").symlink_to(data / "upcycled")
     environment: dict[str, Any] = {f"SKYMOE_SLURM_{name}": value for name, value in SITE.items()}
     environment["NEMORUN_HOME"] = str(tmp_path)
     assert run_ranks(dry_run, 1, words, tmp_path, env=environment) == [0]

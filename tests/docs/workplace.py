@@ -1,6 +1,7 @@
 """What the pages take as given, small: dense checkpoints, a tokenizer, text, and the logs of a run."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ def checkpoint(folder: Path, sizes: Architecture = TINY, mlp_seed: int = 0) -> N
         tensors[chunk.tensor] = torch.randn(chunk.shape, generator=generator).bfloat16()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(exported_files.to_hf_config(Description(sizes))))
+
+
+def without_weights(folder: Path, config: dict[str, Any], sizes: Architecture) -> None:
+    """A checkpoint in Hugging Face's form with a config.json and headers; its bytes are holes in the file."""
+    folder.mkdir(parents=True)
+    header: dict[str, Any] = {}
+    end = 0
+    for chunk in hugging_face_names.chunks(sizes):
+        start, end = end, end + 2 * math.prod(chunk.shape)
+        header[chunk.tensor] = {"dtype": "BF16", "shape": list(chunk.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def tokenizer(folder: Path) -> None:
