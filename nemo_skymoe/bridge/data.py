@@ -20,6 +20,9 @@ from nemo_skymoe.data.streams import check_datasets, check_numbers, fingerprint,
 from nemo_skymoe.data.tokenizer import tokenizer_file
 from nemo_skymoe.moe.layer import have_transformer_engine
 
+ENDLESS = 2**40
+"""More samples than any training validates on."""
+
 
 @dataclass(kw_only=True)
 class CorpusConfig(DatasetProvider):
@@ -88,7 +91,8 @@ class CorpusConfig(DatasetProvider):
             train, held_out = self._demonstration_samples(corpus, context)
         else:
             train, held_out = self._mixture_samples(context)
-        validation = Repeated(held_out, context.test_samples, context.valid_samples)
+        # A run that is continued to another length has validated at other steps than Bridge counts samples for.
+        validation = Repeated(held_out, context.test_samples, ENDLESS if context.valid_samples else 0)
         return train, validation, Repeated(held_out, context.test_samples, context.test_samples)
 
     def _demonstration_samples(self, corpus: Corpus, context: DatasetBuildContext) -> tuple[Any, Any]:
