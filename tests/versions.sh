@@ -27,6 +27,6 @@ for version in "$@"; do
     [ "$found" = "${version} $PWD/$folder/megatron/core/__init__.py" ] ||
         { echo "megatron-core $version is not what is imported, but $found" >&2; exit 1; }
     "$python" -c "import platform, torch; print('megatron-core $version, Python', platform.python_version() + ', torch', torch.__version__)"
-    "$python" -m pytest "${tests[@]}" -m "${MARKERS:-not long}" || failed+=("$version")
+    "$python" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "${tests[@]}" -m "${MARKERS:-not long}" || failed+=("$version")
 done
 [ ${#failed[@]} -eq 0 ] || { echo "tests failed with megatron-core ${failed[*]}" >&2; exit 1; }
