@@ -56,6 +56,8 @@ Differences in loss are in nats per token, ± half the 95% confidence interval o
 **holds** or **does not** if the whole interval is on one side; otherwise it is undecided, whatever the mean.
 Nothing corrects for the number of claims: of twenty without an effect, one is expected to be decided by chance.
 {incomplete}
+The report's figures are repeated with small models that are trained here. [A published model](real_model.md), SmolLM2-135M, goes the
+whole way as well: converted, upcycled in every way, compared, trained and exported (`python -m benchmarks.real_model`).
 
 ## The report's claims
 

@@ -44,7 +44,6 @@ def parts(place: Workplace) -> dict[str, Callable[[], Any]]:
 
     folder = place.folder
     dense, moe = folder / published.DENSE, folder / conversions.exported("copy")
-    upcycled = [folder / conversions.exported(init) for init in conversions.INITIALISATIONS]
     return {
         "versions": versions,
         "model": partial(published.measure, place),
@@ -55,7 +54,12 @@ def parts(place: Workplace) -> dict[str, Callable[[], Any]]:
             for init, options in conversions.INITIALISATIONS.items()
         },
         "logits": partial(conversions.logits, place),
-        "function": lambda: function.beside_dense(dense, upcycled, corpus.held_out(place)),
+        **{
+            f"function, {init}": lambda init=init: function.beside_dense(
+                dense, folder / conversions.exported(init), corpus.held_out(place)
+            )
+            for init in conversions.INITIALISATIONS
+        },
         "text of dense": partial(generation.generate, dense),
         "text of moe": partial(generation.generate, moe),
         **{f"training of {name}": partial(training.train, place, name) for name in training.RECIPES},

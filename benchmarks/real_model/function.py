@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +44,17 @@ def loss(model: Any, tokens: Tensor) -> float:
     return float(torch.stack(losses).mean())
 
 
-def beside_dense(dense: Path, folders: Sequence[Path], tokens: Tensor) -> dict[str, dict[str, Any]]:
-    """Compare models with the dense one: logits in both precisions, and losses of the held-out `tokens` in float32."""
+def beside_dense(dense: Path, moe: Path, tokens: Tensor) -> dict[str, Any]:
+    """Compare an MoE with the dense model: logits in both precisions, and losses of the held-out `tokens` in float32."""
     few = tokens[:COMPARED, :-1]
-    rows: dict[str, dict[str, Any]] = {folder.name: {} for folder in (dense, *folders)}
+    found: dict[str, Any] = {}
     for name, dtype in DTYPES.items():
         model = load(dense, dtype)
         expected = logits(model, few)
-        for folder in (dense, *folders):
-            model = model if folder == dense else load(folder, dtype)
-            if folder != dense:
-                rows[folder.name][name] = difference(logits(model, few), expected)
-            if dtype == torch.float32:
-                rows[folder.name]["loss"] = loss(model, tokens)
-    return rows
+        if dtype == torch.float32:
+            found["dense loss"] = loss(model, tokens)
+        model = load(moe, dtype)
+        found[name] = difference(logits(model, few), expected)
+        if dtype == torch.float32:
+            found["loss"] = loss(model, tokens)
+    return found

@@ -14,6 +14,8 @@ from benchmarks.real_model.generation import NEW_TOKENS, PROMPTS, QUESTION
 from benchmarks.real_model.training import BATCH, RANKS, SPECIALIST_STEPS, STEPS
 
 PAGE = Path(__file__).parents[1] / "real_model.md"
+NAMES, BEFORE = {"dense": "dense", "moe": "MoE"}, {"dense": "dense loss", "moe": "loss"}
+"""The two models that are trained, and how their losses before that are called."""
 WAYS = ("without cache", "batched with left padding", "pipeline")
 
 Parts = Mapping[str, Any]
@@ -24,26 +26,32 @@ def write(parts: Parts) -> None:
     from benchmarks.real_model import picture
 
     PAGE.write_text(text(parts))
-    if all(f"export of {name}" in parts for name in ("dense", "moe")):
+    if "export of moe" in parts:
         PAGE.with_suffix(".png").write_bytes(picture.draw(parts))
 
 
 def text(parts: Parts) -> str:
     """Return the page. A part that is missing is said not to have been measured."""
+    upcycled = [f"upcycled, {init}" for init in INITIALISATIONS]
+    functions = [f"function, {init}" for init in INITIALISATIONS]
+    trained = [f"{part} of {name}" for name in NAMES for part in ("training", "export")]
     sections = (
-        (_head, ("model", "versions")),
-        (_conversions, ("conversions", *(f"upcycled, {init}" for init in INITIALISATIONS))),
-        (_logits, ("logits",)),
-        (_function, ("function",)),
-        (_generation, ("text of dense", "text of moe")),
-        (_training, ("training of dense", "training of moe", "export of dense", "export of moe", "corpus")),
-        (_specialists, ("specialists",)),
+        (_head, ("model", "versions"), ()),
+        (_conversions, ("conversions",), upcycled),
+        (_logits, ("logits",), ()),
+        (_function, functions[:1], functions),
+        (_generation, ("text of dense", "text of moe"), ()),
+        (_training, ("corpus", functions[0], "text of dense", "text of moe"), trained),
+        (_specialists, ("specialists",), ()),
     )
     lines: list[str] = []
-    for section, needed in sections:
-        missing = [name for name in needed if name not in parts]
-        lines += [f"Not measured: {', '.join(missing)}."] if missing else section(parts)
-        lines.append("")
+    for section, needed, wanted in sections:
+        missing = [name for name in dict.fromkeys((*needed, *wanted)) if name not in parts]
+        if all(name in parts for name in needed):
+            lines += section(parts)
+            lines.append("")
+        if missing:
+            lines += [f"Not measured: {'; '.join(missing)}.", ""]
     return "\n".join(lines)
 
 
@@ -73,7 +81,7 @@ def _conversions(parts: Parts) -> list[str]:
     found = parts["conversions"]
     verified = dict(found["verified"])
     for init in INITIALISATIONS:
-        verified |= parts[f"upcycled, {init}"]
+        verified |= parts.get(f"upcycled, {init}", {})
     return [
         "## Conversions",
         "",
@@ -105,24 +113,26 @@ def _logits(parts: Parts) -> list[str]:
 
 
 def _function(parts: Parts) -> list[str]:
-    rows = []
-    for name, row in parts["function"].items():
-        cells = [cell for dtype in DTYPES for cell in _difference(row.get(dtype))]
-        rows.append((name.removesuffix("-hf"), *cells, f"{row['loss']:.6f}"))
+    rows = [("dense", *[""] * (2 * len(DTYPES)), f"{parts['function, copy']['dense loss']:.6f}")]
+    for init in (each for each in INITIALISATIONS if f"function, {each}" in parts):
+        found = parts[f"function, {init}"]
+        cells = [cell for dtype in DTYPES for cell in _difference(found[dtype])]
+        rows.append((init, *cells, f"{found['loss']:.6f}"))
     heads = [head for dtype in DTYPES for head in (f"{dtype}: difference", f"{dtype}: equal logits")]
     return [
         "## The same function in transformers",
         "",
         f"The exported folders are loaded as any other. Logits are those of {COMPARED} sequences of {SEQUENCE} tokens; the"
         " difference is the largest one, divided by the largest logit of the dense model in the same precision. Losses are"
-        f" the mean over {SEQUENCES} sequences of held-out text, in nats a token, in float32.",
+        f" the mean over {SEQUENCES} sequences of held-out text, in nats a token, in float32. With `noise` (0.01 of each"
+        " matrix's deviation) and `drop` (half of each MLP drawn anew) the model is meant to compute something else.",
         "",
         *table(("", *heads, "held-out loss"), rows),
     ]
 
 
-def _difference(found: Mapping[str, float] | None) -> tuple[str, str]:
-    return ("", "") if found is None else (f"{found['relative']:.1e}", f"{100 * found['equal']:.2f}%")
+def _difference(found: Mapping[str, float]) -> tuple[str, str]:
+    return (f"{found['relative']:.1e}", f"{100 * found['equal']:.2f}%")
 
 
 def _generation(parts: Parts) -> list[str]:
@@ -142,36 +152,34 @@ def _generation(parts: Parts) -> list[str]:
 
 
 def _training(parts: Parts) -> list[str]:
-    losses = parts["function"]
-    corpus, trained = parts["corpus"], {name: parts[f"export of {name}"] for name in ("dense", "moe")}
-    before = {"dense": losses["dense-hf"]["loss"], "moe": losses["copy-hf"]["loss"]}
-    rows = [
-        (
-            name,
-            f"{before[name]:.4f}",
-            f"{trained[name]['loss']:.4f}",
-            f"{parts[f'training of {name}']['seconds'] / 60:.0f}",
-            f"{parts[f'training of {name}']['processor_seconds'] / 60:.0f}",
-            trained[name]["verified"]["differences"],
-        )
-        for name in ("dense", "moe")
-    ]
+    losses, corpus = parts["function, copy"], parts["corpus"]
+    rows = []
+    for name, before in BEFORE.items():
+        if f"training of {name}" in parts and f"export of {name}" in parts:
+            training, export = parts[f"training of {name}"], parts[f"export of {name}"]
+            minutes = (training[key] / 60 for key in ("seconds", "processor_seconds"))
+            cells = (
+                f"{losses[before]:.4f}",
+                f"{export['loss']:.4f}",
+                *(f"{each:.0f}" for each in minutes),
+            )
+            rows.append((NAMES[name], *cells, export["verified"]["differences"]))
     return [
         "## Trained on",
         "",
-        f"Both models continue for {STEPS} steps of {BATCH} sequences of {SEQUENCE} tokens on Python's standard library"
+        f"The models continue for {STEPS} steps of {BATCH} sequences of {SEQUENCE} tokens on Python's standard library"
         f" ({corpus['documents']} files, {corpus['tokens'] / 1e6:.1f}M tokens of the model's own tokenizer, of which"
         f" {100 * HELD_OUT:.0f}% of the files are held out), with `nemo llm pretrain --factory` and the recipes"
         f" `skywork_dense` and `skywork_moe`, in float32 on {RANKS} CPU ranks that are pipeline stages. Learning rates are the"
         " recipes' own. The MoE starts from the copies, and drops no token (`expert_capacity_factor=None`). Losses are"
-        " those of the exported folders in transformers.",
+        " those of the exported folders in transformers, on held-out text.",
         "",
         *table(
             ("", "loss before", "loss after", "minutes", "processor minutes", "differences of the export"),
             rows,
         ),
         "",
-        "![Losses, drop rates and coefficients of the two trainings](real_model.png)",
+        "![Losses, drop rates and coefficients of the trainings](real_model.png)",
         "",
         "This is one seed and few tokens, and other work ran on the same two cores: it shows that the way works, and says"
         " nothing about which model wins.",
@@ -182,29 +190,25 @@ def _training(parts: Parts) -> list[str]:
 
 def _texts(parts: Parts) -> list[str]:
     prompts = (QUESTION, *PROMPTS)
+    exports = {name: parts[f"export of {name}"]["text"] for name in NAMES if f"export of {name}" in parts}
     columns = {
-        "both before": parts["text of dense"]["texts"],
-        "dense after": parts["export of dense"]["text"]["texts"],
-        "MoE after": parts["export of moe"]["text"]["texts"],
+        "dense before": parts["text of dense"]["texts"],
+        "MoE before": parts["text of moe"]["texts"],
+        **{f"{NAMES[name]} after": found["texts"] for name, found in exports.items()},
     }
-    same = parts["text of dense"]["tokens"] == parts["text of moe"]["tokens"]
-    if not same:
-        columns = {
-            "dense before": columns.pop("both before"),
-            "MoE before": parts["text of moe"]["texts"],
-        } | columns
     rows = [
         [_quoted(prompt), *(_quoted(texts[number]) for texts in columns.values())]
         for number, prompt in enumerate(prompts)
     ]
-    exports = {name: parts[f"export of {name}"]["text"] for name in ("dense", "moe")}
     equal = [
-        f"{name}, {way}: {found[way]} of {len(prompts)}" for name, found in exports.items() for way in WAYS
+        f"{NAMES[name]}, {way}: {found[way]} of {len(prompts)}"
+        for name, found in exports.items()
+        for way in WAYS
     ]
     return [
         *table(("prompt", *columns), rows, "---"),
         "",
-        f"The other ways give the same text after the training as well ({'; '.join(equal)}).",
+        f"The other ways of generating were compared after the training as well; texts that are equal: {'; '.join(equal)}.",
     ]
 
 

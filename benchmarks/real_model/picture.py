@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.real_model.page import BEFORE, NAMES
 from nemo_skymoe.report import drawing
 from nemo_skymoe.report.curves import TRAIN_LOSS, Curve
-
-NAMES = {"dense": "dense", "moe": "MoE"}
 
 
 def draw(parts: Mapping[str, Any]) -> bytes:
     """Return the picture: losses of both, and drop rates and coefficients of the MoE's layers."""
-    trained = {name: parts[f"training of {name}"]["curves"] for name in NAMES}
-    starts = {"dense": "dense-hf", "moe": "copy-hf"}
+    names = [name for name in NAMES if f"export of {name}" in parts]
+    trained = {name: parts[f"training of {name}"]["curves"] for name in names}
     held_out = {
-        name: [parts["function"][starts[name]]["loss"], parts[f"export of {name}"]["loss"]] for name in NAMES
+        name: [parts["function, copy"][BEFORE[name]], parts[f"export of {name}"]["loss"]] for name in names
     }
     with drawing.style():
         figure, (losses, drops, coefficients) = drawing.new_figure(3, 11.0, 2.9)
@@ -28,7 +27,7 @@ def draw(parts: Mapping[str, Any]) -> bytes:
         drawing.finish_axes(losses, "loss (lines smoothed; dots: held out)")
         losses.legend()
         for axes, metric, title in (
-            (drops, "drop_rate", "drop rate, mean and range of the layers"),
+            (drops, "virtual_drop_rate", "virtual drop rate, mean and range of the layers"),
             (coefficients, "aux_loss_coefficient", "auxiliary-loss coefficient, the same"),
         ):
             mean, least, largest = (

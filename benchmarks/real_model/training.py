@@ -99,7 +99,7 @@ def curves(logs: Path) -> dict[str, Any]:
     found = read_curves(logs)
     # NeMo logs a step's loss under the number of the step before, ours under the number of the steps done.
     kept = {TRAIN_LOSS: _points(found[TRAIN_LOSS], 1)}
-    for metric in ("drop_rate", "aux_loss_coefficient"):
+    for metric in ("virtual_drop_rate", "aux_loss_coefficient"):
         layers = list(layer_curves(found, metric).values())
         if layers:
             values, steps = np.array([layer.values for layer in layers]), layers[0].steps

@@ -1,5 +1,6 @@
-"""The published model: parts are measured once, and sums are done right."""
+"""The page of the published model says what was measured; parts are measured once; sums are done right."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,39 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.nn.functional import cross_entropy
 
-from benchmarks.real_model import function, training
-from benchmarks.real_model.results import Results
+from benchmarks.real_model import function, page, training
+from benchmarks.real_model.results import RESULTS, Results
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text())
+
+
+def test_the_page_is_drawn_from_the_committed_results(parts: dict[str, Any]) -> None:
+    assert page.PAGE.read_text() == page.text(parts), "python -m benchmarks.real_model --publish"
+
+
+def test_what_was_not_measured_is_said(parts: dict[str, Any]) -> None:
+    found = page.text({name: part for name, part in parts.items() if name != "conversions"})
+    assert "Not measured: conversions." in found and "## Conversions" not in found
+
+
+def test_the_readme_has_the_results_digits(parts: dict[str, Any]) -> None:
+    conversions, losses = (
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if "python -m benchmarks.real_model" in line
+    )
+    copy = parts["function, copy"]
+    assert f"{parts['conversions']['equal']} of {parts['conversions']['tensors']}; " in conversions
+    for dtype in function.DTYPES:
+        assert f"{copy[dtype]['relative']:.1e}" in conversions
+    exports = [parts[name]["loss"] for name in ("export of moe", "export of dense") if name in parts]
+    for number in (copy["dense loss"], copy["loss"], *exports):
+        assert f"{number:.4f}" in losses
 
 
 def test_a_part_is_measured_once(tmp_path: Path) -> None:
@@ -44,8 +76,8 @@ def test_curves_count_the_steps_that_are_done(tmp_path: Path) -> None:
     """NeMo's loss of step n is under n - 1; layers are summed up by their mean and range."""
     scalars = {
         "reduced_train_loss": {0: 3.0, 1: 2.0},
-        "moe/drop_rate_layer_1": {2: 0.1},
-        "moe/drop_rate_layer_2": {2: 0.3},
+        "moe/virtual_drop_rate_layer_1": {2: 0.1},
+        "moe/virtual_drop_rate_layer_2": {2: 0.3},
     }
     writer = EventFileWriter(str(tmp_path))
     for tag, points in scalars.items():
@@ -56,7 +88,7 @@ def test_curves_count_the_steps_that_are_done(tmp_path: Path) -> None:
     writer.close()
     assert training.curves(tmp_path) == {
         "reduced_train_loss": {"1": 3.0, "2": 2.0},
-        "drop_rate, mean": {"2": 0.2},
-        "drop_rate, least": {"2": 0.1},
-        "drop_rate, largest": {"2": 0.3},
+        "virtual_drop_rate, mean": {"2": 0.2},
+        "virtual_drop_rate, least": {"2": 0.1},
+        "virtual_drop_rate, largest": {"2": 0.3},
     }
