@@ -12,10 +12,12 @@ from nemo_skymoe.report.curves import TRAIN_LOSS, Curve
 
 def draw(parts: Mapping[str, Any]) -> bytes:
     """Return the picture: losses of both, and drop rates and coefficients of the MoE's layers."""
-    names = [name for name in NAMES if f"export of {name}" in parts]
+    names = [name for name in NAMES if f"training of {name}" in parts]
     trained = {name: parts[f"training of {name}"]["curves"] for name in names}
     held_out = {
-        name: [parts["function, copy"][BEFORE[name]], parts[f"export of {name}"]["loss"]] for name in names
+        name: [parts["function, copy"][BEFORE[name]], parts[f"export of {name}"]["loss"]]
+        for name in names
+        if f"export of {name}" in parts
     }
     with drawing.style():
         figure, (losses, drops, coefficients) = drawing.new_figure(3, 11.0, 2.9)
@@ -23,7 +25,8 @@ def draw(parts: Mapping[str, Any]) -> bytes:
             train = curve(curves[TRAIN_LOSS])
             drawing.draw_line(losses, train, colour, linewidth=0.5, alpha=0.4)
             drawing.draw_line(losses, train.smoothed(0.15), colour, linewidth=1.3, label=NAMES[name])
-            losses.plot([0, train.steps[-1]], held_out[name], "o", color=colour, markersize=4)
+            if name in held_out:
+                losses.plot([0, train.steps[-1]], held_out[name], "o", color=colour, markersize=4)
         drawing.finish_axes(losses, "loss (lines smoothed; dots: held out)")
         losses.legend()
         for axes, metric, title in (

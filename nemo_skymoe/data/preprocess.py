@@ -205,12 +205,15 @@ def _rejected(work: Work, records: Sequence[shard.Record]) -> Iterator[bytes]:
 
 
 def _copy_tokenizer(work: Work, folder: Path) -> None:
-    """Copy what loads the tokenizer: its own file, under the usual name, and the settings beside it."""
+    """Copy what loads the tokenizer: its own file, under the usual name, and the settings beside it.
+
+    A training saves this tokenizer in its checkpoints, so that the chat template comes into their exports.
+    """
     file = work.tokenizer_file
     folder.mkdir(exist_ok=True)
     usual = tokenizers.TOKENIZER_JSON if file.suffix == ".json" else tokenizers.SENTENCEPIECE
     write_small(folder / usual, file.read_bytes())
-    for name in (tokenizers.CONFIG, "special_tokens_map.json", "added_tokens.json"):
+    for name in (tokenizers.CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
         if (beside := file.with_name(name)).is_file():
             write_small(folder / name, beside.read_bytes())
     if file.suffix == ".json" and not (folder / tokenizers.CONFIG).is_file():

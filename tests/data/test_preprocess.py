@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,16 @@ def test_an_index_joined_of_many_is_the_one_that_megatron_writes(tmp_path: Path,
     indexed.write_documents(loaded, [t for n in range(3) for t in TEXTS[n : n + 2]], tmp_path / "whole")
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"joined{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+
+
+def test_the_chat_template_travels_with_the_tokenizer(tmp_path: Path, tokenizer: Path) -> None:
+    """A training saves the corpus' tokenizer in its checkpoints, and their exports are asked to chat."""
+    folder = tmp_path / "with template"
+    shutil.copytree(tokenizer if tokenizer.is_dir() else tokenizer.parent, folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "a.txt").write_text("some text")
+    preprocess.preprocess([str(tmp_path / "a.txt")], tmp_path / "corpus", folder)
+    assert (tmp_path / "corpus" / "tokenizer" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_workers_do_not_change_the_bytes(tmp_path: Path, tokenizer: Path) -> None:
