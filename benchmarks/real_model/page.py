@@ -11,11 +11,9 @@ from benchmarks.real_model.conversions import EXPERTS, INITIALISATIONS, TOPK
 from benchmarks.real_model.corpus import HELD_OUT, SEQUENCE, SEQUENCES
 from benchmarks.real_model.function import COMPARED, DTYPES
 from benchmarks.real_model.generation import NEW_TOKENS, PROMPTS, QUESTION
-from benchmarks.real_model.training import BATCH, RANKS, SPECIALIST_STEPS, STEPS
+from benchmarks.real_model.training import BATCH, BEFORE, NAMES, RANKS, SPECIALIST_STEPS, STEPS
 
 PAGE = Path(__file__).parents[1] / "real_model.md"
-NAMES, BEFORE = {"dense": "dense", "moe": "MoE"}, {"dense": "dense loss", "moe": "loss"}
-"""The two models that are trained, and how their losses before that are called."""
 WAYS = ("without cache", "batched with left padding", "pipeline")
 
 Parts = Mapping[str, Any]

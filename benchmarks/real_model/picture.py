@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.real_model.page import BEFORE, NAMES
+from benchmarks.real_model.training import BEFORE, NAMES
 from nemo_skymoe.report import drawing
 from nemo_skymoe.report.curves import TRAIN_LOSS, Curve
 

@@ -24,6 +24,8 @@ RECIPES = {
     "moe": ("skywork_moe", "copy-nemo", {"expert_capacity_factor": None}),
 }
 """The recipe of each training, the checkpoint that it starts from, and arguments of its own: the MoE drops no token."""
+NAMES, BEFORE = {"dense": "dense", "moe": "MoE"}, {"dense": "dense loss", "moe": "loss"}
+"""The two models that are trained, and how their losses before that are called."""
 _DIGITS = 5
 
 
