@@ -74,6 +74,7 @@ def train(recipe: str, words: Sequence[str], *, dry_run: bool) -> None:
     if dry_run:
         check(config)
         config.print_yaml()
+        print("# All checks have passed. Nothing was started.")
         return
     start: Any = pretrain if catalogue.task_of(recipe) == "pretrain" else finetune
     start(config)

@@ -73,7 +73,8 @@ def tokenizer_file(path: Path) -> Path:
         if file.is_file() and file.suffix in (".json", ".model"):
             return file
     raise ConfigurationError(
-        f"the tokenizer '{path}' is not there, expected {TOKENIZER_JSON}, {SENTENCEPIECE}, or a folder with one of them"
+        f"the tokenizer '{path}' is not there, expected {TOKENIZER_JSON}, {SENTENCEPIECE}, or a folder with one of them;"
+        " `skymoe corpus` and `skymoe preprocess` put one beside their text"
     )
 
 

@@ -11,6 +11,8 @@ from nemo_skymoe.folders import every_file
 Points = dict[int, float]
 """Values by optimizer step."""
 
+_BY_SAMPLES = " vs samples"
+"""Megatron-Bridge logs some scalars again under this ending, with the number of samples in place of the step."""
 _FRAME = 16
 """Bytes around a record: its length and two checksums."""
 
@@ -61,7 +63,7 @@ def read_event_file(path: Path) -> EventFile:
         events.Reload()
     except OSError as reason:
         raise ConfigurationError(f"'{path}' cannot be read: {reason.strerror or reason}") from None
-    logged = {tag: events.Scalars(tag) for tag in events.Tags()[SCALARS]}
+    logged = {tag: events.Scalars(tag) for tag in events.Tags()[SCALARS] if not tag.endswith(_BY_SAMPLES)}
     return EventFile(
         path=path,
         begun=(events.FirstEventTimestamp() or 0.0) if logged else 0.0,

@@ -15,13 +15,18 @@ from nemo_skymoe.report.run import report_run
 LOSS = "reduced_train_loss"
 
 
-def event_file(path: Path, losses: dict[int, float], *, begun: float) -> Path:
-    """An event file by its format: a step a second, without TensorBoard's own writer and its clock."""
+def event_file(path: Path, losses: dict[int, float], *, begun: float, batch: int | None = None) -> Path:
+    """An event file by its format: a step a second, without TensorBoard's own writer and its clock.
+
+    With a batch it is one of Megatron-Bridge, which logs the loss by samples too.
+    """
     events = [Event(wall_time=begun, file_version="brain.Event:2")]
     for seconds, (step, loss) in enumerate(losses.items()):
-        event = Event(wall_time=begun + seconds, step=step)
-        event.summary.value.add(tag=LOSS, simple_value=loss)
-        events.append(event)
+        tags = {LOSS: step} if batch is None else {f"{LOSS} vs samples": step * batch, LOSS: step}
+        for tag, at in tags.items():
+            event = Event(wall_time=begun + seconds, step=at)
+            event.summary.value.add(tag=tag, simple_value=loss)
+            events.append(event)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(map(record, events)))
     return path
@@ -85,6 +90,15 @@ def test_what_was_given_up_is_not_drawn_behind_what_took_its_place(tmp_path: Pat
     assert curve(tmp_path) == {step: 3.0 for step in range(5)}
     remarks = read_logs(tmp_path).remarks
     assert len(remarks) == 2 and all("is left out: the run was begun again" in one for one in remarks)
+
+
+def test_samples_are_not_taken_for_steps(tmp_path: Path) -> None:
+    event_file(tmp_path / "events.out.tfevents.1", {step: 2.0 for step in range(6)}, begun=0.0, batch=8)
+    event_file(tmp_path / "events.out.tfevents.2", {step: 1.0 for step in range(4, 8)}, begun=9.0, batch=8)
+    assert curve(tmp_path) == {step: 2.0 if step < 4 else 1.0 for step in range(8)}
+    (remark,) = read_logs(tmp_path).remarks
+    assert "with the steps 0 to 5;" in remark and "with the steps 4 to 7." in remark
+    assert "cover the optimizer steps 0 to 7." in report_run(tmp_path).read_text("utf-8")
 
 
 def test_links_are_followed_and_one_file_is_read_once(tmp_path: Path) -> None:
