@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     Path("corpus").rename("runs/corpus")
+    shutil.rmtree("dense")
     printed = "".join(map(run, HERE))
     assert len(HERE) == 8
     for text in EXPECTED:
