@@ -18,8 +18,8 @@ BRIDGE_INSTALL = $(BRIDGE)/python $(PIP_INSTALL) --constraint $(BRIDGE_CONSTRAIN
 # One thread a process: ranks share the cores, and worlds are forked (OpenMP threads do not survive a fork).
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
-# Two tests at a time where there are two cores, and at most four; a file's tests stay together.
-TWO := --numprocesses logical --maxprocesses 4 --dist loadfile
+# As many tests at a time as there are cores, and at most four; the tests of a file stay together.
+WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .PHONY: demo demo-bridge test test-bridge test-long test-slurm coverage versions compat imports docs lint clean
 
@@ -33,7 +33,7 @@ test: $(STAMP)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/pyright
-	@$(RUN) $(BIN)/pytest $(TWO) -m "not long"
+	@$(RUN) $(BIN)/pytest $(WORKERS) -m "not long"
 
 # What needs Megatron-Bridge: types and tests; writes tests/logs/test-bridge.log.
 test-bridge: $(BRIDGE_STAMP)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from nemo_skymoe.checkpoint import companions
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data import indexed, shard
 from nemo_skymoe.data import tokenizer as tokenizers
@@ -213,9 +214,12 @@ def _copy_tokenizer(work: Work, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     usual = tokenizers.TOKENIZER_JSON if file.suffix == ".json" else tokenizers.SENTENCEPIECE
     write_small(folder / usual, file.read_bytes())
-    for name in (tokenizers.CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
-        if (beside := file.with_name(name)).is_file():
-            write_small(folder / name, beside.read_bytes())
+    settings = (tokenizers.CONFIG, "special_tokens_map.json", "added_tokens.json")
+    for pattern in (*settings, *companions.KINDS["chat templates"]):
+        for beside in filter(Path.is_file, file.parent.glob(pattern)):
+            target = folder / beside.relative_to(file.parent)
+            target.parent.mkdir(exist_ok=True)
+            write_small(target, beside.read_bytes())
     if file.suffix == ".json" and not (folder / tokenizers.CONFIG).is_file():
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -12,7 +12,7 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.durable.errors import CheckpointError
 
 MODEL_INPUTS = ["input_ids", "attention_mask"]
-"""What a tokenizer gives a model. By its default it gives types of tokens too, which `generate` of no model here takes."""
+"""The inputs that a tokenizer makes for a model. By default it makes types of tokens too, which no model here takes."""
 CONFIG = "tokenizer_config.json"
 _ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>")
 

@@ -61,7 +61,7 @@ _FORMS = {"nemo": "NeMo 2", "bridge": "Megatron-Bridge"}
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What a recipe takes from a checkpoint."""
+    """The part of a checkpoint that a recipe takes."""
 
     folder: str
     form: str

@@ -20,7 +20,7 @@ from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.launch.paths import check_each, check_paths
 from nemo_skymoe.launch.planner_options import planner_options
 from nemo_skymoe.launch.recipe import check_recipe, make_recipe
-from nemo_skymoe.launch.sections import MISSING, check_missing, configure, set_values
+from nemo_skymoe.launch.sections import MISSING, check_missing, check_unplanned, configure, set_values
 from nemo_skymoe.launch.through_bridge import BridgeTraining, make_training, plan_options, task
 from nemo_skymoe.launch.to_come import expected
 from nemo_skymoe.names import unknown
@@ -200,11 +200,7 @@ def _plan_of(task: run.Partial) -> PipelinePlan | None:
 def _training(values: dict[str, Any], recipe: Any, planning: Job | None, checkpoint: str | None) -> Job:
     section = values["training"]
     if planning is not None:
-        for option in ("pipeline_layout", "plan"):
-            if section.get(option) is not None:
-                raise ConfigurationError(
-                    f"training.{option} is {section[option]!r} and jobs has plan, expected one of them"
-                )
+        check_unplanned("training", section)
         recipe.pipeline = run.Config(written_plan, file=planning.task.output_path)
         plan = _plan_of(planning.task)
     else:

@@ -57,6 +57,25 @@ def set_values(section: str, made: Any, values: Mapping[str, Any], also: Iterabl
             setattr(made, name, checked(f"{section}.{name}", hints.get(name), value))
 
 
+def check_unplanned(section: str, values: Mapping[str, Any]) -> None:
+    """Refuse stages that are given beside the job that plans them.
+
+    Raises:
+        ConfigurationError: The message names the option.
+    """
+    for name in (
+        "pipeline_layout",
+        "pipeline_recompute",
+        "plan",
+        "pipeline_model_parallel_layout",
+        "pipeline_plan",
+    ):
+        if values.get(name) is not None:
+            raise ConfigurationError(
+                f"{section}.{name} is {values[name]!r} and jobs has plan, expected one of them"
+            )
+
+
 def _replaces(hint: Any, value: Any) -> bool:
     """Say whether a plain value may replace a factory's part: None if it is optional, a name if names are allowed."""
     return type(value) in kinds(hint)

@@ -16,7 +16,7 @@ from nemo_skymoe.experiments.arguments import check_renamed
 from nemo_skymoe.experiments.command_line import SECTIONS, checked_arguments, spoken
 from nemo_skymoe.experiments.planning import planner_options
 from nemo_skymoe.launch.bridge_checks import check_checkpoints, check_ranks
-from nemo_skymoe.launch.sections import MISSING, check_missing
+from nemo_skymoe.launch.sections import MISSING, check_missing, check_unplanned
 from nemo_skymoe.names import unknown
 
 MODULE = "nemo_skymoe.bridge"
@@ -97,7 +97,10 @@ def make_training(
     chosen = catalogue.RECIPES[recipe](**arguments)
     model = dict(values["model"])
     if plan is not None:
-        model |= _planned(plan, section)
+        check_unplanned("training", section)
+        check_unplanned("model", model)
+        # In place of the recipe's own stages.
+        model |= {"pipeline_plan": plan, "pipeline_model_parallel_layout": None, "pipeline_recompute": None}
     check_ranks(chosen, model)
     overrides = [
         *_overrides(options),
@@ -107,17 +110,6 @@ def make_training(
     training = BridgeTraining(recipe, chosen, ["--recipe", recipe, *spoken(arguments), *overrides])
     check_checkpoints(chosen, training.folder, values["model"])
     return training
-
-
-def _planned(file: str, section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the model that take a plan's layout in place of the recipe's."""
-    layout = ("pipeline_layout", "pipeline_recompute")
-    for name in layout:
-        if section.get(name) is not None:
-            raise ConfigurationError(
-                f"training.{name} is {section[name]!r} and jobs has plan, expected one of them"
-            )
-    return {"pipeline_plan": file, "pipeline_model_parallel_layout": None, "pipeline_recompute": None}
 
 
 def plan_options(training: BridgeTraining, overrides: Mapping[str, Any]) -> dict[str, Any]:

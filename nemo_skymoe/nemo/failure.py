@@ -23,7 +23,7 @@ _CONSEQUENCE = re.compile(
 _HINTS = {
     "results_queue should not be empty": "a process that wrote the checkpoint was killed, as by a machine out of memory"
 }
-"""What messages that do not tell mean."""
+"""Explanations of messages that do not say what has happened."""
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,14 @@ def test_the_chat_template_travels_with_the_tokenizer(tmp_path: Path, tokenizer:
     """A training saves the corpus' tokenizer in its checkpoints, and their exports are asked to chat."""
     folder = tmp_path / "with template"
     shutil.copytree(tokenizer if tokenizer.is_dir() else tokenizer.parent, folder)
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    names = ("chat_template.jinja", "additional_chat_templates/tools.jinja")
+    for name in names:
+        (folder / name).write_text(f"{{{{ messages }}}} {name}")
     (tmp_path / "a.txt").write_text("some text")
     preprocess.preprocess([str(tmp_path / "a.txt")], tmp_path / "corpus", folder)
-    assert (tmp_path / "corpus" / "tokenizer" / "chat_template.jinja").read_text() == "{{ messages }}"
+    for name in names:
+        assert (tmp_path / "corpus" / "tokenizer" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_workers_do_not_change_the_bytes(tmp_path: Path, tokenizer: Path) -> None:

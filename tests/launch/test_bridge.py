@@ -118,6 +118,8 @@ def test_every_recipe_can_be_launched() -> None:
         (["training.stages=x"], "stages is now called phases"),
         (["jobs=[plan,training]"], "plan.output_path is missing, expected plan.output_path=VALUE"),
         ([*PLANNED, "training.pipeline_layout=Et*12|t*12L"], "training.pipeline_layout is 'Et\\*12|t\\*12L' and jobs has plan, expected one"),
+        ([*PLANNED, "training.pipeline_recompute=[[1],[0]]"], r"training.pipeline_recompute is \[\[1\], \[0\]\] and jobs has plan"),
+        ([*PLANNED, "+model.pipeline_model_parallel_layout=Et*12|t*12L"], "model.pipeline_model_parallel_layout is .* and jobs has plan"),
         ([*PLANNED, "+model.tensor_model_parallel_size=4"], "model.tensor_model_parallel_size is 4, expected none with a plan"),
         (["frontdoor.pyton=x"], "option frontdoor.pyton is unknown: did you mean frontdoor.python"),
         (["frontdoor.python=/bin/bash"], "frontdoor.python is '/bin/bash', expected a Python"),

@@ -148,6 +148,8 @@ def test_a_plan_that_is_not_written_yet_is_checked() -> None:
         made(*given, "plan.memory_limit=20")
     with pytest.raises(ConfigurationError, match=r"training.pipeline_layout is 'Et' and jobs has plan"):
         made(*given, "training.pipeline_layout=Et")
+    with pytest.raises(ConfigurationError, match=r"training.pipeline_recompute is .* and jobs has plan"):
+        made(*given, "training.pipeline_recompute=[[1],[0]]")
     with pytest.raises(ConfigurationError, match="virtual stages by stage, the layout"):
         made(*given, "plan.pipeline_parallel=24", "plan.num_gpus=3072")
     with pytest.raises(ConfigurationError, match=r"plan.output_path is /scratch/p, expected a path below"):

@@ -109,7 +109,7 @@ def _same(storage: FileStorage, copy: str, name: str) -> bool:
 def _check_frequencies(storage: FileStorage, name: str, description: Description) -> None:
     """theta ** (-2 i / head size), as float32 or rounded to 16 bits; positions are scaled there or elsewhere.
 
-    Of a scaling that divides some of them, none leaves the range between what it was and what the factor makes of it.
+    A scaling that divides some of them leaves each in the range from what it was to what the factor makes of it.
     """
     import torch
 
@@ -124,7 +124,7 @@ def _check_frequencies(storage: FileStorage, name: str, description: Description
     tolerance = _TOLERANCE.get(storage.tensors[name].dtype, 1e-5)
     if found.shape == expected.shape:
         least = expected / factor
-        within = found.clamp(least, expected)  # of what is rounded, the nearest that may be
+        within = found.clamp(least, expected)  # rounding leads a little outside of the range
         for right in (within,) if kind in _OF_SOME else (expected, least):
             if torch.allclose(found, right, rtol=tolerance, atol=1e-7):
                 return
