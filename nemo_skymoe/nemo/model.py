@@ -72,6 +72,15 @@ class SkyworkConfig(RotaryOptions, LlamaConfig):
     bias_dropout_fusion: bool = _CUDA
     cross_entropy_loss_fusion: bool = _CUDA
 
+    # NeMo (lightning/io/mixin.py) captures the arguments of a class from its first use on, and takes the mark that it has
+    # done so from the base too: after a base, a class would be captured no more, and the further chunks of a virtual
+    # pipeline would be built without the parallel sizes.
+    __wrapped_init__ = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__wrapped_init__ = False
+
     def configure_model(self, *args: Any, **kwargs: Any) -> Any:
         """Return NeMo's model of this pipeline stage, with the rotary embedding scaled."""
         model = super().configure_model(*args, **kwargs)
