@@ -1,4 +1,4 @@
-"""EDP's token dispatchers against Megatron's own on the same mesh: bytes, collectives, host reads, time.
+"""EDP's token dispatchers against Megatron's own on the same mesh: bytes, collectives, host reads, passes, time.
 
     python benchmarks/edp.py > benchmarks/edp.md
 
@@ -19,12 +19,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from edp_tables import measured_table, scheme_table
+from edp_tables import measured_table, passes_table, scheme_table
+from fused_permutation import installed
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
+from row_passes import RowPasses, StandInExperts
 from torch import Tensor, distributed
 from wire import HostReads, Wire
 
@@ -61,14 +63,24 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Kernels that go over rows, in both passes of one layer on one rank, and the bytes that they read and write."""
+
+    kernels: int
+    moved: int
+
+
+@dataclass(frozen=True)
 class Measured:
-    """Counts of one rank in one layer: bytes sent, bytes by the formula, calls, waits of the host, seconds."""
+    """Counts of one rank in one layer: bytes sent, bytes by the formula, calls, waits of the host, passes, seconds."""
 
     forward: float
     backward: float
     formula: traffic.Traffic
     calls: dict[str, int]
     host_waits: int
+    passes: Passes
+    fused_passes: Passes
     seconds: float
 
 
@@ -189,7 +201,31 @@ def measure(setting: Setting) -> Measured:
     calls = dict(forward.calls + backward.calls)
     exchange = exchange_of(setting)
     formula = getattr(traffic, setting.dispatcher.replace(" ", "_"))(exchange)
-    return Measured(forward.sent, backward.sent, formula, calls, waits, statistics.median(seconds))
+    return Measured(
+        forward.sent,
+        backward.sent,
+        formula,
+        calls,
+        waits,
+        passes=count_passes(setting, fused=False),
+        fused_passes=count_passes(setting, fused=True),
+        seconds=statistics.median(seconds),
+    )
+
+
+def count_passes(setting: Setting, fused: bool) -> Passes:
+    """Count the passes over rows around experts that do not count, with or without `moe_permute_fusion`."""
+    layer = build(setting)
+    layer.experts = StandInExperts()
+    tokens = setting.tokens * (1 if setting.split else RANKS)
+    hidden = torch.randn(tokens, 1, setting.hidden).bfloat16().requires_grad_()
+    # Only now: if told before, Megatron's all-to-all would put its indices on a GPU.
+    layer.token_dispatcher.config.moe_permute_fusion = layer.token_dispatcher.fused = fused
+    gradient = torch.ones_like(hidden)
+    with on_cpu(HostReads()), installed(), Wire().watching(), RowPasses(setting.hidden) as passes:
+        output, _ = layer(hidden)
+        output.backward(gradient)
+    return Passes(len(passes.kernels), passes.moved)
 
 
 def timed(layer: Any, hidden: Tensor) -> float:
@@ -254,7 +290,9 @@ def main() -> None:
     measured = dict(zip(settings, zip(*by_rank, strict=True), strict=True))
     print(HEADER.format(**globals()))
     for title, section in SECTIONS.items():
-        print(measured_table(title, {setting.dispatcher: measured[setting] for setting in section}))
+        rows = {setting.dispatcher: measured[setting] for setting in section}
+        print(measured_table(title, rows))
+        print(passes_table(rows))
     print(SCHEMES)
     print(scheme_table(HIDDEN, EXPERTS))
 
@@ -275,6 +313,9 @@ float32 as `SkyworkRouter` returns them.
   the device: it reads values, or the shape of a result depends on values. Stock runs without fused permutation.
 - **Stock** is Megatron-Core's dispatcher. It is changed only as a CPU requires: CUDA streams are inert, and counts are
   copied to the host although they are there already.
+- **Passes** are kernels that go over hidden rows in a forward and backward pass, experts and collectives left out, and
+  the MB that they read and write (`row_passes.py`). "Fused" is `moe_permute_fusion=True`, with stand-ins of one kernel
+  for each function of Transformer Engine. They are counts; how long a GPU takes for them was not measured.
 - **Time** is secondary: four ranks share the cores of one machine, experts are {FFN} wide, and gloo makes a
   reduce-scatter of an all-reduce.
 """

@@ -42,6 +42,24 @@ def measured_table(title: str, rows: Mapping[str, Sequence[Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def passes_table(rows: Mapping[str, Sequence[Any]]) -> str:
+    """One line a dispatcher: passes over rows and the memory they move, the means of all ranks."""
+    lines = [
+        "| dispatcher | passes | MB read and written | passes, fused | MB, fused |",
+        "|---|---|---|---|---|",
+    ]
+    for name, ranks in rows.items():
+        cells = [name]
+        for kind in ("passes", "fused_passes"):
+            found = [getattr(rank, kind) for rank in ranks]
+            cells += [
+                f"{mean(one.kernels for one in found):g}",
+                f"{mean(one.moved for one in found) / 1e6:.0f}",
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def scheme_table(hidden: int, experts: int) -> str:
     """Return a table by the formulas: what every dispatcher sends for n ranks and k experts, and the meshes beside EDP."""
     lines = [

@@ -15,6 +15,7 @@ import torch
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, distributed
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -68,7 +69,9 @@ class Wire:
             self.calls[count.__name__.strip("_")] += 1
             self._inside = True
             try:
-                return function(*args, **kwargs)
+                # What gloo does on the way, such as copying, is not an operation of the layer.
+                with _disable_current_modes():
+                    return function(*args, **kwargs)
             finally:
                 self._inside = False
 

@@ -89,7 +89,7 @@ class SkyworkOptions:
             try:
                 parent.__post_init__()
             except (AssertionError, ImportError, ValueError) as reason:
-                raise ConfigurationError(str(reason)) from reason
+                raise ConfigurationError(unfit_options.in_our_words(self, str(reason))) from reason
         # The check runs again, because Megatron turns options into others: `moe_router_topk_limited_devices` becomes
         # groups of experts.
         self._check_moe()

@@ -4,6 +4,7 @@ Most of them are newer than the oldest Megatron-Core that is supported. One that
 counts as off. Those that are not named here leave the router and the dispatchers as they are.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -81,6 +82,17 @@ def unfit_for_edp(config: Any) -> str | None:
     """Return a sentence on an option that does not go with the dispatchers of `moe_edp`, or None."""
     reason = _first(config, _DISPATCHERS)
     return reason and f"{reason}; or moe_edp=False"
+
+
+def in_our_words(config: Any, reason: str) -> str:
+    """Return the reason for which Megatron refuses a configuration, with the option's name where Megatron has none."""
+    # megatron-core up to 0.16 only fails to import the kernels.
+    if getattr(config, "moe_permute_fusion", False) and re.search("fused[_ ]permut", reason):
+        return (
+            "moe_permute_fusion is True, expected False: its kernels come with Transformer Engine 2.1 or later, which"
+            f" is not installed ({reason})"
+        )
+    return reason
 
 
 def _first(config: Any, options: Iterable[Unfit]) -> str | None:

@@ -64,7 +64,8 @@ class AllGatherTokenDispatcher(EdpTokenDispatcher):
         if not self.padded:
             return super().permutation(weights_Re)
         segments = 1 if self._drops else self.ranks.size
-        return by_capacity(weights_Re, self.capacity(weights_Re.shape[0] // segments), segments)
+        capacity = self.capacity(weights_Re.shape[0] // segments)
+        return by_capacity(weights_Re, capacity, segments, self.fused)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Sum [T, H] over the ranks, and return this rank's tokens [t, H]."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nemo_skymoe.moe.collectives import all_to_all
 from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
-from nemo_skymoe.moe.permutation import Permutation, by_capacity, by_expert, true_positions
+from nemo_skymoe.moe.permutation import Permutation, by_capacity, by_expert
 
 
 class AllToAllTokenDispatcher(EdpTokenDispatcher):
@@ -30,14 +30,13 @@ class AllToAllTokenDispatcher(EdpTokenDispatcher):
     ) -> tuple[Tensor, Tensor]:
         """Turn tokens [S, B, H] into the rows to send [R, H], rank after rank, and their weights there [R, e]."""
         hidden_tH, weights_tE = super().dispatch_preprocess(tokens, routing_map, probs)
-        self._num_tokens = hidden_tH.shape[0]
         weights_nte = weights_tE.view(-1, self.ranks.size, self.num_local_experts).transpose(0, 1)
         sent_nt = (weights_nte.detach() != 0).any(dim=-1)
         self._exchange_counts(weights_nte, sent_nt)
-        rows = true_positions(sent_nt.reshape(-1), sum(self._sent))
-        self._rows = rows % max(self._num_tokens, 1)
-        weights_Re = weights_nte.reshape(-1, self.num_local_experts).index_select(0, rows)
-        return hidden_tH.index_select(0, self._rows), weights_Re
+        # Ranks take rows as experts do.
+        self._to_ranks = by_expert(sent_nt.t(), torch.tensor(self._sent, device="cpu"), self.fused)
+        weights_Re = weights_nte.reshape(-1, self.num_local_experts).index_select(0, self._to_ranks.entries_P)
+        return self._to_ranks.permute(hidden_tH), weights_Re
 
     @torch.no_grad()
     def _exchange_counts(self, weights_nte: Tensor, sent_nt: Tensor) -> None:
@@ -58,7 +57,7 @@ class AllToAllTokenDispatcher(EdpTokenDispatcher):
 
     def permutation(self, weights_Re: Tensor) -> Permutation:
         """Assign the received rows to local experts."""
-        return by_expert(weights_Re, self._tokens_per_expert)
+        return by_expert(weights_Re, self._tokens_per_expert, self.fused)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Send one row back for each row received."""
@@ -66,8 +65,7 @@ class AllToAllTokenDispatcher(EdpTokenDispatcher):
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum the rows [R, H] that came back for each token to [S, B, H]."""
-        tokens = hidden_states.new_zeros(self._num_tokens, hidden_states.shape[-1])
-        return tokens.index_add(0, self._rows, hidden_states).view(self.hidden_shape)
+        return self._to_ranks.unpermute(hidden_states).view(self.hidden_shape)
 
 
 class PaddedAllToAllTokenDispatcher(EdpTokenDispatcher):
@@ -85,7 +83,7 @@ class PaddedAllToAllTokenDispatcher(EdpTokenDispatcher):
         """Turn tokens [S, B, H] into the rows to send [E * capacity, H], expert after expert, and their weights."""
         hidden_tH, weights_tE = super().dispatch_preprocess(tokens, routing_map, probs)
         self._places = self.capacity(hidden_tH.shape[0])
-        self._permutation = by_capacity(weights_tE, self._places)
+        self._permutation = by_capacity(weights_tE, self._places, fused=self.fused)
         return self._permutation.permute(hidden_tH), self._permutation.select(weights_tE)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class ReplicatedTokenDispatcher(EdpTokenDispatcher):
     def permutation(self, weights_Re: Tensor) -> Permutation:
         """Assign the tokens to local experts; with capacity padding the shapes are fixed."""
         if self.padded:
-            return by_capacity(weights_Re, self.capacity(weights_Re.shape[0]))
+            return by_capacity(weights_Re, self.capacity(weights_Re.shape[0]), fused=self.fused)
         return super().permutation(weights_Re)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class EdpTokenDispatcher(MoETokenDispatcher):
         first = self.ranks.rank * self.num_local_experts
         self.local_experts = slice(first, first + self.num_local_experts)
         self.padded: bool = config.moe_pad_expert_input_to_capacity
+        self.fused: bool = config.moe_permute_fusion
         self._permutation: Permutation | None = None
 
     def dispatch_preprocess(
@@ -71,7 +72,7 @@ class EdpTokenDispatcher(MoETokenDispatcher):
 
     def permutation(self, weights_Re: Tensor) -> Permutation:
         """Assign rows to local experts by their weights [R, e]."""
-        return by_expert(weights_Re)
+        return by_expert(weights_Re, fused=self.fused)
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum the outputs [P, H] of the local experts for each row, [R, H], in the model's dtype."""

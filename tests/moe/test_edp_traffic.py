@@ -91,6 +91,30 @@ def test_without_padding_the_host_reads_once(measured: dict[Any, list[Any]]):
             assert waits == {1} or (setting.stock and min(waits) >= 2), setting
 
 
+def test_fewer_passes_over_rows_than_stock(measured: dict[Any, list[Any]]):
+    """Of the two that send what ours send, and also with fused kernels, in kernels as in bytes."""
+
+    def passes(name: str, fused: bool, **wanted: Any) -> tuple[float, float]:
+        (ranks,) = [
+            ranks
+            for setting, ranks in measured.items()
+            if setting.dispatcher == name
+            and all(getattr(setting, key) == value for key, value in wanted.items())
+        ]
+        found = [rank.fused_passes if fused else rank.passes for rank in ranks]
+        return max(one.kernels for one in found), sum(one.moved for one in found)
+
+    for capacity, padded in ((None, False), (1.0, False), (1.25, True)):
+        for weights in (torch.float32, torch.bfloat16):
+            for fused in (False, True):
+                wanted = {"capacity_factor": capacity, "padded": padded, "weights": weights, "fused": fused}
+                for name in ("allgather", "alltoall"):
+                    kernels, moved = passes(name, **wanted)
+                    stock_kernels, stock_moved = passes(f"stock {name}", **wanted)
+                    assert kernels <= stock_kernels and moved <= stock_moved, (name, wanted)
+                    assert fused or kernels < stock_kernels
+
+
 def test_a_wait_that_is_there_is_counted(benchmark: Any):
     """The counter itself: reads of values and shapes that depend on values, but not of what is on the host."""
     reads = benchmark.HostReads()
