@@ -1,7 +1,8 @@
 """The cost of the Skywork router beside Megatron's: forward and backward of one router, in one process.
 
-`python benchmarks/router.py` prints the table of benchmarks/router.md. Per case the routers take turns, so that
-whatever else the machine does meets them alike; compared are the fastest runs.
+`python -m benchmarks.router` prints the tables of benchmarks/router.md: the kernels that each router starts, counted as
+benchmarks/launches.py says, and times. Per case the routers take turns, so that whatever else the machine does meets them
+alike; compared are the fastest runs.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 
+from benchmarks.launches import launches
 from nemo_skymoe.moe import router as skywork_router
 from nemo_skymoe.moe.controller import AuxLossController
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig
@@ -129,9 +131,35 @@ def measure(experts: int, topk: int, factor: float | None, with_product: bool, a
     return best
 
 
+def count(variant: Variant, factor: float | None) -> tuple[int, int, int]:
+    """The kernels of a pass with the gate's product in bf16: forward, backward, and once a step for telemetry."""
+    router = build(variant, 16, 2, factor, torch.bfloat16)
+    x = torch.randn(256, 1, HIDDEN, device=device()).bfloat16().requires_grad_()
+    controller = AuxLossController([router]) if isinstance(router, SkyworkRouter) else None
+    found = (0, 0, 0)
+    for _ in range(2):  # constants are made in the first pass
+        forward, (probs, _) = launches(lambda: router(x))
+        gradient = torch.ones_like(probs)
+        backward, _ = launches(lambda probs=probs, gradient=gradient: probs.backward(gradient))
+        once = launches(controller.collect)[0] if controller is not None and controller.adaptive else 0
+        found = (forward, backward, once)
+    return found
+
+
+def print_counts() -> None:
+    """Print the table of kernels."""
+    print("| kernels, bf16 | capacity | forward | backward | once a step |\n|---|---|---|---|---|")
+    for factor in (None, 1.25):
+        for variant in VARIANTS:
+            forward, backward, once = count(variant, factor)
+            print(f"| {variant.name} | {factor or 'dropless'} | {forward} | {backward} | {once} |")
+    print(flush=True)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--counts", action="store_true", help="print the counts of kernels alone")
     parser.add_argument("--runs", type=int, default=40, help="interleaved runs of every router")
     parser.add_argument("--repeats", type=int, default=1, help="passes a run")
     arguments = parser.parse_args()
@@ -147,6 +175,9 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, megatron-core {megatron.core.__version__}, {where}, {arguments.runs} runs\n"
     )
+    print_counts()
+    if arguments.counts:
+        return
     print(
         "| experts, top-k | capacity | gate's product | stock | "
         + " | ".join(v.name for v in VARIANTS[1:])

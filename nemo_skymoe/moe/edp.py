@@ -1,6 +1,5 @@
 """Choose a layer's EDP token dispatcher and put it in place of Megatron's, which refuses names it does not know."""
 
-import copy
 import functools
 import logging
 from types import SimpleNamespace
@@ -114,6 +113,4 @@ def exclude_replicas(router: Any) -> None:
 
 def leave_dropping_to_the_dispatcher(router: Any) -> None:
     """Keep the router from dropping: it sees one rank's tokens, so it cannot apply a capacity of the whole group."""
-    router.config = copy.copy(router.config)
-    router.config.moe_expert_capacity_factor = None
-    router.config.moe_pad_expert_input_to_capacity = False
+    router.capacity_factor = None

@@ -3,6 +3,7 @@
 Shape suffixes: S sequence, B micro-batch, E experts.
 """
 
+import math
 from functools import lru_cache
 from typing import Any, cast
 
@@ -12,42 +13,53 @@ from torch import Tensor
 # This is smaller than any rounding of a softmax and larger than the smallest normal float. It orders exact ties in
 # a top-k, and leaves the gate itself exactly uniform.
 _TIE_STEP = 1e-30
+# This is far below the square of every eps. It keeps the inverse deviation of a row of equal logits finite.
+_NO_VARIANCE = 1e-60
 
 
 class _Normalize(torch.autograd.Function):
-    """Forward pass and analytic gradient. They take a dozen kernels, and save the result and one number per row."""
+    """Forward pass and analytic gradient in few kernels. They save the result and one number per row.
+
+    Each direction is a layer norm without weights, whose deviation has the divisor E: `gain` turns it into eq. (6).
+    """
 
     @staticmethod
-    def forward(
-        ctx, logits: Tensor, scale: float, correction: int, eps: float, ties: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx, logits: Tensor, scale: float, correction: int, eps: float, ties: Tensor) -> Tensor:
+        experts = logits.shape[-1]
+        freedom = max(experts - correction, 1)
+        ctx.gain = gain = scale * math.sqrt(freedom / experts)
         # float64 holds the square of every float32. In float32, logits beyond 1e19 would have an infinite standard
-        # deviation and hence a uniform gate. Subtracting one entry first makes rows of equal logits exactly zero,
-        # whatever value they share: the mean alone may be off by a rounding.
-        centred = logits.double() - logits[..., :1]
-        centred -= centred.mean(dim=-1, keepdim=True)
-        freedom = max(logits.shape[-1] - correction, 1)
-        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) * freedom**-0.5
-        flat = std <= eps
-        factor = scale / std
-        normalized = centred.mul_(factor.masked_fill(flat, 0.0)).to(logits.dtype)
-        if ties is not None:
-            normalized += ties
-        # A flat row has the factor 1 in the backward pass, so its gradient is that of un-normalised logits.
-        ctx.save_for_backward(normalized, factor.masked_fill_(flat, 1.0))
-        ctx.curvature = 1.0 / (scale * scale * freedom)
-        ctx.mark_non_differentiable(flat)
-        return normalized, flat
+        # deviation and hence a uniform gate.
+        unit, _, inverse = torch.native_layer_norm(logits.double(), [experts], None, None, _NO_VARIANCE)
+        varied = inverse < math.sqrt(experts / freedom) / max(eps, _NO_VARIANCE**0.49)
+        normalized = torch.addcmul(ties, unit, varied, value=gain, out=torch.empty_like(logits))
+        # In the backward pass an equal row's gradient is that of un-normalised logits.
+        ctx.save_for_backward(normalized, torch.where(varied, inverse * gain**2, gain))
+        return normalized
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
         # For z~ = s (z - mean) / std the gradient is s / std * (g - mean(g) - z~ <g, z~> / (s^2 (E - correction))):
-        # the second and third term take away the directions in which z~ cannot move, its mean and its length.
-        grad = gradients[0]
+        # the second and third term take away the directions in which z~ cannot move, its mean and its length. A layer
+        # norm's gradient at z~ takes away the same.
         normalized, factor = ctx.saved_tensors
-        along = (grad * normalized).sum(dim=-1, keepdim=True)
-        result = (grad - grad.mean(dim=-1, keepdim=True)).addcmul_(normalized, along, value=-ctx.curvature)
+        mean, inverse = _mean_and_inverse_deviation(
+            factor.shape, 1 / ctx.gain, normalized.dtype, factor.device
+        )
+        result, _, _ = torch.ops.aten.native_layer_norm_backward(
+            gradients[0], normalized, normalized.shape[-1:], mean, inverse, None, None, [True, False, False]
+        )
         return result.mul_(factor), None, None, None, None
+
+
+@lru_cache(maxsize=8)
+def _mean_and_inverse_deviation(
+    shape: torch.Size, inverse: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return those of normalised rows. They are kept, because making them would take two kernels of every pass."""
+    return torch.zeros(shape, dtype=dtype, device=device), torch.full(
+        shape, inverse, dtype=dtype, device=device
+    )
 
 
 def normalize_gating_logits(
@@ -65,24 +77,21 @@ def normalize_gating_logits(
     Returns:
         [..., E] in float32, or float64 for float64 logits.
     """
-    return normalize_and_break_ties(logits, scale, correction, eps, None)[0]
+    return normalize_and_break_ties(logits, scale, correction, eps, None)
 
 
 def normalize_and_break_ties(
     logits: Tensor, scale: float, correction: int, eps: float, ties: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Normalise as `normalize_gating_logits` does, add `ties`, and find the rows of equal logits.
+) -> Tensor:
+    """Normalise as `normalize_gating_logits` does, and add `ties`.
 
     Args:
         logits: This and the next three arguments are those of `normalize_gating_logits`.
         ties: [..., E] from `tie_order`, or None. They are too small to change anything but exact ties.
-
-    Returns:
-        The normalised logits [..., E], and [..., 1] booleans that are true for rows of equal logits.
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    normalized, flat = cast(Any, _Normalize.apply(logits.to(dtype), scale, correction, eps, ties))
-    return normalized, flat
+    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    ties = logits.new_zeros(()) if ties is None else ties
+    return cast(Any, _Normalize.apply(logits, scale, correction, eps, ties))
 
 
 @lru_cache(maxsize=8)
@@ -95,7 +104,7 @@ def tie_order(
     context: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Return small numbers that spread tokens with equal logits over the experts when they are added to the logits.
 
     The token with the global index i prefers the experts i*k, i*k + 1, ... (modulo E). A router that has learned
@@ -113,12 +122,12 @@ def tie_order(
         device: The device of the logits.
 
     Returns:
-        The numbers [S, B, E] to add, and [S, B, E] booleans that are true for the experts of a token with equal logits.
+        The numbers [S, B, E] to add.
     """
     token_SB1 = global_token_index(sequence, batch, tensor, context, device).unsqueeze(-1)
     expert_E = torch.arange(num_experts, device=device)
     place_SBE = (expert_E - token_SB1 * topk) % num_experts
-    return (num_experts - place_SBE).to(dtype) * _TIE_STEP, place_SBE < topk
+    return (num_experts - place_SBE).to(dtype) * _TIE_STEP
 
 
 def global_token_index(

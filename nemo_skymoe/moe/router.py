@@ -3,6 +3,7 @@
 Shape suffixes: S sequence, B micro-batch, T = S * B tokens, H hidden, E experts.
 """
 
+import copy
 import functools
 import logging
 from typing import Any, cast
@@ -11,7 +12,11 @@ import megatron.core
 import torch
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    apply_router_token_dropping,
+    save_to_aux_losses_tracker,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -23,7 +28,7 @@ from nemo_skymoe.moe.gate import add_gate_parameters, gate_logits, sum_gradients
 from nemo_skymoe.moe.gating import normalize_and_break_ties, tie_order
 from nemo_skymoe.moe.gradients import CarryGradient, ScaleGradient
 from nemo_skymoe.moe.padding import ToldPadding, ValidTokens, sum_over
-from nemo_skymoe.moe.telemetry import RouterStatistics
+from nemo_skymoe.moe.telemetry import RouterStatistics, gate_shape
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +46,12 @@ class SkyworkRouter(TopKRouter):
     `gating.tie_order`. With `moe_router_pre_softmax`, which top-1 needs, it gets those that Megatron takes among equal
     scores.
 
+    The auxiliary losses of normalised logits and the telemetry see the experts that the top-k chose. Megatron chooses
+    a second time for its losses, among the scores. That takes five more kernels, and differs where scores round to the
+    same number.
+
     Attributes:
+        capacity_factor: The capacity factor by which this router drops assignments; None if it drops none.
         aux_loss_coefficient: This layer's coefficient, a Python float that the controller sets and that is constant
             within an optimizer step. If it is None, Megatron's `moe_aux_loss_coeff` applies.
         statistics: Sums over the micro-batches of training since they were last taken.
@@ -49,6 +59,7 @@ class SkyworkRouter(TopKRouter):
         valid_tokens: The tokens of the last micro-batch that are not padding; None without padding.
     """
 
+    capacity_factor: float | None = None
     aux_loss_coefficient: float | None = None
     statistics: RouterStatistics
     told_padding: ToldPadding
@@ -79,7 +90,10 @@ class SkyworkRouter(TopKRouter):
             )
         if "global_aux_loss" in self.routing_type:
             _warn_of_running_mean()
-        self.config = with_capacity_in_reach(self.config)
+        self.capacity_factor = with_capacity_in_reach(self.config).moe_expert_capacity_factor
+        # Megatron's routing drops before its losses, which then could not see all assignments. It has to leave that.
+        self.config = copy.copy(self.config)
+        self.config.moe_expert_capacity_factor = None
         # Megatron up to 0.18 multiplies per-token losses by this rank's tokens, later ones by those of the group, and
         # 0.16 by the positions of a sequence. Told that losses are means, all of them leave that to this class.
         self.calculate_per_token_loss = False
@@ -92,8 +106,7 @@ class SkyworkRouter(TopKRouter):
         self.told_padding = ToldPadding()
         # `gating` leaves these for the methods that Megatron calls later in the same forward pass.
         self._raw_logits: Tensor | None = None
-        self._equal_rows: tuple[Tensor, Tensor] | None = None
-        self._gate_logits_TE: Tensor | None = None
+        self._logits_TE: Tensor | None = None
 
     @property
     def _options(self) -> SkyworkOptions:
@@ -109,21 +122,17 @@ class SkyworkRouter(TopKRouter):
         options = self._options
         if options.moe_router_logit_norm_scale is None:
             return raw_SBE
-        ties_SBE, choice_SBE = self._tie_order(raw_SBE)
-        logits_SBE, equal_SB1 = normalize_and_break_ties(
+        if self._is_training():
+            self._raw_logits = raw_SBE
+        return normalize_and_break_ties(
             raw_SBE,
             options.moe_router_logit_norm_scale,
             options.moe_router_logit_norm_correction,
             options.moe_router_logit_norm_eps,
-            ties_SBE,
+            self._tie_order(raw_SBE),
         )
-        if self._is_training():
-            self._raw_logits = raw_SBE
-            if not self.config.moe_router_pre_softmax:  # with it, Megatron chooses among equal scores
-                self._equal_rows = equal_SB1.flatten(0, 1), choice_SBE.flatten(0, 1)
-        return logits_SBE
 
-    def _tie_order(self, logits_SBE: Tensor) -> tuple[Tensor, Tensor]:
+    def _tie_order(self, logits_SBE: Tensor) -> Tensor:
         split = self.config.sequence_parallel
         return tie_order(
             *logits_SBE.shape,
@@ -148,11 +157,33 @@ class SkyworkRouter(TopKRouter):
         if padding_mask is not None and self._is_training():
             self.valid_tokens = ValidTokens(~padding_mask.bool().reshape(-1, 1), self.tp_cp_group)
         self._num_sequences = logits.shape[1]
+        self._logits_TE = logits.detach().flatten(0, 1)
         # Megatron's own treatment of padding differs between versions, and up to 0.15 there is none.
         probs, routing_map = super().routing(logits)
-        if self._drops_tokens and self._is_training():
-            self._observe_dropped(probs.detach(), routing_map)
+        if self._is_training() and self._normalises and self._has_aux_loss():
+            probs = self._apply_aux_losses(probs, logits, routing_map)
+        self._logits_TE = None
+        if self.capacity_factor is not None:
+            probs, routing_map = apply_router_token_dropping(
+                probs,
+                routing_map,
+                router_topk=self.topk,
+                capacity_factor=self.capacity_factor,
+                drop_policy=self.config.moe_token_drop_policy,
+                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
+            )
+            if self._is_training():
+                self._observe_dropped(probs.detach(), routing_map)
         return probs, routing_map
+
+    def _apply_aux_losses(self, probs: Tensor, logits_SBE: Tensor, routing_map: Tensor) -> Tensor:
+        """Attach the auxiliary losses as Megatron's routing does, but of the experts that its top-k chose."""
+        scores_TE = torch.softmax(logits_SBE.flatten(0, 1), dim=-1, dtype=torch.float32)
+        probs = self._apply_aux_loss(probs, scores_TE, routing_map)
+        probs = self._apply_seq_aux_loss(probs, scores_TE, routing_map, *logits_SBE.shape[:2])
+        if hasattr(TopKRouter, "_apply_global_aux_loss"):
+            probs = self._apply_global_aux_loss(probs, scores_TE, routing_map)
+        return probs
 
     def _padding_told(self, sequence: int, batch: int) -> Tensor | None:
         mask_BS = self.told_padding.of_this_pass()
@@ -175,11 +206,9 @@ class SkyworkRouter(TopKRouter):
         `calculate_per_token_loss` it is their sum.
         """
         raw, self._raw_logits = self._raw_logits, None
-        if not self._is_training():
+        if not self._is_training() or self.config.moe_z_loss_coeff is None:
             return logits
-        if self._options.moe_router_telemetry:
-            self._gate_logits_TE = logits.detach()
-        if self.config.moe_z_loss_coeff is None or logits.shape[0] == 0:  # a mean over no tokens
+        if logits.shape[0] == 0:  # a mean over no tokens
             return logits
         penalised = logits if raw is None else raw.view_as(logits)
         if self.valid_tokens is not None:
@@ -211,7 +240,11 @@ class SkyworkRouter(TopKRouter):
         return cast(Tensor, MoEAuxLossAutoScaler.apply(logits_TE, loss))
 
     def is_aux_loss_enabled(self) -> bool:
-        """Say whether Megatron calls `_apply_aux_loss`. Telemetry needs that call also without an auxiliary loss."""
+        """Say whether Megatron's routing is to apply the auxiliary losses: with normalised logits this class does it."""
+        return not self._normalises and self._has_aux_loss()
+
+    def _has_aux_loss(self) -> bool:
+        """Say whether `_apply_aux_loss` has to be called. Telemetry needs that also without an auxiliary loss."""
         return self._options.moe_router_telemetry or super().is_aux_loss_enabled()
 
     def get_aux_loss_coeff(self, aux_loss_type: str) -> float:
@@ -223,38 +256,35 @@ class SkyworkRouter(TopKRouter):
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        # Megatron calls this before its other auxiliary losses, in training only. All of them get this map of the
-        # assignments before dropping, so the corrections below change it in place.
-        self._assign_equal_rows(routing_map)
-        if self.valid_tokens is not None:
-            routing_map.logical_and_(self.valid_tokens.mask_T1)
-        scores_for_aux_loss = self._without_padding(scores_for_aux_loss)
-        self._observe(scores_for_aux_loss.detach(), routing_map)
+        scores_TE, assigned_TE = self._without_padding(scores_for_aux_loss, routing_map)
+        self._observe(scores_TE.detach(), assigned_TE)
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if coefficient == 0:
             return probs
         if self._options.moe_aux_loss_form == "square":
-            return self._apply_squared_loss(probs, scores_for_aux_loss, coefficient)
-        if routing_map.shape[0] == 0:
+            return self._apply_squared_loss(probs, scores_TE, coefficient)
+        if assigned_TE.shape[0] == 0:
             # A rank without tokens takes part in the reduction, because the others wait for it.
-            reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), self.tp_cp_group)
+            reduce_from_tensor_model_parallel_region(assigned_TE.sum(dim=0), self.tp_cp_group)
             return probs
-        return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, *args, **kwargs)
+        return super()._apply_aux_loss(probs, scores_TE, assigned_TE, *args, **kwargs)
 
     def _apply_seq_aux_loss(
-        self, probs: Tensor, scores_for_aux_loss: Tensor, *args: Any, **kwargs: Any
+        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        return super()._apply_seq_aux_loss(probs, self._without_padding(scores_for_aux_loss), *args, **kwargs)
+        valid = self._without_padding(scores_for_aux_loss, routing_map)
+        return super()._apply_seq_aux_loss(probs, *valid, *args, **kwargs)
 
     def _apply_global_aux_loss(
-        self, probs: Tensor, scores_for_aux_loss: Tensor, *args: Any, **kwargs: Any
+        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        return super()._apply_global_aux_loss(
-            probs, self._without_padding(scores_for_aux_loss), *args, **kwargs
-        )
+        valid = self._without_padding(scores_for_aux_loss, routing_map)
+        return super()._apply_global_aux_loss(probs, *valid, *args, **kwargs)
 
-    def _without_padding(self, scores_TE: Tensor) -> Tensor:
-        return scores_TE if self.valid_tokens is None else scores_TE * self.valid_tokens.mask_T1
+    def _without_padding(self, scores_TE: Tensor, assigned_TE: Tensor) -> tuple[Tensor, Tensor]:
+        if self.valid_tokens is None:
+            return scores_TE, assigned_TE
+        return scores_TE * self.valid_tokens.mask_T1, assigned_TE & self.valid_tokens.mask_T1
 
     def _apply_squared_loss(self, probs: Tensor, scores_TE: Tensor, coefficient: float) -> Tensor:
         total_tokens: int | Tensor = max(scores_TE.shape[0] * self.tp_cp_group.size(), 1)
@@ -265,33 +295,20 @@ class SkyworkRouter(TopKRouter):
             probs, coefficient, loss, "load_balancing_loss", self.tp_cp_group, without_padding=True
         )
 
-    @torch.no_grad()
-    def _assign_equal_rows(self, routing_map: Tensor) -> None:
-        """Correct the map for rows of equal logits. Megatron takes it from the scores, which break ties differently."""
-        equal_rows, self._equal_rows = self._equal_rows, None
-        if equal_rows is not None and not self.config.moe_router_force_load_balancing:
-            equal_T1, choice_TE = equal_rows
-            if equal_T1.is_cpu and not equal_T1.any():  # on a GPU, asking would make the host wait
-                return
-            torch.where(equal_T1, choice_TE, routing_map, out=routing_map)
-
     @property
-    def _drops_tokens(self) -> bool:
-        """True if this router drops tokens. Under `moe_capacity_scope="edp"` the dispatcher drops them instead."""
-        return self.config.moe_expert_capacity_factor is not None
+    def _normalises(self) -> bool:
+        return self._options.moe_router_logit_norm_scale is not None
 
     @torch.no_grad()
-    def _observe(self, scores_TE: Tensor, routing_map: Tensor) -> None:
-        logits_TE, self._gate_logits_TE = self._gate_logits_TE, None
-        if logits_TE is None:
+    def _observe(self, scores_TE: Tensor, assigned_TE: Tensor) -> None:
+        if not self._options.moe_router_telemetry:
             return
         capacity = None
-        if not self._drops_tokens and self._options.moe_capacity_scope == "rank":
+        if self.capacity_factor is None and self._options.moe_capacity_scope == "rank":
             capacity = self._nominal_capacity(scores_TE.shape[0])
         valid_T1 = None if self.valid_tokens is None else self.valid_tokens.mask_T1
-        self.statistics.observe(
-            logits_TE, scores_TE, routing_map.sum(dim=0), capacity, valid_T1, self._num_sequences
-        )
+        shape = gate_shape(cast(Tensor, self._logits_TE), scores_TE, valid_T1, self._num_sequences)
+        self.statistics.observe(assigned_TE.sum(dim=0), capacity, shape)
 
     def _nominal_capacity(self, num_tokens: int) -> int | Tensor:
         factor, experts = self._options.moe_nominal_capacity_factor, cast(int, self.config.num_moe_experts)
@@ -334,7 +351,7 @@ class SkyworkRouter(TopKRouter):
         """
         if not without_padding:
             aux_loss = self._loss_without_padding(activation, aux_loss, reduce_group)
-        self.statistics.observe_aux_loss(aux_loss / aux_loss_coeff, reduce_group.size())
+        self.statistics.observe_aux_loss(aux_loss, aux_loss_coeff, reduce_group.size())
         if self.config.calculate_per_token_loss:
             aux_loss = ScaleGradient.apply(aux_loss, self._tokens_of_group(activation))
         return super().attach_and_log_load_balancing_loss(

@@ -19,11 +19,11 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.moe import router as megatron_router
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, clear_aux_losses_tracker
 from torch import Tensor
 
 from nemo_skymoe.moe import edp
+from nemo_skymoe.moe import router as skywork_router
 from nemo_skymoe.moe.dispatch_replicated import ReplicatedTokenDispatcher
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig, get_skywork_block_spec
 from nemo_skymoe.moe.telemetry import reduce_statistics
@@ -168,7 +168,7 @@ def dropping_by_slice(case: Case) -> Iterator[None]:
     if case.slices == (1, 1):
         yield
         return
-    drop: Callable[..., tuple[Tensor, Tensor]] = megatron_router.apply_router_token_dropping
+    drop: Callable[..., tuple[Tensor, Tensor]] = skywork_router.apply_router_token_dropping
 
     def by_slice(probs: Tensor, routing_map: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         batch = probs.shape[0] // SEQUENCE
@@ -182,7 +182,7 @@ def dropping_by_slice(case: Case) -> Iterator[None]:
                 kept_map[tokens] = map_here
         return kept_probs, kept_map
 
-    with mock.patch.object(megatron_router, "apply_router_token_dropping", by_slice):
+    with mock.patch.object(skywork_router, "apply_router_token_dropping", by_slice):
         yield
 
 

@@ -9,7 +9,14 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_skymoe.moe.telemetry import GATE_SAMPLE, METRICS, LayerMetrics, RouterStatistics, reduce_statistics
+from nemo_skymoe.moe.telemetry import (
+    GATE_SAMPLE,
+    METRICS,
+    LayerMetrics,
+    RouterStatistics,
+    gate_shape,
+    reduce_statistics,
+)
 from tests.cases import every
 from tests.moe.worlds import (
     BATCH,
@@ -238,7 +245,7 @@ def test_the_shape_of_the_gate_is_that_of_evenly_spaced_tokens() -> None:
     statistics, expected = RouterStatistics(8), RouterStatistics(8)
     assert math.ceil(3000 / GATE_SAMPLE) == 3
     for entry, observed_logits in ((statistics, logits), (expected, logits[::3])):
-        entry.observe(observed_logits, observed_logits.softmax(-1).float(), load, capacity=5000)
+        entry.observe(load, 5000, gate_shape(observed_logits, observed_logits.softmax(-1).float()))
     group: Any = torch.distributed.group.WORLD
     (found,), (wanted,) = (reduce_statistics([entry], group, CPU) for entry in (statistics, expected))
     assert found == wanted
@@ -256,7 +263,7 @@ def test_the_sample_has_all_sequences_of_a_micro_batch() -> None:
         logits = (noise * sharp[:, None]).flatten(0, 1)
         statistics = RouterStatistics(8)
         load = torch.full((8,), length * batch // 4)
-        statistics.observe(logits, logits.softmax(-1), load, capacity=None, num_sequences=batch)
+        statistics.observe(load, None, gate_shape(logits, logits.softmax(-1), num_sequences=batch))
         sampled, entropy = statistics.take(CPU)[3:5].tolist()
         assert min(length * batch, GATE_SAMPLE) / 2 <= sampled <= GATE_SAMPLE, (length, batch)
         expected = torch.special.entr(logits.double().softmax(-1)).sum(-1).mean().item()
@@ -266,7 +273,7 @@ def test_the_sample_has_all_sequences_of_a_micro_batch() -> None:
 def test_the_entropy_of_a_gate_of_large_logits() -> None:
     logits = torch.tensor([[1e6, 1e6 - 1.0, 1e6 - 2.0, 0.0]] * 4)
     statistics = RouterStatistics(4)
-    statistics.observe(logits, logits.softmax(-1), torch.tensor([4, 4, 0, 0]), capacity=None)
+    statistics.observe(torch.tensor([4, 4, 0, 0]), None, gate_shape(logits, logits.softmax(-1)))
     sampled, entropy = statistics.take(CPU)[3:5].tolist()
     expected = torch.special.entr(torch.tensor([0.0, -1.0, -2.0, -math.inf]).softmax(-1)).sum().item()
     assert entropy / sampled == pytest.approx(expected, rel=1e-6)
@@ -277,7 +284,7 @@ def test_dropped_elsewhere() -> None:
     statistics = RouterStatistics(4)
     statistics.observe_dropped(torch.tensor(3))
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 4)
-    statistics.observe(logits, logits.softmax(-1), torch.tensor([4, 0, 0, 0]), capacity=4)
+    statistics.observe(torch.tensor([4, 0, 0, 0]), 4, gate_shape(logits, logits.softmax(-1)))
     assert statistics.take(CPU)[2].item() == 3
 
 
