@@ -57,7 +57,11 @@ def sum_gradients_over_tokens(router: Any) -> None:
 
 
 def gate_logits(router: Any, input_SBH: Tensor) -> Tensor:
-    """Return the raw gating logits [S, B, E] in float32; float64 for a float64 model or `moe_router_dtype="fp64"`."""
+    """Return the raw gating logits [S, B, E] in float32; float64 for a float64 model or `moe_router_dtype="fp64"`.
+
+    Like Megatron's, a gate that is still on the CPU follows its input to the device: Megatron makes routers on the CPU.
+    """
+    _follow(router, input_SBH.device)
     double = input_SBH.dtype == torch.float64 or router.config.moe_router_dtype == "fp64"
     dtype = torch.float64 if double else torch.float32
     if cast(SkyworkOptions, router.config).moe_router_two_layer_gate:
@@ -65,12 +69,21 @@ def gate_logits(router: Any, input_SBH: Tensor) -> Tensor:
     return _linear(input_SBH, router.weight, router.bias, dtype)
 
 
+def _follow(router: Any, device: torch.device) -> None:
+    for parameter in router.parameters():
+        if parameter.device.type == "cpu" and device.type != "cpu":
+            parameter.data = parameter.data.to(device)
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     linear: Any = moe_utils.router_gating_linear
-    if input.numel() == 0:  # Megatron's function fails for no tokens
-        return torch.nn.functional.linear(
-            input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        )
+    # Transformer Engine, which Megatron takes if it is there, multiplies two matrices of one type. Megatron's function
+    # fails for no tokens.
+    if input.dtype != weight.dtype or input.numel() == 0:
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if input.numel() == 0:
+        return torch.nn.functional.linear(input, weight, bias)
     if _LINEAR_TAKES_BIAS:
         return linear(input, weight, bias, dtype)
     # The function of Megatron 0.14 takes no bias.
