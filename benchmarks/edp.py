@@ -79,6 +79,7 @@ class Measured:
     formula: traffic.Traffic
     calls: dict[str, int]
     host_waits: int
+    recomputed_waits: int
     passes: Passes
     fused_passes: Passes
     seconds: float
@@ -116,8 +117,8 @@ def routing(setting: Setting, rank: int) -> FixedRouting:
     return FixedRouting(weights.to(setting.weights), chosen_map)
 
 
-def build(setting: Setting) -> Any:
-    """The MoE layer of a setting, its router replaced."""
+def build(setting: Setting, recompute: bool = False) -> Any:
+    """The MoE layer of a setting, its router replaced; with its forward pass run again in the backward pass."""
     config = SkyworkTransformerConfig(
         num_layers=1,
         hidden_size=setting.hidden,
@@ -142,6 +143,8 @@ def build(setting: Setting) -> Any:
         moe_pad_expert_input_to_capacity=setting.padded,
         moe_edp=not setting.stock,
         edp_dispatcher="auto" if setting.stock else setting.dispatcher,
+        recompute_granularity="selective" if recompute else None,
+        recompute_modules=["moe"] if recompute else None,
     )
     spec: Any = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
     mlp = spec.submodules.mlp
@@ -181,44 +184,49 @@ def on_cpu(reads: HostReads) -> Iterator[None]:
 
 
 def measure(setting: Setting) -> Measured:
-    """Bytes and calls of one pass, then the time of several."""
-    layer = build(setting)
+    """Bytes, calls and waits of one pass, then the time of several."""
+    layer, hidden = build(setting), hidden_of(setting)
     reads, forward, backward = HostReads(), Wire(), Wire()
-    dispatcher = layer.token_dispatcher
-    for name in ("sort_input_by_local_experts", "restore_output_by_local_experts"):
-        if hasattr(dispatcher, name):
-            reads.mark(getattr(dispatcher, name))
-    tokens = setting.tokens * (1 if setting.split else RANKS)
-    hidden = torch.randn(tokens, 1, setting.hidden).bfloat16().requires_grad_()
+    waits = run_once(layer, hidden, reads, forward, backward)
     with on_cpu(reads):
-        with reads:
-            with forward.watching():
-                output, _ = layer(hidden)
-            with backward.watching():
-                output.backward(torch.ones_like(output))
-        waits = reads.count
         seconds = [timed(layer, hidden) for _ in range(REPEATS)]
-    calls = dict(forward.calls + backward.calls)
     exchange = exchange_of(setting)
-    formula = getattr(traffic, setting.dispatcher.replace(" ", "_"))(exchange)
     return Measured(
         forward.sent,
         backward.sent,
-        formula,
-        calls,
+        getattr(traffic, setting.dispatcher.replace(" ", "_"))(exchange),
+        dict(forward.calls + backward.calls),
         waits,
+        recomputed_waits=run_once(build(setting, recompute=True), hidden, HostReads(), Wire(), Wire()),
         passes=count_passes(setting, fused=False),
         fused_passes=count_passes(setting, fused=True),
         seconds=statistics.median(seconds),
     )
 
 
+def hidden_of(setting: Setting) -> Tensor:
+    """Return this rank's tokens."""
+    tokens = setting.tokens * (1 if setting.split else RANKS)
+    return torch.randn(tokens, 1, setting.hidden).bfloat16().requires_grad_()
+
+
+def run_once(layer: Any, hidden: Tensor, reads: HostReads, forward: Wire, backward: Wire) -> int:
+    """Watch a forward and a backward pass, and return how often the host would wait."""
+    for name in ("sort_input_by_local_experts", "restore_output_by_local_experts"):
+        if hasattr(layer.token_dispatcher, name):
+            reads.mark(getattr(layer.token_dispatcher, name))
+    with on_cpu(reads), reads:
+        with forward.watching():
+            output, _ = layer(hidden)
+        with backward.watching(), reads.in_backward():
+            output.backward(torch.ones_like(output))
+    return reads.count
+
+
 def count_passes(setting: Setting, fused: bool) -> Passes:
     """Count the passes over rows around experts that do not count, with or without `moe_permute_fusion`."""
     layer = build(setting)
-    layer.experts = StandInExperts()
-    tokens = setting.tokens * (1 if setting.split else RANKS)
-    hidden = torch.randn(tokens, 1, setting.hidden).bfloat16().requires_grad_()
+    layer.experts, hidden = StandInExperts(), hidden_of(setting)
     # Only now: if told before, Megatron's all-to-all would put its indices on a GPU.
     layer.token_dispatcher.config.moe_permute_fusion = layer.token_dispatcher.fused = fused
     gradient = torch.ones_like(hidden)
@@ -310,7 +318,8 @@ float32 as `SkyworkRouter` returns them.
 - **Formula** compares them with `nemo_skymoe/traffic.py`. "equal" means equal to the byte on every rank. With a capacity,
   the formula is told how many rows the random routing made.
 - **Host waits** are the places in a forward and backward pass, experts included, where the host of a GPU run would wait for
-  the device: it reads values, or the shape of a result depends on values. Stock runs without fused permutation.
+  the device: it reads values, or the shape of a result depends on values; and the same with the layer recomputed. Stock
+  runs without fused permutation.
 - **Stock** is Megatron-Core's dispatcher. It is changed only as a CPU requires: CUDA streams are inert, and counts are
   copied to the host although they are there already.
 - **Passes** are kernels that go over hidden rows in a forward and backward pass, experts and collectives left out, and

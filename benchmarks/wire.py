@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, distributed
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
@@ -71,11 +72,23 @@ class Wire:
             try:
                 # What gloo does on the way, such as copying, is not an operation of the layer.
                 with _disable_current_modes():
-                    return function(*args, **kwargs)
+                    work = function(*args, **kwargs)
+                return None if work is None else _Quiet(work)
             finally:
                 self._inside = False
 
         return counted
+
+
+class _Quiet:
+    """The handle of a collective that has begun; waiting is no operation of the layer either."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        with _disable_current_modes():
+            self._work.wait()
 
 
 def _all_reduce(tensor: Tensor, *_: Any, group: Any = None, **__: Any) -> float:
@@ -130,6 +143,18 @@ class HostReads(TorchFunctionMode):
         super().__init__()
         self.count = 0
         self._on_host = WeakIdKeyDictionary()
+
+    @contextmanager
+    def in_backward(self) -> Iterator[None]:
+        """Count in backward passes too, which autograd runs outside the mode: in functions written in Python."""
+        apply = BackwardCFunction.apply
+
+        def watched(function: Any, *gradients: Any) -> Any:
+            with self:
+                return apply(function, *gradients)
+
+        with mock.patch.object(BackwardCFunction, "apply", watched):
+            yield
 
     def mark(self, tensor: Tensor) -> Tensor:
         """Count no read of this tensor."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from nemo_skymoe import option_values, unfit_options
-from nemo_skymoe.dispatchers import DISPATCHERS
+from nemo_skymoe.dispatchers import DISPATCHERS, fitting
 from nemo_skymoe.durable.errors import ConfigurationError
 
 AUX_LOSS_FORMS = ("switch", "square")
@@ -68,6 +68,8 @@ class SkyworkOptions:
     """Token dispatcher under EDP. Without sequence parallelism it is "replicated", which dispatches nothing and
     combines in one all-reduce. With sequence parallelism it is "allgather" or "alltoall". "auto" takes the one that
     sends the fewest bytes."""
+    edp_overlap: bool = False
+    """Exchanges a micro-batch under EDP in two halves, of which one travels while the experts compute the other."""
     moe_capacity_scope: str = "rank"
     """Tokens over which an expert's capacity is counted: those of a "rank", or of the "edp" group."""
     edp_replica_check_interval: int = 0
@@ -257,10 +259,11 @@ class SkyworkOptions:
             self._check_edp_dispatcher()
             return
         self._check_whole_experts()
-        if self.edp_dispatcher != "auto" or self.moe_capacity_scope != "rank":
+        if self.edp_dispatcher != "auto" or self.moe_capacity_scope != "rank" or self.edp_overlap:
             raise ConfigurationError(
-                f"edp_dispatcher={self.edp_dispatcher!r} and moe_capacity_scope={self.moe_capacity_scope!r} take"
-                " effect under EDP only: set moe_edp=True, or leave them at 'auto' and 'rank'"
+                f"edp_dispatcher={self.edp_dispatcher!r}, edp_overlap={self.edp_overlap} and"
+                f" moe_capacity_scope={self.moe_capacity_scope!r} take effect under EDP only: set moe_edp=True, or leave"
+                " them at 'auto', False and 'rank'"
             )
 
     def _check_cuda_graphs(self) -> None:
@@ -348,6 +351,8 @@ class SkyworkOptions:
             )
         if self.edp_dispatcher != "auto":
             _refuse(DISPATCHERS[self.edp_dispatcher].unfit(self))
+        elif not fitting(self):
+            _refuse(DISPATCHERS["allgather" if config.sequence_parallel else "replicated"].unfit(self))
 
 
 def _refuse(reason: str | None) -> None:

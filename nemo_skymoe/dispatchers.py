@@ -26,6 +26,8 @@ class Dispatcher:
     """True if every rank holds its own tokens, False if all ranks hold the same ones."""
     sees_the_group: bool
     """True if a rank sees all tokens of the group, which `moe_capacity_scope="edp"` needs."""
+    splits_padding: bool
+    """True if experts padded to their capacity can take a micro-batch in two halves, which `edp_overlap` needs."""
     moves: str
     """What travels in the forward pass, in words."""
 
@@ -50,6 +52,12 @@ class Dispatcher:
                 f" edp_dispatcher={self.name!r} avoids: expected {_names(sees_the_group=True)} or 'auto', or"
                 " moe_capacity_scope='rank'"
             )
+        if config.edp_overlap and config.moe_pad_expert_input_to_capacity and not self.splits_padding:
+            return (
+                f"edp_overlap=True with edp_dispatcher={self.name!r} would need the places of a padded expert twice:"
+                f" expected moe_pad_expert_input_to_capacity=False, or {_names(splits_padding=True)} with"
+                " sequence_parallel=True"
+            )
         return None
 
 
@@ -60,6 +68,7 @@ _ALL = (
         bytes_sent=traffic.replicated,
         needs_sequence_parallel=False,
         sees_the_group=True,
+        splits_padding=False,
         moves="nothing to the experts; one all-reduce of their outputs",
     ),
     Dispatcher(
@@ -68,6 +77,7 @@ _ALL = (
         bytes_sent=traffic.alltoall,
         needs_sequence_parallel=True,
         sees_the_group=False,
+        splits_padding=True,
         moves="a row for every rank that has an expert of the token, there and back",
     ),
     Dispatcher(
@@ -76,6 +86,7 @@ _ALL = (
         bytes_sent=traffic.allgather,
         needs_sequence_parallel=True,
         sees_the_group=True,
+        splits_padding=False,
         moves="every token to every rank; one reduce-scatter of the outputs",
     ),
 )

@@ -121,7 +121,7 @@ class AuxLossController:
             sums = reduce_sums([r.statistics for r in routers], group, routers[0].weight.device)
             self._collected = sums if self._collected is None else self._collected + sums
         for router in routers:
-            router.told_padding.forget()
+            router.forget_micro_batches()
 
     def commit(self) -> None:
         """Update the coefficients from the collected drop rates, because the optimizer has stepped."""

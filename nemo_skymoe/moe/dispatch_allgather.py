@@ -6,8 +6,14 @@ import torch
 from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from torch import Tensor
 
-from nemo_skymoe.moe.collectives import gather_assignments, gather_from_group, reduce_scatter_to_group
-from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
+from nemo_skymoe.moe.collectives import (
+    Exchange,
+    begin_gather_from_group,
+    begin_reduce_scatter_to_group,
+    gather_assignments,
+    hold,
+)
+from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher, halves
 from nemo_skymoe.moe.permutation import Permutation, by_capacity
 
 
@@ -27,9 +33,12 @@ class AllGatherTokenDispatcher(EdpTokenDispatcher):
             self.config.moe_capacity_scope == "edp" and self.config.moe_expert_capacity_factor is not None
         )
 
-    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather tokens [t, H] to [T, H], and weights [t, E] to those of the local experts for all tokens, [T, e]."""
-        weights_TK, experts_TK = gather_assignments(*self.assignments(probs), self.ranks)
+    def dispatch_preprocess(
+        self, tokens: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the tokens as [t, H], and the weights of the local experts for all tokens of the group, [T, e]."""
+        hidden_tH, weights_tE = super().dispatch_preprocess(tokens, routing_map, probs)
+        weights_TK, experts_TK = gather_assignments(*self.assignments(weights_tE), self.ranks)
         weights_TE = self.spread(weights_TK, experts_TK)
         if self._drops:
             kept_TE = self._drop(weights_TE)
@@ -37,7 +46,16 @@ class AllGatherTokenDispatcher(EdpTokenDispatcher):
             if self.router.training and torch.is_grad_enabled() and self.config.moe_router_telemetry:
                 self._observe_dropped(weights_TE, kept_TE)
             weights_TE = kept_TE
-        return gather_from_group(hidden_states, self.ranks), weights_TE[:, self.local_experts]
+        return hidden_tH, weights_TE[:, self.local_experts]
+
+    def split_weights(self, weights: Tensor) -> list[Tensor]:
+        """Split the weights [T, e] as the tokens of each rank are split."""
+        by_rank = weights.view(self.ranks.size, -1, self.num_local_experts)
+        return [half.flatten(0, 1) for half in halves(by_rank, dim=1)]
+
+    def begin_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Exchange, Exchange]:
+        """Begin to gather tokens [t, H] to [T, H]. The weights are there."""
+        return begin_gather_from_group(hidden_states, self.ranks), hold(probs)
 
     def _drop(self, weights_TE: Tensor) -> Tensor:
         # The router of TP = 1 calls this same function on the same values in the same order, so the bits agree.
@@ -67,6 +85,6 @@ class AllGatherTokenDispatcher(EdpTokenDispatcher):
         capacity = self.capacity(weights_Re.shape[0] // segments)
         return by_capacity(weights_Re, capacity, segments, self.fused)
 
-    def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """Sum [T, H] over the ranks, and return this rank's tokens [t, H]."""
-        return reduce_scatter_to_group(hidden_states, self.ranks)
+    def begin_combine(self, hidden_states: Tensor) -> Exchange:
+        """Begin to sum [T, H] over the ranks, of which this rank gets its tokens [t, H]."""
+        return begin_reduce_scatter_to_group(hidden_states, self.ranks)

@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_skymoe.moe.collectives import ExpertGroup, copy_to_group, reduce_from_group
+from nemo_skymoe.moe.collectives import (
+    Exchange,
+    ExpertGroup,
+    begin_copy_to_group,
+    begin_reduce_from_group,
+    copy_to_group,
+    hold,
+)
 from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
 from nemo_skymoe.moe.permutation import Permutation, by_capacity
 
@@ -35,15 +42,20 @@ class ReplicatedTokenDispatcher(EdpTokenDispatcher):
         """Return the tokens as [T, H], and the weights of the local experts [T, e]."""
         hidden_TH, weights_TE = super().dispatch_preprocess(tokens, routing_map, probs)
         weights_TK, experts_TK = self.assignments(weights_TE)
-        self._calls += 1
-        if self._check_every and self._calls % self._check_every == 0:
-            check_replicas(weights_TK, experts_TK, self.ranks)
+        if self._check_every and not self.reads.repeats():
+            self._calls += 1
+            if self._calls % self._check_every == 0:
+                check_replicas(weights_TK, experts_TK, self.ranks)
         weights_TE = self.spread(self.share_weights(weights_TK), experts_TK)
-        return self.share_tokens(hidden_TH), weights_TE[:, self.local_experts]
+        return hidden_TH, weights_TE[:, self.local_experts]
 
-    def share_tokens(self, hidden_TH: Tensor) -> Tensor:
+    def begin_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Exchange, Exchange]:
+        """Take tokens [T, H] and weights [T, e], which are there."""
+        return self.share_tokens(hidden_states), hold(probs)
+
+    def share_tokens(self, hidden_TH: Tensor) -> Exchange:
         """Return the tokens; their gradient is the sum of the gradients from the experts of all ranks."""
-        return copy_to_group(hidden_TH, self.ranks)
+        return begin_copy_to_group(hidden_TH, self.ranks)
 
     def share_weights(self, weights_TK: Tensor) -> Tensor:
         """Return the weights; the rank of its expert alone knows a weight's gradient, and the sum spreads it."""
@@ -55,9 +67,9 @@ class ReplicatedTokenDispatcher(EdpTokenDispatcher):
             return by_capacity(weights_Re, self.capacity(weights_Re.shape[0]), fused=self.fused)
         return super().permutation(weights_Re)
 
-    def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """Sum the outputs [T, H] over the ranks."""
-        return reduce_from_group(hidden_states, self.ranks)
+    def begin_combine(self, hidden_states: Tensor) -> Exchange:
+        """Begin to sum the outputs [T, H] over the ranks."""
+        return begin_reduce_from_group(hidden_states, self.ranks)
 
 
 @torch.no_grad()
@@ -73,7 +85,7 @@ def check_replicas(weights_TK: Tensor, experts_TK: Tensor, ranks: ExpertGroup) -
     # changes the sum. They differ, so that exchanged entries change it too.
     odd = 2 * torch.arange(bits.shape[0], device=bits.device) + 1
     checksum = (bits * odd * 0x9E3779B97F4A7C1).sum().reshape(1)
-    checksums = ranks.all_gather(checksum).tolist()
+    checksums = ranks.read(ranks.all_gather(checksum)).tolist()
     if len(set(checksums)) > 1:
         differing = [rank for rank, value in enumerate(checksums) if value != checksums[0]]
         raise RoutingDiverged(

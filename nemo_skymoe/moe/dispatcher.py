@@ -1,9 +1,14 @@
 """The base class of the EDP token dispatchers: it orders rows by expert, and brings weights into a form worth sending.
 
+A micro-batch is exchanged in one piece, or in two, see `overlap`.
+
 Shape suffixes: t tokens of this rank, T tokens of the group, K picked experts, E experts, e local experts,
 H hidden.
 """
 
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +16,23 @@ from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
-from nemo_skymoe.moe.collectives import ExpertGroup
+from nemo_skymoe.moe.collectives import Exchange, ExpertGroup, hold
 from nemo_skymoe.moe.permutation import Permutation, by_expert
+
+
+@dataclass(frozen=True)
+class Half:
+    """One half of a micro-batch on its way: its rows and weights as `dispatch_preprocess` returns them.
+
+    Attributes:
+        dispatcher: A copy of the micro-batch's dispatcher, which keeps what belongs to this half.
+        rows: Hidden rows.
+        weights: Their weights.
+    """
+
+    dispatcher: "EdpTokenDispatcher"
+    rows: Tensor
+    weights: Tensor
 
 
 class EdpTokenDispatcher(MoETokenDispatcher):
@@ -48,6 +68,9 @@ class EdpTokenDispatcher(MoETokenDispatcher):
         self.local_experts = slice(first, first + self.num_local_experts)
         self.padded: bool = config.moe_pad_expert_input_to_capacity
         self.fused: bool = config.moe_permute_fusion
+        self.reads = router.kept_reads
+        self.tokens_per_expert: Tensor | None = None
+        """Rows that each local expert takes, [e] on the host, once they are counted."""
         self._permutation: Permutation | None = None
 
     def dispatch_preprocess(
@@ -57,9 +80,14 @@ class EdpTokenDispatcher(MoETokenDispatcher):
         self.hidden_shape = tokens.shape
         return tokens.reshape(-1, tokens.shape[-1]), probs
 
+    def begin_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Exchange, Exchange]:
+        """Begin to send rows to the experts' ranks, and their weights. The base class sends nothing."""
+        return hold(hidden_states), hold(probs)
+
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Send rows to the experts' ranks. The base class sends nothing."""
-        return hidden_states, probs
+        """Send rows to the experts' ranks, and their weights."""
+        rows, weights = self.begin_dispatch(hidden_states, probs)
+        return rows.end(), weights.end()
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Order rows [R, H] by expert. Returns what the experts take: rows [P, H], rows per expert, weights [P]."""
@@ -72,7 +100,21 @@ class EdpTokenDispatcher(MoETokenDispatcher):
 
     def permutation(self, weights_Re: Tensor) -> Permutation:
         """Assign rows to local experts by their weights [R, e]."""
-        return by_expert(weights_Re, fused=self.fused)
+        if self.tokens_per_expert is None:
+            self.count([self], [weights_Re])
+        tokens, self.tokens_per_expert = self.tokens_per_expert, None
+        return by_expert(weights_Re, tokens, self.fused)
+
+    def count(self, parts: Sequence["EdpTokenDispatcher"], weights: Sequence[Tensor]) -> None:
+        """Let the host read at once how many rows each local expert takes of each part, by the rows' weights [R, e]."""
+        counts = torch.stack([(weights_Re.detach() != 0).sum(dim=0) for weights_Re in weights])
+        found = self.read(counts, lambda: self.ranks.read(counts))
+        for part, tokens_per_expert in zip(parts, found, strict=True):
+            part.tokens_per_expert = tokens_per_expert
+
+    def read(self, counts: Tensor, read: Callable[[], Tensor]) -> Tensor:
+        """Return what `read` reads from the device, or has read in the first pass of recomputation."""
+        return self.reads.read(counts, read, training=self.router.training, where=str(self.ranks))
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum the outputs [P, H] of the local experts for each row, [R, H], in the model's dtype."""
@@ -80,13 +122,36 @@ class EdpTokenDispatcher(MoETokenDispatcher):
         permutation, self._permutation = self._permutation, None
         return permutation.unpermute(hidden_states)
 
+    def begin_combine(self, hidden_states: Tensor) -> Exchange:
+        """Begin to send rows back to the ranks of their tokens. The base class sends nothing."""
+        return hold(hidden_states)
+
     def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """Send rows back to the ranks of their tokens. The base class sends nothing."""
-        return hidden_states
+        """Send rows back to the ranks of their tokens."""
+        return self.begin_combine(hidden_states).end()
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Return the rows [t, H] as the layer's output [S, B, H]."""
         return hidden_states.view(self.hidden_shape)
+
+    def split(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> list[Half]:
+        """Do what `dispatch_preprocess` does, and split the result in two by tokens, of which the first has no fewer."""
+        hidden, weights = self.dispatch_preprocess(tokens, routing_map, probs)
+        found = []
+        for rows, weights_of_rows in zip(halves(hidden), self.split_weights(weights), strict=True):
+            part = copy.copy(self)
+            part.hidden_shape = rows.shape
+            found.append(Half(part, rows, weights_of_rows))
+        return found
+
+    def split_weights(self, weights: Tensor) -> Sequence[Tensor]:
+        """Split the weights that `dispatch_preprocess` returns as its rows are split."""
+        return halves(weights)
+
+    def join(self, parts: Sequence["EdpTokenDispatcher"], rows: Sequence[Tensor]) -> Tensor:
+        """Undo `split`: return the layer's output [S, B, H] of the rows that came back to each part."""
+        tokens = [part.combine_postprocess(back) for part, back in zip(parts, rows, strict=True)]
+        return torch.cat(tokens).view(self.hidden_shape)
 
     def capacity(self, tokens: int) -> int:
         """Return the number of rows that one expert takes of `tokens` tokens."""
@@ -101,3 +166,10 @@ class EdpTokenDispatcher(MoETokenDispatcher):
         """Undo `assignments`: return weights [T, E]."""
         dense = weights_TK.new_zeros(weights_TK.shape[0], self.num_experts)
         return dense.scatter(1, experts_TK.long(), weights_TK)
+
+
+def halves(rows: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Split a tensor in two, the larger half first."""
+    second = rows.shape[dim] // 2
+    first, second = rows.split([rows.shape[dim] - second, second], dim=dim)
+    return first, second

@@ -14,6 +14,7 @@ from nemo_skymoe.config import ConfigurationError, SkyworkOptions
 from nemo_skymoe.dispatchers import DISPATCHERS, fitting
 from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
 from nemo_skymoe.moe.mesh import check_edp_groups, edp_device_meshes
+from nemo_skymoe.moe.overlap import OverlappedTokenDispatcher
 from nemo_skymoe.traffic import Exchange, per_token
 
 logger = logging.getLogger(__name__)
@@ -43,13 +44,31 @@ def install(layer: MoELayer, dispatcher: type[EdpTokenDispatcher] | None = None)
     tensor = expert_group(layer)
     # Megatron passes a class of its own here, which has another name in 0.14.
     groups = SimpleNamespace(ep=tensor, expt_tp=stock.tp_group, tp_ep=tensor)
-    layer.token_dispatcher = chosen(config, groups, layer.router)
+    own = chosen(config, groups, layer.router)
+    layer.token_dispatcher = own
+    if config.edp_overlap:
+        check_overlap(chosen)
+        layer.token_dispatcher = OverlappedTokenDispatcher(own, groups, lambda *rows: layer.experts(*rows))
     if not entry.needs_sequence_parallel:
         exclude_replicas(layer.router)
         # Megatron's forward refuses to train without sequence parallelism where this group has several ranks.
         layer.attn_tp_group = stock.tp_group
     elif config.moe_capacity_scope == "edp":
         leave_dropping_to_the_dispatcher(layer.router)
+
+
+def check_overlap(dispatcher: type[EdpTokenDispatcher]) -> None:
+    """Refuse a class whose exchange cannot be begun in one place and ended in another.
+
+    Raises:
+        ConfigurationError: The class replaces a method that overlap does not call.
+    """
+    for method, instead in (("token_dispatch", "begin_dispatch"), ("token_combine", "begin_combine")):
+        if getattr(dispatcher, method) is not getattr(EdpTokenDispatcher, method):
+            raise ConfigurationError(
+                f"edp_overlap is True, expected False with {dispatcher.__name__}: its {method} waits for what it sends;"
+                f" to overlap, replace {instead} instead"
+            )
 
 
 def expert_group(layer: MoELayer) -> Any:

@@ -27,6 +27,7 @@ from nemo_skymoe.moe.capacity import with_capacity_in_reach
 from nemo_skymoe.moe.gate import add_gate_parameters, gate_logits, sum_gradients_over_tokens
 from nemo_skymoe.moe.gating import normalize_and_break_ties, tie_order
 from nemo_skymoe.moe.gradients import CarryGradient, ScaleGradient
+from nemo_skymoe.moe.kept_reads import KeptReads
 from nemo_skymoe.moe.padding import ToldPadding, ValidTokens, sum_over
 from nemo_skymoe.moe.telemetry import RouterStatistics, gate_shape
 
@@ -56,6 +57,7 @@ class SkyworkRouter(TopKRouter):
             within an optimizer step. If it is None, Megatron's `moe_aux_loss_coeff` applies.
         statistics: Sums over the micro-batches of training since they were last taken.
         told_padding: Padding masks from outside the model, see `padding.padding_told`.
+        kept_reads: What the host has read for the layer's dispatcher and recomputation will ask for again.
         valid_tokens: The tokens of the last micro-batch that are not padding; None without padding.
     """
 
@@ -63,6 +65,7 @@ class SkyworkRouter(TopKRouter):
     aux_loss_coefficient: float | None = None
     statistics: RouterStatistics
     told_padding: ToldPadding
+    kept_reads: KeptReads
     valid_tokens: ValidTokens | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -104,6 +107,7 @@ class SkyworkRouter(TopKRouter):
             self.aux_loss_coefficient = options.moe_adaptive_aux_loss_maximum if initial is None else initial
         self.statistics = RouterStatistics(cast(int, self.config.num_moe_experts))
         self.told_padding = ToldPadding()
+        self.kept_reads = KeptReads()
         # `gating` leaves these for the methods that Megatron calls later in the same forward pass.
         self._raw_logits: Tensor | None = None
         self._logits_TE: Tensor | None = None
@@ -111,6 +115,11 @@ class SkyworkRouter(TopKRouter):
     @property
     def _options(self) -> SkyworkOptions:
         return cast(SkyworkOptions, self.config)
+
+    def forget_micro_batches(self) -> None:
+        """Forget what was kept for backward passes, of which none is left."""
+        self.told_padding.forget()
+        self.kept_reads.forget()
 
     def _is_training(self) -> bool:
         """True once per micro-batch: evaluation and the first pass of recomputation run without gradients."""

@@ -95,14 +95,14 @@ def half_wire() -> None:
     stock, half = layers("", "half")
     assert type(half.token_dispatcher).__name__ == "HalfWireDispatcher"
     sent: list[torch.dtype] = []
-    exchange = dispatch_alltoall.all_to_all
+    exchange = dispatch_alltoall.begin_all_to_all
 
-    def watched(rows: torch.Tensor, *args: Any) -> torch.Tensor:
+    def watched(rows: torch.Tensor, *args: Any) -> Any:
         if rows.shape[-1] == 64:  # hidden rows
             sent.append(rows.dtype)
         return exchange(rows, *args)
 
-    dispatch_alltoall.all_to_all = watched  # type: ignore[assignment]
+    dispatch_alltoall.begin_all_to_all = watched  # type: ignore[assignment]
     torch.manual_seed(torch.distributed.get_rank())
     x, results = torch.randn(16, 2, 64), []
     for layer in (stock, half):

@@ -9,7 +9,9 @@ from torch import Tensor, distributed
 
 from nemo_skymoe.dispatchers import DISPATCHERS
 from nemo_skymoe.moe import edp
+from nemo_skymoe.moe.kept_reads import KeptReads
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig
+from nemo_skymoe.moe.overlap import OverlappedTokenDispatcher
 from nemo_skymoe.patches import cpu_runtime
 
 EXPERTS, TOPK, HIDDEN, TOKENS = 8, 3, 12, 16
@@ -48,19 +50,27 @@ def dispatcher_for(config: SkyworkTransformerConfig) -> Any:
         tp_ep=group,
     )
     chosen = DISPATCHERS[edp.resolve_dispatcher(config)].load().of(config)
-    return chosen(config, groups, SimpleNamespace(layer_number=7))
+    own = chosen(config, groups, SimpleNamespace(layer_number=7, training=True, kept_reads=KeptReads()))
+    if not config.edp_overlap:
+        return own
+    return OverlappedTokenDispatcher(own, groups, lambda *given: (scaled_by_experts(own, *given), None))
 
 
 def dispatch_and_combine(dispatcher: Any, hidden: Tensor, weights: Tensor) -> Tensor:
     """Megatron's stages around experts that scale by 1 + their number."""
     moved = dispatcher.dispatch_preprocess(hidden.unsqueeze(1), weights != 0, weights)
-    tokens, tokens_per_expert, probs = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*moved))
+    given = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*moved))
+    outputs = scaled_by_experts(getattr(dispatcher, "dispatcher", dispatcher), *given)
+    combined = dispatcher.token_combine(dispatcher.combine_preprocess(outputs))
+    return dispatcher.combine_postprocess(combined).squeeze(1)
+
+
+def scaled_by_experts(dispatcher: Any, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
+    """What the local experts make of their rows."""
     assert tokens_per_expert.device.type == "cpu" and tokens_per_expert.dtype == torch.int64
     assert int(tokens_per_expert.sum()) == tokens.shape[0] == probs.shape[0]
     scales = torch.arange(1.0, EXPERTS + 1, dtype=torch.float64)[dispatcher.local_experts]
-    outputs = tokens * (probs * scales.repeat_interleave(tokens_per_expert)).unsqueeze(-1).to(tokens.dtype)
-    combined = dispatcher.token_combine(dispatcher.combine_preprocess(outputs))
-    return dispatcher.combine_postprocess(combined).squeeze(1)
+    return tokens * (probs * scales.repeat_interleave(tokens_per_expert)).unsqueeze(-1).to(tokens.dtype)
 
 
 def start(n: int) -> None:

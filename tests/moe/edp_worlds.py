@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nemo_skymoe.moe import edp
 from nemo_skymoe.moe import router as skywork_router
+from nemo_skymoe.moe.collectives import hold
 from nemo_skymoe.moe.dispatch_replicated import ReplicatedTokenDispatcher
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig, get_skywork_block_spec
 from nemo_skymoe.moe.telemetry import reduce_statistics
@@ -48,6 +49,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     aux_loss_form: str = "switch"
     mutation: str | None = None
+    overlap: bool = False
     qwen: bool = False
     """Biases of queries, keys and values, and norms of queries and keys."""
     slices: tuple[int, int] = (1, 1)
@@ -65,7 +67,7 @@ class Case:
             self.recompute or "",
         ]
         parts += [f"cp{self.cp}" if self.cp > 1 else "", self.mutation or ""]
-        parts += ["qwen" if self.qwen else ""]
+        parts += ["overlap" if self.overlap else "", "qwen" if self.qwen else ""]
         parts += [self.aux_loss_form if self.aux_loss_form != "switch" else "", str(self.dtype)[6:]]
         return "-".join(part for part in parts if part)
 
@@ -158,7 +160,8 @@ def mutated(mutation: str | None) -> Iterator[None]:
         with mock.patch.object(edp, mutation, lambda router: None):
             yield
     else:
-        with mock.patch.object(ReplicatedTokenDispatcher, mutation, lambda self, tensor: tensor):
+        identity = hold if mutation == "share_tokens" else lambda tensor: tensor
+        with mock.patch.object(ReplicatedTokenDispatcher, mutation, lambda self, tensor: identity(tensor)):
             yield
 
 
@@ -198,6 +201,7 @@ def configuration(case: Case, **options: Any) -> SkyworkTransformerConfig:
         None: {},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
         "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+        "core_attn": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     }[case.recompute]
     values: dict[str, Any] = {
         "num_layers": 2,
@@ -230,6 +234,7 @@ def configuration(case: Case, **options: Any) -> SkyworkTransformerConfig:
         "moe_pad_expert_input_to_capacity": case.padded,
         "moe_edp": True,
         "edp_dispatcher": case.dispatcher,
+        "edp_overlap": case.overlap,
         "moe_capacity_scope": case.scope,
         "add_qkv_bias": case.qwen,
         "qk_layernorm": case.qwen,

@@ -33,12 +33,36 @@ def cases_of(n: int) -> list[Case]:
     cases += [Case(n, name, CAPACITY, "edp", padded) for name in DISPATCHERS[:2] for padded in (False, True)]
     cases += [Case(n, "allgather", CAPACITY, "edp", recompute="full")]
     cases += [Case(n, name, qwen=True) for name in DISPATCHERS]
-    return cases + [Case(n, name, aux_loss_form="square") for name in DISPATCHERS]
+    cases += [Case(n, name, aux_loss_form="square") for name in DISPATCHERS]
+    return cases + overlapped(n)
 
 
-CASES = cases_of(2) + [Case(4, name, capacity) for name in DISPATCHERS for capacity in (None, CAPACITY)]
+def overlapped(n: int) -> list[Case]:
+    """The same with each micro-batch exchanged in two halves."""
+    cases = [
+        Case(n, name, capacity, recompute=recompute, overlap=True)
+        for name in DISPATCHERS
+        for capacity in (None, CAPACITY)
+        for recompute in (None, "full", "moe")
+    ]
+    cases += [Case(n, name, recompute="core_attn", overlap=True) for name in DISPATCHERS]
+    cases += [Case(n, name, aux_loss_form="square", overlap=True) for name in DISPATCHERS]
+    cases += [Case(n, name, CAPACITY, "edp", overlap=True) for name in DISPATCHERS[:2]]
+    return cases + [
+        Case(n, "alltoall", CAPACITY, padded=True, recompute=recompute, overlap=True)
+        for recompute in (None, "full", "moe")
+    ]
+
+
+CASES = cases_of(2) + [
+    Case(4, name, capacity, overlap=overlap)
+    for name in DISPATCHERS
+    for capacity in (None, CAPACITY)
+    for overlap in (False, True)
+]
 ON_FOUR = [case for case in cases_of(4) if case not in CASES]
 CONTEXT = [Case(2, name, capacity, cp=2) for name in DISPATCHERS for capacity in (None, CAPACITY)]
+CONTEXT += [Case(2, name, cp=2, overlap=True) for name in DISPATCHERS]
 MUTANTS = [Case(n, "replicated", mutation=correction) for n in (2, 4) for correction in CORRECTIONS]
 SINGLE = [Case(n, name, dtype=torch.float32) for n in (2, 4) for name in DISPATCHERS]
 Compare = Callable[[Case], tuple[list[Outcome], Outcome]]

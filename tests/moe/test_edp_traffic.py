@@ -81,6 +81,7 @@ def test_with_padding_nothing_is_read_and_no_more_is_sent(measured: dict[Any, li
     for setting, ranks in measured.items():
         if setting.padded and not setting.stock:
             assert [rank.host_waits for rank in ranks] == [0] * len(ranks), setting
+            assert [rank.recomputed_waits for rank in ranks] == [0] * len(ranks), setting
 
 
 def test_without_padding_the_host_reads_once(measured: dict[Any, list[Any]]):
@@ -89,6 +90,11 @@ def test_without_padding_the_host_reads_once(measured: dict[Any, list[Any]]):
         if not setting.padded:
             # Megatron's own need three, and from megatron-core 0.17 on two.
             assert waits == {1} or (setting.stock and min(waits) >= 2), setting
+            if not setting.stock:
+                # What was read in the forward pass is kept.
+                assert {rank.recomputed_waits for rank in ranks} == {1}, setting
+            else:
+                assert {rank.recomputed_waits for rank in ranks} == {2 * count for count in waits}, setting
 
 
 def test_fewer_passes_over_rows_than_stock(measured: dict[Any, list[Any]]):
