@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_skymoe.moe.expert_group import Begun, CollectiveFailed, ExpertGroup
-
-__all__ = ["CollectiveFailed", "ExpertGroup"]
+from nemo_skymoe.moe.expert_group import Begun, ExpertGroup
 
 
 class Exchange:

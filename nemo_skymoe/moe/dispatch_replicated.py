@@ -7,13 +7,13 @@ from torch import Tensor
 
 from nemo_skymoe.moe.collectives import (
     Exchange,
-    ExpertGroup,
     begin_copy_to_group,
     begin_reduce_from_group,
     copy_to_group,
     hold,
 )
 from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
+from nemo_skymoe.moe.expert_group import ExpertGroup
 from nemo_skymoe.moe.permutation import Permutation, by_capacity
 
 

@@ -16,7 +16,8 @@ from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
-from nemo_skymoe.moe.collectives import Exchange, ExpertGroup, hold
+from nemo_skymoe.moe.collectives import Exchange, hold
+from nemo_skymoe.moe.expert_group import ExpertGroup
 from nemo_skymoe.moe.permutation import Permutation, by_expert
 
 

@@ -122,12 +122,13 @@ class ExpertGroup:
             ) from error
 
     def _begin(self, collective: str, result: Tensor, sent: Tensor, function: Any, *args: Any) -> Begun:
-        while self._begun and self._begun[0].has_ended():
-            self._begun.popleft()
         begun = Begun(result, self, collective, sent)
         self._begun.append(begun)
         with self.failures_named(begun):
             begun.work = function(*args, group=self.group, async_op=True)
+        # Only now: after a failure NCCL aborts, and what a device waited for ends as if it had been done.
+        while self._begun[0].has_ended():
+            self._begun.popleft()
         return begun
 
     def begin_all_reduce(self, tensor: Tensor) -> Begun:

@@ -10,8 +10,9 @@ from typing import Any
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
-from nemo_skymoe.moe.collectives import Exchange, ExpertGroup
+from nemo_skymoe.moe.collectives import Exchange
 from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher, Half
+from nemo_skymoe.moe.expert_group import ExpertGroup
 
 Experts = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 

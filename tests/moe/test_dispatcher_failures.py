@@ -1,8 +1,10 @@
 """Replicas that disagree and partners that die: said with the layer and the group, not trained on."""
 
 import os
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 from megatron.core import parallel_state
 from torch import distributed
 
-from nemo_skymoe.moe.collectives import CollectiveFailed
+from nemo_skymoe.moe import expert_group
 from nemo_skymoe.moe.dispatch_replicated import RoutingDiverged
+from nemo_skymoe.moe.expert_group import CollectiveFailed
 from nemo_skymoe.patches import cpu_runtime
 from nemo_skymoe.ranks import run_ranks
 from tests.cases import every
@@ -107,3 +110,124 @@ def layer_names() -> list[str]:
 def test_a_dispatcher_knows_its_layers_number():
     names = run_ranks(layer_names, 1)[0]
     assert names == [f"MoE layer {number}, EDP group of ranks [0]" for number in (1, 2)]
+
+
+class Group:
+    """Stands in for a group of two ranks over NCCL."""
+
+    def size(self) -> int:
+        return 2
+
+    def rank(self) -> int:
+        return 0
+
+
+class Work:
+    """Stands in for the handle of a collective: waiting lets the device wait, and raises if told to."""
+
+    def __init__(self) -> None:
+        self.error: str | None = None
+
+    def wait(self) -> None:
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+class End:
+    """Stands in for an event behind a collective."""
+
+    def __init__(self) -> None:
+        self.reached = False
+
+    def query(self) -> bool:
+        return self.reached
+
+
+@dataclass
+class Device:
+    """A GPU whose host runs ahead: collectives return at once, and what they do is seen later, if at all."""
+
+    works: list[Work] = field(default_factory=list)
+    ends: list[End] = field(default_factory=list)
+    broken: bool = False
+
+    def exchange(self, *_: Any, async_op: bool, **__: Any) -> Work:
+        assert async_op
+        if self.broken:
+            raise RuntimeError("NCCL communicator was aborted on rank 0")
+        self.works.append(Work())
+        return self.works[-1]
+
+    def end(self, _: Any) -> End:
+        self.ends.append(End())
+        return self.ends[-1]
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    device = Device()
+    monkeypatch.setattr(distributed, "all_to_all_single", device.exchange)
+    monkeypatch.setattr(distributed, "all_reduce", device.exchange)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed, "get_process_group_ranks", lambda group: [0, 1])
+    monkeypatch.setattr(expert_group, "end_on_device", device.end)
+    return device
+
+
+def layers() -> list[expert_group.ExpertGroup]:
+    group: Any = Group()
+    return [expert_group.ExpertGroup(group, lambda number=number: number) for number in (1, 2, 3)]
+
+
+def test_a_failure_that_arrives_layers_later_names_the_collective_that_failed(device: Device):
+    first, second, third = layers()
+    first.all_to_all(torch.ones(2))
+    second.all_to_all(torch.ones(2))
+    device.ends[0].reached = True
+    third.all_reduce(torch.ones(2))  # sees that the first has ended, and never the second
+    device.broken = True
+    for end in device.ends:
+        end.reached = True  # an abort ends everything that a device waits for
+    with pytest.raises(CollectiveFailed) as failure:
+        third.all_reduce(torch.ones(2))
+    said = str(failure.value)
+    assert said.startswith("MoE layer 2, EDP group of ranks [0, 1]: all-to-all failed on rank 0"), said
+    assert "noticed at MoE layer 3, EDP group of ranks [0, 1]: all-reduce" in said
+
+
+def test_what_a_read_by_the_host_brings_is_put_down_to_what_it_waited_for(device: Device):
+    first, second, third = layers()
+    first.all_to_all(torch.ones(2))
+    second.all_reduce(torch.ones(2))
+    tensor: Any = SimpleNamespace(cpu=Work().wait)
+    third.read(tensor)
+    device.works[0].error = "unspecified launch failure"
+    tensor.cpu = device.works[0].wait
+    with pytest.raises(
+        CollectiveFailed, match=r"^MoE layer 1, .* all-to-all failed .* noticed at MoE layer 3"
+    ):
+        third.read(tensor)
+
+
+def test_waiting_for_one_half_names_it_beside_the_other(device: Device):
+    (layer, *_) = layers()
+    halves = [layer.begin_all_to_all(torch.ones(2)), layer.begin_all_reduce(torch.ones(2))]
+    device.works[1].error = "timed out"
+    device.ends.clear()
+    halves[0].wait()
+    device.ends[0].reached = True
+    assert halves[0].has_ended()
+    with pytest.raises(CollectiveFailed, match=r"^MoE layer 1, .*: all-reduce failed on rank 0, .*timed out"):
+        halves[1].wait()
+
+
+def test_what_is_remembered_of_a_collective_keeps_no_memory(device: Device):
+    layer = layers()[0]
+    result = layer.all_to_all(torch.ones(2))
+    kept = [
+        value for begun in layer._begun for value in vars(begun).values() if isinstance(value, torch.Tensor)
+    ]
+    assert len(layer._begun) == 1 and all(value.numel() == 0 for value in kept)
+    device.ends[0].reached = True
+    layer.all_to_all(result)
+    assert len(layer._begun) == 1
