@@ -20,8 +20,10 @@ RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWAR
 
 # As many tests at a time as there are cores, and at most four; the tests of a file stay together.
 WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile
+# Which lines of the package they and their ranks run.
+COVERAGE := --cov --cov-report=term
 
-.PHONY: demo demo-bridge test test-bridge test-long test-slurm coverage versions compat imports docs lint clean
+.PHONY: demo demo-bridge test test-bridge test-long test-slurm versions compat imports docs lint clean
 
 demo: $(STAMP)
 	@$(RUN) $(BIN)/skymoe demo
@@ -33,18 +35,11 @@ test: $(STAMP)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/pyright
-	@$(RUN) $(BIN)/pytest $(WORKERS) -m "not long"
+	@$(RUN) $(BIN)/pytest $(WORKERS) $(COVERAGE) -m "not long"
 
 # What needs Megatron-Bridge: types and tests; writes tests/logs/test-bridge.log.
 test-bridge: $(BRIDGE_STAMP)
 	@$(RUN) bash tests/logged.sh test-bridge bash tests/bridge/all.sh
-
-# The same tests, and which lines of the package they and their ranks run; half as much work again.
-coverage: $(STAMP)
-	@$(BIN)/coverage erase
-	@$(RUN) $(BIN)/coverage run -m pytest -m "not long"
-	@$(BIN)/coverage combine -q
-	@$(BIN)/coverage report
 
 # The full grids, which `make test` leaves out; writes tests/logs/test-long.log.
 test-long: $(STAMP)

@@ -19,17 +19,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_configure() -> None:
     """Where coverage is counted, a rank writes what it has counted before its report, which allows it to be killed."""
-    counting = sys.modules["coverage"].Coverage if "coverage" in sys.modules else None
-    if counting is None or counting.current() is None:
+    if "coverage" not in sys.modules:
         return
-    report = ranks._report
+    counting, report = sys.modules["coverage"].Coverage, ranks._report
 
     def saved(writer: Any, function: Any, args: Any) -> None:
         def run(*given: Any) -> Any:
             try:
                 return function(*given)
             finally:
-                counting.current().save()
+                if current := counting.current():
+                    current.save()
 
         report(writer, run, args)
 
