@@ -18,9 +18,10 @@ BRIDGE_INSTALL = $(BRIDGE)/python $(PIP_INSTALL) --constraint $(BRIDGE_CONSTRAIN
 # One thread a process: ranks share the cores, and worlds are forked (OpenMP threads do not survive a fork).
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
-# As many tests at a time as there are cores, and at most four; the tests of a file stay together.
-WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile
-# Which lines of the package they and their ranks run.
+# One test more at a time than there are cores, because ranks wait for each other, and at most four; the tests of a file
+# stay together.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile
+# Which lines of the package they run, and the first of their ranks.
 COVERAGE := --cov --cov-report=term
 
 .PHONY: demo demo-bridge test test-bridge test-long test-slurm versions compat imports docs lint clean
@@ -34,8 +35,8 @@ demo-bridge: $(BRIDGE_STAMP)
 test: $(STAMP)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/pyright
-	@$(RUN) $(BIN)/pytest $(WORKERS) $(COVERAGE) -m "not long"
+	@$(BIN)/pyright & types=$$!; $(RUN) $(BIN)/pytest $(WORKERS) $(COVERAGE) -m "not long"; tests=$$?; \
+	    wait $$types && exit $$tests
 
 # What needs Megatron-Bridge: types and tests; writes tests/logs/test-bridge.log.
 test-bridge: $(BRIDGE_STAMP)

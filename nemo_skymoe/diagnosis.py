@@ -3,28 +3,13 @@
 import ast
 import json
 import platform
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 
-from nemo_skymoe import doctor
+from nemo_skymoe import doctor, gpus
 from nemo_skymoe.doctor import Verdict
-
-# The driver honours CUDA_VISIBLE_DEVICES as torch does, and answers without torch's import.
-# A process that has spoken to it can fork no ranks, hence a process of its own.
-_LIST_DEVICES = """
-import ctypes
-driver = ctypes.CDLL("libcuda.so.1")
-count, device, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
-if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
-    for index in range(count.value):
-        driver.cuDeviceGet(ctypes.byref(device), index)
-        driver.cuDeviceGetName(name, 256, device)
-        print(name.value.decode())
-"""
 
 
 @dataclass(frozen=True)
@@ -56,17 +41,8 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Examine this installation without importing what it examines."""
     versions = doctor.installed()
-    devices = cuda_devices() if versions["cuda"] else []
+    devices = gpus.visible() if versions["cuda"] else []
     return Diagnosis(_rows(versions, devices), doctor.judge(versions), patches(versions, devices))
-
-
-def cuda_devices() -> list[str]:
-    """Return the names of the CUDA devices that this process may use."""
-    probe = [sys.executable, "-c", _LIST_DEVICES]
-    try:
-        return subprocess.run(probe, capture_output=True, text=True, timeout=60.0).stdout.splitlines()
-    except subprocess.TimeoutExpired:
-        return []
 
 
 def patches(versions: Mapping[str, str | None], devices: Sequence[str]) -> list[Patch]:

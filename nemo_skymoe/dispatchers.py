@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_skymoe import traffic
+from nemo_skymoe import gpus, traffic
 from nemo_skymoe.traffic import Exchange, Traffic
 
 
@@ -98,6 +98,11 @@ def fitting(config: Any) -> list[Dispatcher]:
     """Return the dispatchers among which "auto" chooses."""
     split = config.sequence_parallel
     return [one for one in _ALL if one.needs_sequence_parallel == split and one.unfit(config) is None]
+
+
+def megatron_dispatcher() -> str:
+    """Return the default `moe_token_dispatcher_type`, which is used where `moe_edp` is off: gloo has no all-to-all."""
+    return "alltoall" if gpus.in_use() else "allgather"
 
 
 def _names(**having: bool) -> str:

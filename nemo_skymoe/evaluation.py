@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from nemo_skymoe import gpus
 from nemo_skymoe.checkpoint import foreign
 from nemo_skymoe.checkpoint.hugging_face.remote_code import check_code
 from nemo_skymoe.checkpoint.hugging_face.storage import SafetensorsStorage
@@ -156,7 +157,7 @@ def _load(model: Path, batch_size: int, dtype: str, has_code: bool) -> Any:
         trust_remote_code=has_code,
         dtype=dtype,
         batch_size=batch_size,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=gpus.device(),
         parallelize=torch.cuda.device_count() > 1,
     )
 

@@ -28,6 +28,7 @@ from nemo_skymoe.nemo import failure  # noqa: E402
 from nemo_skymoe.nemo.options import check_overrides, refuse_secrets  # noqa: E402
 from nemo_skymoe.nemo.recipe_check import check_made, check_start, plan_of  # noqa: E402
 from nemo_skymoe.recipes import executors, skywork_13b, skywork_moe_146b  # noqa: E402
+from nemo_skymoe.recipes.executor_ranks import follow_recipe  # noqa: E402
 
 for module in {recipe.module for recipe in RECIPES}:
     importlib.import_module(f"nemo_skymoe.recipes.{module}")
@@ -70,8 +71,10 @@ def _known(upstream: Any) -> Any:
         check_overrides(upstream(self, fn, [], **defaults), args)
         made = upstream(self, fn, args, **defaults)
         check_made(made, plan_of(made))
-        # If the checkpoint is not on this machine, it may be where the training will run.
-        check_start(made, local=False, written_before=False)
+        executor = getattr(self, "executor", None)
+        follow_recipe(executor, made.trainer)
+        # If the checkpoint is not on this machine, it may be where SLURM will run the training.
+        check_start(made, local=isinstance(executor, run.LocalExecutor), written_before=False)
         return made
 
     return parse_fn

@@ -1,8 +1,8 @@
-"""Run a function on several local ranks, forked from this process.
+"""Run a function on several local ranks, which are forked from this process unless they may use GPUs.
 
-A fork inherits everything already imported, so a second world of NeMo processes starts in
-milliseconds instead of the 20 seconds that its import takes. The ranks see the environment
-that `torchrun` would give them.
+A fork inherits everything already imported, so a second world of NeMo processes starts in milliseconds instead of the
+20 seconds that its import takes. CUDA forbids it: a process that has only counted GPUs can fork none that uses one.
+The ranks see the environment that `torchrun` would give them.
 """
 
 import os
@@ -18,9 +18,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
-from nemo_skymoe.durable.pool import ending, forked
+from nemo_skymoe import gpus
+from nemo_skymoe.durable.pool import ending, started
+from nemo_skymoe.output import redirect_output
+
+TERMINAL = "SKYMOE_TERMINAL"
+"""The variable of a rank with a log: the descriptor of the standard output that it had before."""
 
 
 class RankFailed(RuntimeError):
@@ -42,28 +48,44 @@ def run_ranks(
     *args: Any,
     timeout: float = 1800.0,
     env: dict[str, str] | None = None,
+    log: Path | None = None,
 ) -> list[Any]:
     """Call `function(*args)` on every rank of a new world and return the results in rank order.
 
+    Where GPUs are visible, ranks are started anew, and the function and its arguments have to pickle.
+
     Args:
-        function: Runs in each forked process, on one thread; what it returns must pickle.
+        function: Runs in each process, on one thread; what it returns must pickle.
         world_size: Number of ranks on this machine.
         args: Passed to every rank alike.
         timeout: Seconds until the world is killed.
         env: Further environment variables for every rank.
+        log: File for everything that the ranks and their imports print; None leaves it to this process's output.
 
     Raises:
         RankFailed: A rank raised (its traceback is in the message), died, or did not end in time.
             The other ranks are killed first, so nothing is left hanging in a collective.
     """
-    port = _free_port()
-
-    def run(rank: int, writer: Connection) -> None:
-        os.environ.update({**_torchrun_environment(rank, world_size, port), **(env or {})})
-        _report(writer, function, args)
-
-    with forked(world_size, run) as processes:
+    fork = not gpus.visible()
+    environment = _torchrun_environment(world_size, _free_port()) | (env or {})
+    work = (function, args) if fork else pickle.dumps((function, args))
+    with started(world_size, _run, environment, log, work, fork=fork) as processes:
         return _collect(processes, timeout)
+
+
+def _run(rank: int, writer: Connection, environment: dict[str, str], log: Path | None, work: Any) -> None:
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    if log is not None:
+        own[TERMINAL] = str(os.dup(1))
+        redirect_output(log)
+    os.environ.update({**own, **environment})
+    _report(writer, _call, (work,))
+
+
+def _call(work: Any) -> Any:
+    # Loading imports what the function needs, whose output belongs into the log, and whose errors into the report.
+    function, args = pickle.loads(work) if isinstance(work, bytes) else work
+    return function(*args)
 
 
 def _collect(processes: dict[Connection, BaseProcess], timeout: float) -> list[Any]:
@@ -118,10 +140,8 @@ def _report(writer: Connection, function: Callable[..., Any], args: tuple) -> No
         signal.pause()
 
 
-def _torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def _torchrun_environment(world_size: int, port: int) -> dict[str, str]:
     return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
         "GROUP_RANK": "0",
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from typing import Any
 
+from nemo_skymoe import gpus
+
 ENVIRONMENT = {"TORCH_CUDA_ARCH_LIST": "8.0", "CUDA_HOME": "/nonexistent"}
 """Does the same for a process that imports Megatron before it can call `apply`: the build starts, and fails as
 expected."""
@@ -21,10 +23,9 @@ class _HideToolkit(MetaPathFinder):
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> None:
         if fullname == _BUILDER:
-            import torch
             from torch.utils import cpp_extension
 
-            if not torch.cuda.is_available():
+            if not gpus.visible():
                 cpp_extension.CUDA_HOME = None
 
 

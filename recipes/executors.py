@@ -7,8 +7,8 @@ from typing import Any, Optional
 
 import fiddle as fdl
 import nemo_run as run
-import torch
 
+from nemo_skymoe import gpus
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.patches import executor_values, unified_memory
 
@@ -125,12 +125,12 @@ def local_torchrun(
     Raises:
         ConfigurationError: `env_vars` has a name that is none, or a secret.
     """
-    gpu = torch.cuda.is_available()
+    found = len(gpus.visible())
     made = run.Config(
         run.LocalExecutor,
-        ntasks_per_node=gpus_per_node or (torch.cuda.device_count() if gpu else 1),
+        ntasks_per_node=gpus_per_node or found or 1,
         launcher="torchrun",
-        env_vars=ENVIRONMENT | ({} if gpu else unified_memory.ENVIRONMENT) | (env_vars or {}),
+        env_vars=ENVIRONMENT | ({} if found else unified_memory.ENVIRONMENT) | (env_vars or {}),
     )
     executor_checks.check_executor(fdl.build(made))
     return made

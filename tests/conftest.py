@@ -9,31 +9,47 @@ from typing import Any
 
 import pytest
 
-from nemo_skymoe import ranks
+from nemo_skymoe import gpus, ranks
 from nemo_skymoe.patches import unified_memory
 
 unified_memory.apply()  # before any test module imports Megatron
+HIDDEN = gpus.hide()  # ranks are forked, and what is compared are numbers of a CPU
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the forks of tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure() -> None:
-    """Where coverage is counted, a rank writes what it has counted before its report, which allows it to be killed."""
+    """Where coverage is counted, rank 0 writes what it has counted before its report, which allows it to be killed."""
     if "coverage" not in sys.modules:
         return
     counting, report = sys.modules["coverage"].Coverage, ranks._report
 
     def saved(writer: Any, function: Any, args: Any) -> None:
         def run(*given: Any) -> Any:
+            current = counting.current()
+            if current is None:
+                return function(*given)
+            if os.environ["RANK"] != "0":  # the others run the same lines, and counting takes its time
+                current.stop()
             try:
                 return function(*given)
             finally:
-                if current := counting.current():
-                    current.save()
+                current.save()
 
         report(writer, run, args)
 
     ranks._report = saved
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of tests at a time."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say that the tests left GPUs alone, where there are any."""
+    if HIDDEN:
+        terminalreporter.write_line(f"The tests ran on the CPU: {len(HIDDEN)} GPUs were hidden from them.")
 
 
 @pytest.fixture(autouse=True, scope="module")

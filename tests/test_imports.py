@@ -12,7 +12,7 @@ from tests.modules import MODULES, ROOT, imported, parsed, python_files
 
 # One way: a module imports only from rooms that stand before its own. It belongs to the longest name that it begins with.
 ORDER = (
-    "durable",
+    *("durable", "gpus", "output"),
     *("option_values", "unfit_options", "traffic", "dispatchers", "config"),
     *(
         "shell",
@@ -74,6 +74,8 @@ NEMO = {"nemo", "nemo_run", "lightning", "pytorch_lightning", "fiddle"}
 LIGHT = (
     "",
     *(".durable", *(f".durable.{file.stem}" for file in (ROOT / "nemo_skymoe/durable").glob("[a-z]*.py"))),
+    ".gpus",
+    ".output",
     ".config",
     ".option_values",
     ".unfit_options",
@@ -209,7 +211,7 @@ def test_the_doors_do_not_know_each_other(module: str):
 def test_patches_are_imported_only_where_they_are_applied(module: str):
     patches = {name for name in ours(imported(module)) if name.startswith("nemo_skymoe.patches")}
     if layer(module)[0] == "nemo_skymoe.patches":
-        below = {"nemo_skymoe.config", "nemo_skymoe.shell"}
+        below = {"nemo_skymoe.config", "nemo_skymoe.shell", "nemo_skymoe.gpus"}
         assert ours(imported(module)) - patches <= below
         return
     source = MODULES[module].read_text()

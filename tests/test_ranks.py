@@ -24,6 +24,17 @@ FOREVER = (
 )  # seconds: a rank that sleeps so long and is waited for would end in a hang, not in a failure
 
 
+HERE = {"inherited": False}
+
+
+def what_is_seen(*names: str) -> tuple[bool, list[str | None]]:
+    """Whether this process has what the test has set, and its variables. It prints, before and after its log began."""
+    os.write(1, b"into the log\n")
+    if ranks.TERMINAL in os.environ:
+        os.write(int(os.environ[ranks.TERMINAL]), b"to the terminal\n")
+    return HERE["inherited"], [os.environ.get(name) for name in names]
+
+
 def rank() -> int:
     return int(os.environ["RANK"])
 
@@ -272,3 +283,33 @@ def test_ranks_end_with_a_killed_parent(tmp_path: Path):
     parent.kill()
     parent.wait()
     wait_until("the end of the ranks", lambda: not any(alive(pid) for pid in pids), hang=300)
+
+
+def test_where_gpus_are_visible_ranks_are_not_forked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A pretended GPU: a fork of a process that has asked for one could not use it."""
+    monkeypatch.setitem(HERE, "inherited", True)
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "SITE"
+    for number, visible in enumerate(([], ["NVIDIA A800"])):
+        monkeypatch.setattr(ranks.gpus, "visible", lambda visible=visible: visible)
+        log = tmp_path / f"{number}.log"
+        found = run_ranks(what_is_seen, 2, *names, timeout=HANG, env={"SITE": "here"}, log=log)
+        assert found == [(not visible, [str(rank), str(rank), "2", "here"]) for rank in range(2)]
+        assert log.read_text().count("into the log") == 2
+        assert capfd.readouterr().out == 2 * "to the terminal\n"
+
+
+def test_what_a_rank_cannot_load_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks.gpus, "visible", lambda: ["NVIDIA A800"])
+    with pytest.raises(RankFailed, match=r"rank . of 2 failed:\n(.|\n)*cannot be loaded"):
+        run_ranks(print, 2, Unloadable(), timeout=HANG)
+
+
+class Unloadable:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return _refuse, ("cannot be loaded",)
+
+
+def _refuse(reason: str) -> None:
+    raise ValueError(reason)

@@ -5,7 +5,6 @@ The unit of work is a run: its CSV appears when it has ended, and a run whose CS
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -137,11 +136,7 @@ class Workshop:
         log = self.folder / "logs" / run.figure / f"{run.name}.log"
         say(f"{run.figure} {run.name}: {recipe.trainer.max_steps} steps")
         begin = time.monotonic()
-        terminal = os.dup(1)
-        try:
-            run_ranks(_child, run.ranks, recipe, run.seed, terminal, log, timeout=3600)
-        finally:
-            os.close(terminal)
+        run_ranks(_child, run.ranks, recipe, run.seed, timeout=3600, log=log)
         facts = {
             "figure": run.figure,
             "arm": run.arm,
@@ -169,27 +164,24 @@ class Workshop:
         output = self.folder / run.figure / run.name / "start"
         if not output.is_dir():
             log = self.folder / "logs" / run.figure / f"{run.name}_start.log"
-            run_ranks(_upcycle, 1, sources, run.start.upcycling, output, log)
+            run_ranks(_upcycle, 1, sources, run.start.upcycling, output, log=log)
         return output
 
 
-def _child(recipe: Any, seed: int, terminal: int, log: Path) -> None:
+def _child(recipe: Any, seed: int) -> None:
     import nemo_run as run
 
-    from nemo_skymoe.demo import through_nemo
     from nemo_skymoe.demo.phases import train
     from nemo_skymoe.nemo.seed import InitialSeed
 
     recipe.trainer.callbacks.append(run.Config(InitialSeed, seed=seed))
-    train(through_nemo, recipe, recipe.log.name, terminal, log)
+    train("nemo", recipe, recipe.log.name)
 
 
-def _upcycle(sources: Mapping[str, Path], upcycling: Upcycling, output: Path, log: Path) -> None:
+def _upcycle(sources: Mapping[str, Path], upcycling: Upcycling, output: Path) -> None:
     from nemo_skymoe.checkpoint import convert
     from nemo_skymoe.checkpoint.sources import open_source
-    from nemo_skymoe.demo.output import redirect_output
 
-    redirect_output(log)
     opened = {name: open_source(folder) for name, folder in sources.items()}
     convert.plan(opened, convert.TargetOptions("nemo"), upcycling).run(output)
 

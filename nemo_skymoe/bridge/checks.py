@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 
+from nemo_skymoe import gpus
 from nemo_skymoe.bridge.layout_check import check_ranks, check_resumed_layout
 from nemo_skymoe.bridge.learning_rate import ExpertLearningRate
 from nemo_skymoe.bridge.options_check import check_options
@@ -97,7 +97,7 @@ def check_saving(config: ConfigContainer) -> None:
         ConfigurationError: The message names the option.
     """
     settings = config.checkpoint
-    if settings.async_save and settings.async_strategy == "nvrx" and not torch.cuda.is_available():
+    if settings.async_save and settings.async_strategy == "nvrx" and not gpus.in_use():
         raise ConfigurationError(
             "checkpoint.async_strategy is 'nvrx', whose worker needs a GPU and finds none: expected 'mcore', or"
             " checkpoint.async_save=False"

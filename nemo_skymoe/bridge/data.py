@@ -12,6 +12,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split, get_blend_from_list
 
+from nemo_skymoe import gpus
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data.corpus import MANIFEST, Corpus, load_corpus
 from nemo_skymoe.data.held_out import HeldOutGPTDataset
@@ -50,7 +51,7 @@ class CorpusConfig(DatasetProvider):
 
     dataloader_type: Any = "single"
     num_workers: int = 0
-    pin_memory: bool = field(default_factory=torch.cuda.is_available)
+    pin_memory: bool = field(default_factory=gpus.in_use)
     persistent_workers: bool = False
     skip_getting_attention_mask_from_dataset: bool = field(default_factory=have_transformer_engine)
 

@@ -7,6 +7,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from nemo_skymoe import gpus
 from nemo_skymoe.bridge.provider import SkyworkProvider
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
@@ -19,7 +20,7 @@ def start_single_rank() -> None:
     Without CUDA it applies the CPU runtime first.
     """
     bridge_cpu.apply()
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    torch.distributed.init_process_group(gpus.backend())
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
 
@@ -38,7 +39,7 @@ def load_model(provider: SkyworkProvider, checkpoint: Path) -> torch.nn.Module:
     folder = checkpoint_of(checkpoint)
     check_checkpoint(folder)
     provider.finalize()
-    model = provider.provide(pre_process=True, post_process=True)
+    model = provider.provide(pre_process=True, post_process=True).to(gpus.device())
     # Extra states hold FP8 scales, of which there are none here.
     sharded = {
         name: part for name, part in model.sharded_state_dict().items() if not name.endswith("_extra_state")

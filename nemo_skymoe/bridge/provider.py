@@ -6,15 +6,17 @@ layer spec, which both forms take.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from nemo_skymoe import gpus
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.config import ConfigurationError, SkyworkOptions
+from nemo_skymoe.dispatchers import megatron_dispatcher
 from nemo_skymoe.moe.layer import get_skywork_block_spec, have_transformer_engine
 from nemo_skymoe.moe.rotary import scale_rotary_embedding
 from nemo_skymoe.patches import expert_parallel_warning
@@ -23,7 +25,6 @@ from nemo_skymoe.pipeline.written_plan import read_plan
 from nemo_skymoe.rotary_options import RotaryOptions
 
 _TE = have_transformer_engine()
-_CUDA = torch.cuda.is_available()
 
 
 def skywork_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
@@ -76,18 +77,18 @@ class SkyworkProvider(SkyworkOptions, RotaryOptions, _FinalizedProvider):
     moe_router_load_balancing_type: Any = "aux_loss"
     moe_router_dtype: str | None = "fp32"
     moe_aux_loss_coeff: Any = 1e-2
-    moe_token_dispatcher_type: str = "alltoall" if _CUDA else "allgather"
+    moe_token_dispatcher_type: str = field(default_factory=megatron_dispatcher)
     moe_grouped_gemm: bool = _TE
     moe_permute_fusion: bool = _TE
 
     transformer_impl: str = "transformer_engine" if _TE else "local"
-    use_cpu_initialization: bool = not _CUDA
+    use_cpu_initialization: bool = field(default_factory=gpus.absent)
     persist_layer_norm: bool = _TE
     apply_rope_fusion: bool = _TE
-    masked_softmax_fusion: bool = _CUDA
-    bias_activation_fusion: bool = _CUDA
-    bias_dropout_fusion: bool = _CUDA
-    cross_entropy_loss_fusion: bool = _CUDA
+    masked_softmax_fusion: bool = field(default_factory=gpus.softmax_kernels)
+    bias_activation_fusion: bool = field(default_factory=gpus.in_use)
+    bias_dropout_fusion: bool = field(default_factory=gpus.in_use)
+    cross_entropy_loss_fusion: bool = field(default_factory=gpus.in_use)
 
     def __post_init__(self) -> None:
         """Check nothing yet: Bridge sets further options before it calls `finalize`."""

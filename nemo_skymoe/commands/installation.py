@@ -39,13 +39,16 @@ class DemoOptions:
     output: Annotated[Path, typer.Option(help="Folder for corpus, runs and report.")] = Path("runs/demo")
     quick: Annotated[bool, typer.Option("--quick", help="Take 20 steps in every training.")] = False
     frontdoor: Annotated[str, typer.Option(help="Front door that trains.")] = "nemo"
+    device: Annotated[str, typer.Option(help="Device to train on: cpu, or gpu, which takes two GPUs.")] = (
+        "cpu"
+    )
 
 
 def demo(options: DemoOptions) -> None:
     """Run the demo."""
     from nemo_skymoe.demo import story
 
-    story.run(options.output, options.quick, options.frontdoor)
+    story.run(options.output, quick=options.quick, frontdoor=options.frontdoor, device=options.device)
 
 
 COMMANDS = (Command("doctor", DoctorOptions, doctor), Command("demo", DemoOptions, demo))

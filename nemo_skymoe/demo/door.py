@@ -1,8 +1,9 @@
 """What the story asks of a front door: NeMo (`through_nemo`) or Megatron-Bridge (`through_bridge`)."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -78,3 +79,8 @@ class Door(Protocol):
     def configuration(self, checkpoint: Path, /) -> str:
         """Return what a checkpoint of a training says about its model, as text."""
         ...
+
+
+def door_of(frontdoor: str) -> Door:
+    """Return a front door by its name, "nemo" or "bridge", which imports it."""
+    return cast(Door, import_module(f"nemo_skymoe.demo.through_{frontdoor}"))

@@ -14,8 +14,7 @@ from nemo_skymoe.checkpoint.convert import TargetOptions
 from nemo_skymoe.checkpoint.sources import open_source
 from nemo_skymoe.checkpoint.upcycling.options import BASE, Upcycling
 from nemo_skymoe.data.corpus import Corpus, validation_batches
-from nemo_skymoe.demo.door import Door
-from nemo_skymoe.demo.output import redirect_output
+from nemo_skymoe.demo.door import Door, door_of
 from nemo_skymoe.demo.progress import Bar
 from nemo_skymoe.experiments.demonstration import SKYWORK_MOE_TINY
 
@@ -24,21 +23,18 @@ BATCH = 8
 BATCHES = 16
 
 
-def train(
-    door: Door, recipe: Any, title: str, terminal: int, log: Path, later: float = 0.0
-) -> dict[str, Any]:
+def train(frontdoor: str, recipe: Any, title: str, later: float = 0.0) -> dict[str, Any]:
     """Run a recipe, and return this rank's peak memory in bytes and the mesh that it trained on.
 
     `progress.Bar` explains `later`.
     """
-    redirect_output(log)
-    mesh = door.train(recipe, Bar(title, terminal, later))
+    mesh = door_of(frontdoor).train(recipe, Bar(title, later))
     return {"memory": peak_memory(), "mesh": mesh}
 
 
-def upcycle_and_compare(door: Door, corpus: Corpus, dense: Path, moe: Path, log: Path) -> dict[str, float]:
+def upcycle_and_compare(frontdoor: str, corpus: Corpus, dense: Path, moe: Path) -> dict[str, float]:
     """Upcycle `dense` to `moe`, and return the losses on held-out text before the first step."""
-    redirect_output(log)
+    door = door_of(frontdoor)
     door.start_single_rank()
     experts = SKYWORK_MOE_TINY.num_moe_experts
     assert experts is not None
@@ -49,9 +45,9 @@ def upcycle_and_compare(door: Door, corpus: Corpus, dense: Path, moe: Path, log:
     return held_out_losses(door, corpus, dense, moe)
 
 
-def compare(door: Door, corpus: Corpus, dense: Path, moe: Path, log: Path) -> dict[str, float]:
+def compare(frontdoor: str, corpus: Corpus, dense: Path, moe: Path) -> dict[str, float]:
     """Return the losses on held-out text of two trained checkpoints."""
-    redirect_output(log)
+    door = door_of(frontdoor)
     door.start_single_rank()
     return held_out_losses(door, corpus, dense, moe)
 
@@ -75,7 +71,8 @@ def held_out_losses(door: Door, corpus: Corpus, dense: Path, moe: Path) -> dict[
         )
         for checkpoint, options in models.values()
     ]
-    total = torch.tensor(losses, dtype=torch.float64)
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(losses, dtype=torch.float64, device=device)
     distributed.all_reduce(total)
     return dict(zip(models, (total / world).tolist(), strict=True))
 
@@ -84,13 +81,15 @@ def held_out_losses(door: Door, corpus: Corpus, dense: Path, moe: Path) -> dict[
 def mean_loss(model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor | None]]) -> float:
     """Compute the mean cross-entropy per token over all batches, in nats."""
     model.eval()
+    device = next(model.parameters()).device
     total, tokens = 0.0, 0
     for batch in batches:
+        there = {name: None if value is None else value.to(device) for name, value in batch.items()}
         losses = model(
-            input_ids=batch["tokens"],
-            position_ids=batch["position_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=batch["labels"],
+            input_ids=there["tokens"],
+            position_ids=there["position_ids"],
+            attention_mask=there["attention_mask"],
+            labels=there["labels"],
         )
         total += float(losses.double().sum())
         tokens += losses.numel()

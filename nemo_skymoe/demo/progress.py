@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from nemo_skymoe.demo.record import minutes
+from nemo_skymoe.ranks import TERMINAL
 
 _LINES = 10
 _FIRST = 3  # a step or two are no measure: the first one allocates
@@ -17,13 +18,11 @@ class Bar:
 
     Args:
         title: Name of the training.
-        terminal: File descriptor of the terminal, inherited by the forked ranks.
         later: Length of everything after this training, as a number of its steps that would take as long.
     """
 
-    def __init__(self, title: str, terminal: int, later: float = 0.0) -> None:
+    def __init__(self, title: str, later: float = 0.0) -> None:
         self.title = title
-        self.terminal = terminal
         self.later = later
         self._progress: Progress | None = None
         self._steps = 0
@@ -31,7 +30,8 @@ class Bar:
 
     def start(self, steps: int) -> None:
         """Draw the bar of a training of so many steps."""
-        console = Console(file=os.fdopen(os.dup(self.terminal), "w"))
+        terminal = int(os.environ.get(TERMINAL, "1"))
+        console = Console(file=os.fdopen(os.dup(terminal), "w"))
         self._steps = steps
         self._progress = Progress(
             TextColumn("  {task.description}"),

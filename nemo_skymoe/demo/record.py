@@ -8,6 +8,9 @@ SMOOTHING = 0.95
 """Smoothing of the adaptive coefficients, over about 20 steps. The report's 0.99, over 100, would show little in so
 short a run."""
 
+DOORS = {"nemo": "NeMo", "bridge": "Megatron-Bridge"}
+"""The front doors by name, and what people call them."""
+
 
 @dataclass
 class Story:
@@ -16,14 +19,22 @@ class Story:
     output: Path
     dense_steps: int
     steps: int
-    door: str = "NeMo"
-    """The front door that trained, by the name that people know."""
+    frontdoor: str = "nemo"
+    """The front door that trains, one of `DOORS`."""
     corpus: Any = None
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     mesh: list[dict[str, int]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: int = 0
+
+    device: str = "cpu"
+    """The device that trained, "cpu" or "gpu"."""
+
+    @property
+    def door(self) -> str:
+        """Name the front door as people do."""
+        return DOORS[self.frontdoor]
 
     def folder(self, name: str) -> Path:
         """Return the folder of a phase."""

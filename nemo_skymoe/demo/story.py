@@ -1,26 +1,25 @@
 """`make demo` trains a dense Skywork model on real text, upcycles it, and continues it as a Skywork-MoE."""
 
 import multiprocessing
-import os
 import resource
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from nemo_skymoe import gpus
 from nemo_skymoe.checkpoint.run_folder import checkpoint_of
 from nemo_skymoe.config import ConfigurationError
-from nemo_skymoe.demo.door import RANKS, Door, Training
-from nemo_skymoe.demo.output import output_to
-from nemo_skymoe.demo.record import SMOOTHING, Story, minutes
+from nemo_skymoe.demo.door import RANKS, Door, Training, door_of
+from nemo_skymoe.demo.record import DOORS, SMOOTHING, Story, minutes
 from nemo_skymoe.doctor import require_supported
+from nemo_skymoe.output import output_to
 from nemo_skymoe.ranks import run_ranks
 
 STEPS, QUICK_STEPS = (120, 150), (20, 20)
@@ -33,36 +32,37 @@ _COSTS = {"dense": 1.0, "upcycling": 40.0, "moe": 2.0, "dense_continued": 1.0, "
 from them."""
 
 
-DOORS = {"nemo": "NeMo", "bridge": "Megatron-Bridge"}
-"""The front doors by name, and what people call them."""
-
-
-def run(output: Path, quick: bool = False, frontdoor: str = "nemo") -> Path:
+def run(output: Path, *, quick: bool = False, frontdoor: str = "nemo", device: str = "cpu") -> Path:
     """Tell the whole story in `output`, and write its report. The runs of an earlier demo there are removed.
 
     Args:
         output: Folder for the corpus (kept from an earlier run), the runs and the report.
         quick: Whether every training takes 20 steps, which shows that it works and teaches the models nothing.
         frontdoor: The front door that trains, one of `DOORS`.
+        device: "cpu", which hides all GPUs from this process and its ranks, or "gpu", with a GPU for each rank.
 
     Returns:
         The report's path.
 
     Raises:
-        ConfigurationError: `output` holds other files, or the front door is unknown or not installed.
+        ConfigurationError: `output` holds other files, the front door is unknown or not installed, or there are not as
+            many GPUs as ranks.
     """
     if frontdoor not in DOORS:
         raise ConfigurationError(f"frontdoor is '{frontdoor}', expected {' or '.join(DOORS)}")
     require_supported(**{frontdoor: True})
     console = Console()
-    story = Story(output.resolve(), *(QUICK_STEPS if quick else STEPS), DOORS[frontdoor])
+    story = Story(output.resolve(), *(QUICK_STEPS if quick else STEPS), frontdoor=frontdoor)
+    chosen = _choose(device)
+    story.device = device
     _clear(story.output, console)
     console.print("[bold]Skywork-MoE on a laptop[/]: a dense model, upcycled and continued as an MoE")
+    console.print(chosen, highlight=False)
     begin = time.monotonic()
     with _corpus(story, console):
         console.print(f"  {story.door} is imported meanwhile, about 20 s; the third step shows the time left")
         with output_to(story.folder("logs") / "import.log"):
-            door: Any = import_module(f"nemo_skymoe.demo.through_{frontdoor}")
+            door = door_of(frontdoor)
             from nemo_skymoe.demo.summary import write
     story.seconds[f"corpus, import of {story.door}"] = time.monotonic() - begin
     _dense(story, door, console)
@@ -73,6 +73,20 @@ def run(output: Path, quick: bool = False, frontdoor: str = "nemo") -> Path:
         f"\n{_verdict(story)}\nReport: [bold]{report}[/]  ({minutes(sum(story.seconds.values()))} in all)"
     )
     return report
+
+
+def _choose(device: str) -> str:
+    """Hide the GPUs or count them, before anything asks torch for them, and say which device trains."""
+    if device not in ("cpu", "gpu"):
+        raise ConfigurationError(f"--device is '{device}', expected cpu or gpu")
+    if device == "cpu":
+        hidden = gpus.hide()
+        seen = f": of {len(hidden)} GPUs none is used, --device gpu takes {RANKS}" if hidden else ""
+        return f"It runs on the CPU{seen}"
+    found = gpus.visible()
+    if len(found) < RANKS:
+        raise ConfigurationError(f"--device is 'gpu', expected {RANKS} GPUs: {len(found)} can be used here")
+    return f"It runs on {RANKS} GPUs ({found[0]}); each phase starts its ranks anew, which takes the time of an import"
 
 
 def _clear(output: Path, console: Console) -> None:
@@ -125,9 +139,8 @@ def _upcycle(story: Story, door: Door, console: Console) -> None:
     def upcycle() -> dict[str, float]:
         dense = checkpoint_of(story.folder("dense"))
         log = story.folder("logs") / "upcycle.log"
-        return run_ranks(
-            phases.upcycle_and_compare, RANKS, door, story.corpus, dense, story.folder("upcycled"), log
-        )[0]
+        arguments = story.frontdoor, story.corpus, dense, story.folder("upcycled")
+        return run_ranks(phases.upcycle_and_compare, RANKS, *arguments, log=log)[0]
 
     story.before = _timed(story, console, "upcycling", "Upcycling to 16 experts", upcycle)
     _print_losses(console, "Loss on held-out text before the first step", story.before)
@@ -152,7 +165,7 @@ def _continue(story: Story, door: Door, console: Console) -> None:
     def compare() -> dict[str, float]:
         checkpoints = [checkpoint_of(story.folder(name)) for name in ("dense_continued", "moe")]
         log = story.folder("logs") / "compare.log"
-        return run_ranks(phases.compare, RANKS, door, story.corpus, *checkpoints, log)[0]
+        return run_ranks(phases.compare, RANKS, story.frontdoor, story.corpus, *checkpoints, log=log)[0]
 
     story.after = _timed(story, console, "comparison", "Comparison", compare)
     _print_losses(console, "Loss on held-out text at the end", story.after)
@@ -172,21 +185,18 @@ def _train(
 ) -> list[dict[str, Any]]:
     from nemo_skymoe.demo import phases
 
-    name, terminal = training.name, os.dup(1)
+    name = training.name
     log = story.folder("logs") / f"{name}.log"
-    later = _later(story, name)
     with output_to(log):
         recipe = recipe_of(training)
-    try:
-        results = _timed(
-            story,
-            console,
-            name,
-            title,
-            lambda: run_ranks(phases.train, RANKS, door, recipe, name, terminal, log, later, timeout=3600),
-        )
-    finally:
-        os.close(terminal)
+    arguments = story.frontdoor, recipe, name, _later(story, name)
+    results = _timed(
+        story,
+        console,
+        name,
+        title,
+        lambda: run_ranks(phases.train, RANKS, *arguments, timeout=3600, log=log),
+    )
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     story.memory = max(story.memory, own + sum(result["memory"] for result in results))
     return results

@@ -45,7 +45,7 @@ def _lead(story: Story) -> str:
         f" standard library for {story.dense_steps} steps, upcycled to 16 experts of which two see each token, and"
         f" continued for {story.steps} steps with the report's normalised gate (scale 1), adaptive auxiliary-loss"
         f" coefficients (its constants, but smoothed by {SMOOTHING} a step instead of 0.99) and Expert Data Parallelism,"
-        f" in {story.door} and Megatron-Core on two CPU ranks."
+        f" in {story.door} and Megatron-Core on two {story.device.upper()} ranks."
         " For comparison the dense model was continued on the same batches with the same schedule.\n\n"
         f"At the end the MoE's loss on held-out text is {abs(difference):.4f} nats"
         f" {'below' if difference < 0 else 'above'} the continued dense model's."

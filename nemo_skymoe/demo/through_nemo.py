@@ -43,9 +43,7 @@ def _recipe(module: Any, training: Training) -> Any:
 def train(recipe: Any, bar: Bar) -> list[dict[str, int]]:
     """Run a recipe on this rank, show its progress, and return the mesh that it trained on."""
     nemo_cpu.apply()
-    recipe.trainer.callbacks.append(
-        run.Config(Progress, title=bar.title, terminal=bar.terminal, later=bar.later)
-    )
+    recipe.trainer.callbacks.append(run.Config(Progress, title=bar.title, later=bar.later))
     fdl.build(recipe)()
     return edp_mesh_rows()
 
@@ -56,16 +54,15 @@ class Progress(pl.Callback):
     NeMo pickles the callbacks of a training into its checkpoints, and nothing but callbacks and plain values is read there.
     """
 
-    def __init__(self, title: str, terminal: int, later: float) -> None:
+    def __init__(self, title: str, later: float) -> None:
         self.title = title
-        self.terminal = terminal
         self.later = later
         self._bar: Bar | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the bar on rank 0."""
         if trainer.is_global_zero:
-            self._bar = Bar(self.title, self.terminal, self.later)
+            self._bar = Bar(self.title, self.later)
             self._bar.start(trainer.max_steps)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:

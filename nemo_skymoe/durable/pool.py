@@ -1,4 +1,4 @@
-"""Work on every core, in threads of this process or in processes that are forked from it. None of them outlives it."""
+"""Work on every core, in threads of this process or in processes of their own. None of them outlives it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def share(
             kept = isinstance(reason, ConfigurationError | OSError)
             writer.send(reason if kept else RuntimeError(traceback.format_exc()))
 
-    with forked(min(workers, len(tasks)), run) as processes:
+    with started(min(workers, len(tasks)), run) as processes:
         while processes:
             for reader in wait(list(processes)):
                 assert isinstance(reader, Connection)
@@ -98,28 +98,30 @@ def _received(reader: Connection, process: BaseProcess) -> tuple[Any, ...] | Non
 
 
 @contextmanager
-def forked(
-    count: int, function: Callable[[int, Connection], None]
+def started(
+    count: int, function: Callable[..., None], *args: Any, fork: bool = True
 ) -> Iterator[dict[Connection, BaseProcess]]:
-    """Call `function(number, writer)` in `count` forks of this process, which are killed at the end of the context.
+    """Call `function(number, writer, *args)` in `count` processes, which are killed at the end of the context.
 
-    It yields the pipes to read from, in the order of the numbers. Functions and their arguments are inherited, not
-    pickled.
+    It yields the pipes to read from, in the order of the numbers. A fork inherits the function and its arguments. A
+    process that is started anew gets them pickled.
     """
-    fork = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context("fork" if fork else "spawn")
     processes: dict[Connection, BaseProcess] = {}
     try:
         for number in range(count):
-            reader, writer = fork.Pipe(duplex=False)
-            processes[reader] = process = fork.Process(target=_child, args=(function, number, writer))
+            reader, writer = context.Pipe(duplex=False)
+            processes[reader] = process = context.Process(
+                target=_child, args=(function, number, writer, *args)
+            )
             process.start()
             writer.close()
         yield dict(processes)
     finally:
-        started = [process for process in processes.values() if process.pid is not None]
-        for process in started:
+        alive = [process for process in processes.values() if process.pid is not None]
+        for process in alive:
             process.kill()
-        for process in started:
+        for process in alive:
             process.join()
             process.close()
         for reader in processes:
@@ -133,13 +135,13 @@ def ending(process: BaseProcess) -> str:
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
-def _child(function: Callable[[int, Connection], None], number: int, writer: Connection) -> None:
+def _child(function: Callable[..., None], number: int, writer: Connection, *args: Any) -> None:
     _follow_the_parent()
     # Threads do not survive a fork: a parallel region would wait for them forever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    function(number, writer)
+    function(number, writer, *args)
     # Skip interpreter shutdown: it would run the parent's atexit hooks and wait for collectives.
     os._exit(0)
 

@@ -183,6 +183,8 @@ def _adapt(
 ) -> None:
     """Put the Skywork classes into one of Megatron's layer specs, which layers may share."""
     submodules = cast(Any, spec.submodules)
+    if not transformer_engine:
+        _check_softmax(config)
     if _needs_local_norm(config, transformer_engine):
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
         attention = submodules.self_attention.submodules
@@ -194,6 +196,17 @@ def _adapt(
             submodules.mlp = functools.partial(moe_layer, *mlp.args, **mlp.keywords)
     elif mlp.module is MoELayer:
         mlp.module = moe_layer
+
+
+def _check_softmax(config: TransformerConfig) -> None:
+    """Refuse a fusion that Megatron's own attention asks Apex for, in the middle of the first step."""
+    if not config.masked_softmax_fusion or not (config.bf16 or config.fp16):
+        return
+    if importlib.util.find_spec("scaled_masked_softmax_cuda") is None:
+        raise ConfigurationError(
+            "masked_softmax_fusion is True, expected False: without Transformer Engine it needs Apex's kernels"
+            " (scaled_masked_softmax_cuda), which are not installed"
+        )
 
 
 def _not_about_the_mlp(record: logging.LogRecord) -> bool:

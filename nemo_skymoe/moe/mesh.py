@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from nemo_skymoe import gpus
 from nemo_skymoe.config import ConfigurationError
 
 ATTENTION = ("pp", "dp", "tp")
@@ -96,7 +97,7 @@ def edp_device_meshes(device_type: str | None = None) -> tuple[DeviceMesh, Devic
         parallel_state.get_expert_data_parallel_group(),
         parallel_state.get_expert_model_parallel_group(),
     )
-    return _meshes(attention, experts, device_type or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return _meshes(attention, experts, device_type or gpus.device())
 
 
 @functools.lru_cache(maxsize=1)  # a process has one world at a time

@@ -5,8 +5,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-import torch
-
+from nemo_skymoe import gpus
 from nemo_skymoe.data import held_out
 from nemo_skymoe.data.corpus import load_corpus
 
@@ -60,7 +59,7 @@ def corpus_data(
         num_workers=num_workers,
         seed=seed,
         persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=gpus.in_use(),
         # Megatron names an index by its path, not by its content: a rebuilt corpus must not find the old one.
         index_mapping_dir=str(cache / found.fingerprint),
         dataset_cls=HeldOutGPTDataset,

@@ -7,6 +7,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from nemo_skymoe import gpus
 from nemo_skymoe.checkpoint.torch_dist.pickle_check import check_checkpoint
 from nemo_skymoe.checkpoint.torch_dist.storage import PREFIX, weights_folder
 from nemo_skymoe.patches import nemo_cpu
@@ -18,7 +19,7 @@ def start_single_rank() -> None:
     Without CUDA it applies the CPU runtime first.
     """
     nemo_cpu.apply()
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    torch.distributed.init_process_group(gpus.backend())
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
 
@@ -31,7 +32,7 @@ def load_model(config: Any, checkpoint: Path, vocab_size: int) -> torch.nn.Modul
     """
     check_checkpoint(checkpoint)
     config.vocab_size = vocab_size
-    model = config.configure_model(tokenizer=None, pre_process=True, post_process=True)
+    model = config.configure_model(tokenizer=None, pre_process=True, post_process=True).to(gpus.device())
     # Extra states hold FP8 scales, of which there are none here.
     sharded = {
         name: part

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 import fiddle as fdl
-import torch
 from megatron.core.datasets.utils import Split
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 from nemo.utils import logging
 
+from nemo_skymoe import gpus
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data.corpus import MANIFEST
 from nemo_skymoe.data.mixture import DEFAULT, Blend, parse
@@ -108,7 +108,7 @@ class MixtureDataModule(PreTrainingDataModule):
             num_workers=num_workers,
             seed=seed,
             persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=gpus.in_use(),
             index_mapping_dir=str(cache / fingerprint(paths, held_out)),
         )
         again: Any = fdl.Config(

@@ -3,7 +3,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Optional
 
 import torch
@@ -14,8 +14,10 @@ from nemo.collections.llm.utils import Config
 from nemo.lightning import OptimizerModule
 from torch import nn
 
+from nemo_skymoe import gpus
 from nemo_skymoe.architecture import SKYWORK_13B, SKYWORK_MOE_146B
 from nemo_skymoe.config import SkyworkOptions
+from nemo_skymoe.dispatchers import megatron_dispatcher
 from nemo_skymoe.experiments import demonstration, dense_13b, figure_1, figure_7, figure_8, moe_146b
 from nemo_skymoe.experiments.demonstration import SKYWORK_TINY
 from nemo_skymoe.experiments.figure_1 import SKYWORK_300M, SKYWORK_MOE_300M_X8
@@ -33,7 +35,6 @@ from nemo_skymoe.patches import expert_parallel_warning
 from nemo_skymoe.rotary_options import RotaryOptions
 
 _TE = have_transformer_engine()
-_CUDA = torch.cuda.is_available()
 _PADDING = "routers_padding_mask"
 
 
@@ -64,13 +65,13 @@ class SkyworkConfig(RotaryOptions, LlamaConfig):
     transformer_layer_spec: ModuleSpec | Callable[..., Any] = skywork_layer_spec
     layernorm_epsilon: float = 1e-6
     init_method_std: float = 0.02
-    use_cpu_initialization: bool = not _CUDA
+    use_cpu_initialization: bool = field(default_factory=gpus.absent)
     persist_layer_norm: bool = _TE
     apply_rope_fusion: bool = _TE
-    masked_softmax_fusion: bool = _CUDA
-    bias_activation_fusion: bool = _CUDA
-    bias_dropout_fusion: bool = _CUDA
-    cross_entropy_loss_fusion: bool = _CUDA
+    masked_softmax_fusion: bool = field(default_factory=gpus.softmax_kernels)
+    bias_activation_fusion: bool = field(default_factory=gpus.in_use)
+    bias_dropout_fusion: bool = field(default_factory=gpus.in_use)
+    cross_entropy_loss_fusion: bool = field(default_factory=gpus.in_use)
 
     # NeMo (lightning/io/mixin.py) captures the arguments of a class from its first use on, and takes the mark that it has
     # done so from the base too: after a base, a class would be captured no more, and the further chunks of a virtual
@@ -101,7 +102,7 @@ class SkyworkMoEDefaults(SkyworkOptions):
     moe_router_load_balancing_type: str = "aux_loss"
     moe_router_dtype: Optional[str] = "fp32"
     moe_aux_loss_coeff: float = 1e-2
-    moe_token_dispatcher_type: str = "alltoall" if _CUDA else "allgather"
+    moe_token_dispatcher_type: str = field(default_factory=megatron_dispatcher)
     moe_grouped_gemm: bool = _TE
     moe_permute_fusion: bool = _TE
     moe_edp: bool = True

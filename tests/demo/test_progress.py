@@ -10,6 +10,7 @@ from nemo_skymoe.checkpoint.untrusted import context_check
 from nemo_skymoe.demo import progress, story
 from nemo_skymoe.demo.progress import Bar
 from nemo_skymoe.demo.record import Story
+from nemo_skymoe.ranks import TERMINAL
 
 
 def test_the_time_left_in_all_is_said_from_the_third_step_on(
@@ -20,7 +21,8 @@ def test_the_time_left_in_all_is_said_from_the_third_step_on(
     monkeypatch.setattr(progress, "monotonic", lambda: 2.0 * now.step)
     file = tmp_path / "in place of a terminal"
     with file.open("w") as terminal:
-        bar = Bar("dense", terminal.fileno(), later=50)
+        monkeypatch.setenv(TERMINAL, str(terminal.fileno()))
+        bar = Bar("dense", later=50)
         bar.start(100)
         for now.step in range(1, 101):
             bar.move(now.step, 4.5)
@@ -36,7 +38,7 @@ def test_a_checkpoint_can_keep_the_callback_that_moves_the_bar(tmp_path: Path) -
     from nemo_skymoe.demo.through_nemo import Progress
 
     file = tmp_path / "callback"
-    file.write_bytes(pickle.dumps([Progress("dense", 1, 2.0)]))
+    file.write_bytes(pickle.dumps([Progress("dense", 2.0)]))
     context_check._check_pickle(file)
 
 

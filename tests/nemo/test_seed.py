@@ -10,8 +10,8 @@ import pytest
 
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.data.corpus import build_corpus
-from nemo_skymoe.demo.output import redirect_output
 from nemo_skymoe.nemo.seed import InitialSeed
+from nemo_skymoe.output import redirect_output
 from nemo_skymoe.patches import nemo_cpu
 from nemo_skymoe.ranks import run_ranks
 from nemo_skymoe.recipes import skywork_moe_tiny

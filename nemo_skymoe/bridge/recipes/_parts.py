@@ -19,6 +19,7 @@ from megatron.bridge.training.config import (
 )
 from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 
+from nemo_skymoe import gpus
 from nemo_skymoe.bridge.learning_rate import ExpertLearningRate
 from nemo_skymoe.bridge.logger import SkyworkLoggerConfig
 from nemo_skymoe.bridge.provider import SkyworkProvider, provider_of
@@ -56,7 +57,7 @@ def container(run: Training, dir: str | None, resume_path: str | None, **parts: 
         ),
         checkpoint=_checkpoint(run, folder / run.name, resume_path, small),
         rng=RNGConfig(seed=INITIAL_SEED),
-        dist=DistributedInitConfig(distributed_backend="nccl" if torch.cuda.is_available() else "gloo"),
+        dist=DistributedInitConfig(distributed_backend="nccl" if gpus.in_use() else "gloo"),
         mixed_precision=_float32() if small else "bf16_mixed",
         comm_overlap=None if small else CommOverlapConfig(tp_comm_overlap=False),
         **parts,
@@ -162,7 +163,7 @@ def _checkpoint(run: Training, folder: Path, resume_path: str | None, small: boo
         ckpt_format="torch_dist",
         async_save=not small,
         # The worker of nvidia-resiliency-ext takes a GPU before it saves, and ends without one: the ranks wait for ever.
-        async_strategy="nvrx" if torch.cuda.is_available() else "mcore",
+        async_strategy="nvrx" if gpus.in_use() else "mcore",
         fully_parallel_save=True,
         fully_parallel_load=not small,
     )

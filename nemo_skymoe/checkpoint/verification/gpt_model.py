@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from nemo_skymoe import gpus
 from nemo_skymoe.architecture import Architecture
 from nemo_skymoe.checkpoint import rope
 from nemo_skymoe.checkpoint.description import Description
@@ -31,8 +32,9 @@ def one_rank() -> Iterator[None]:
     if torch.distributed.is_initialized():
         yield
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    torch.distributed.init_process_group(
+        gpus.backend(), store=torch.distributed.HashStore(), rank=0, world_size=1
+    )  # type: ignore[attr-defined]
     try:
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(0)

@@ -7,6 +7,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from nemo_skymoe import gpus
 from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.formats import open_torch_dist
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
@@ -58,7 +59,7 @@ def _logits(
     description: Description,
     stored: frozenset[str],
 ) -> Tensor:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = gpus.device()
     with one_rank():
         model = gpt_model(description, saved.padded_vocab_size, stacked=saved.stacked).to(device).eval()
         state: dict[str, Any] = {
