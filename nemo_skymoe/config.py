@@ -271,7 +271,12 @@ class SkyworkOptions:
         captured = getattr(config, "cuda_graph_impl", "none") != "none" or any(
             getattr(config, option, False) for option in ("enable_cuda_graph", "external_cuda_graph")
         )
-        if not (captured and self.moe_adaptive_aux_loss):
+        ours = [
+            name
+            for name in ("moe_adaptive_aux_loss", "moe_router_telemetry", "moe_edp")
+            if getattr(self, name)
+        ]
+        if not (captured and ours):
             return
         # megatron-core 0.18 renames the option, and empties the old one.
         option = "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"
@@ -279,7 +284,7 @@ class SkyworkOptions:
         parts = {getattr(part, "name", part) for part in ([scope] if isinstance(scope, str) else scope)}
         if not parts or not parts <= {"attn", "mlp"}:
             raise ConfigurationError(
-                "moe_adaptive_aux_loss changes a coefficient every step, which a captured CUDA graph would freeze:"
+                f"{ours[0]} is True, and what it does in Python in every step would not happen in a captured CUDA graph:"
                 f" {option} is {scope!r}, expected 'attn'"
             )
 

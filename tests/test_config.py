@@ -111,8 +111,12 @@ def test_a_dense_model_asks_nothing() -> None:
         ({"moe_router_telemetry": False}, "moe_router_telemetry=False does not measure"),
         ({"mtp_num_layers": 1}, "mtp_num_layers is 1, expected None"),
         (
+            {"enable_cuda_graph": True, "moe_adaptive_aux_loss": False},
+            "moe_router_telemetry is True, .*in a captured CUDA graph",
+        ),
+        (
             {"enable_cuda_graph": True},
-            "a captured CUDA graph would freeze: cuda_graph_(scope|modules) is .*, expected 'attn'",
+            "moe_adaptive_aux_loss is True, .*in a captured CUDA graph: cuda_graph_(scope|modules) is .*, expected 'attn'",
         ),
         ({"expert_model_parallel_size": 3}, "expected a multiple of expert_model_parallel_size = 3"),
     ],

@@ -45,7 +45,7 @@ ORDER = (
     ),
     "data",
     "experiments",
-    *("doctor", "diagnosis", "report", "advice", "evaluation"),
+    *("doctor", "diagnosis", "selfcheck", "report", "advice", "evaluation"),
     *(
         "nemo",
         "bridge",

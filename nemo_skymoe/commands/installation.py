@@ -14,10 +14,19 @@ class DoctorOptions:
     """Check this installation.
 
     The command shows what is installed, whether it works together (the exit code is 1 if not), and which patches apply.
+    With --gpu or --ranks it then computes: a small MoE on the device and on the CPU, the dispatchers beside Megatron's, the
+    tables of tensor names beside real models, and a checkpoint.
     """
 
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False
     patches: Annotated[bool, typer.Option("--patches", help="Also say why each patch is needed.")] = False
+    gpu: Annotated[bool, typer.Option("--gpu", help="Also try everything on this machine's GPUs.")] = False
+    ranks: Annotated[
+        int | None, typer.Option(help="Also try everything on so many ranks; without --gpu on the CPU.")
+    ] = None
+    output: Annotated[Path, typer.Option(help="File for what was tried, to attach to an issue.")] = Path(
+        "skymoe-doctor.txt"
+    )
 
 
 def doctor(options: DoctorOptions) -> None:
@@ -29,7 +38,12 @@ def doctor(options: DoctorOptions) -> None:
         diagnosis.show_json(found)
     else:
         diagnosis.show(found, options.patches)
-    raise typer.Exit(0 if found.verdict.supported else 1)
+    healthy = found.verdict.supported
+    if healthy and (options.gpu or options.ranks is not None):
+        from nemo_skymoe.selfcheck.run import run
+
+        healthy = run(gpu=options.gpu, ranks=options.ranks, output=options.output)
+    raise typer.Exit(0 if healthy else 1)
 
 
 @dataclass(frozen=True, kw_only=True)

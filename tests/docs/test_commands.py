@@ -22,7 +22,7 @@ from tests.cases import every
 from tests.docs.pages import PAGES, ROOT, Block, Page
 from tests.docs.workplace import prepare
 
-NEEDS = {"cluster", "network", "weights", "Megatron-Bridge", "Megatron-LM", "container", "peft"}
+NEEDS = {"cluster", "GPU", "network", "weights", "Megatron-Bridge", "Megatron-LM", "container", "peft"}
 BLOCKS = [block for page in PAGES for block in page.blocks]
 COMMANDS = [block for block in BLOCKS if block.language == "bash"]
 OTHERS = {
