@@ -22,3 +22,10 @@ def test_the_recipe_fits_one_node(tmp_path: Path) -> None:
     assert command.pop() == "trainer.num_nodes=1"
     with pytest.raises(RankFailed, match=r"trainer\.num_nodes is 4, expected 1"):
         run_ranks(_nemo, 1, tmp_path, command)
+
+
+def test_a_start_that_is_not_there_is_refused_by_the_dry_run(tmp_path: Path) -> None:
+    """torchrun starts its ranks on this machine, so that the checkpoint has to be here."""
+    command = ["nemo", "llm", "pretrain", "--factory", "skywork_moe_tiny(resume_path=nowhere)", "--dryrun"]
+    with pytest.raises(RankFailed, match="the checkpoint to start from, 'nowhere', has no weights"):
+        run_ranks(_nemo, 1, tmp_path, [*command, "run.executor=torchrun"])
