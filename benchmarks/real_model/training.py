@@ -10,15 +10,16 @@ import numpy as np
 
 from benchmarks.real_model import function, generation
 from benchmarks.real_model.commands import Workplace
-from benchmarks.real_model.conversions import EXPERTS, NEMO, TOPK, exported, upcycle, verified
+from benchmarks.real_model.conversions import EXPERTS, NEMO, TOPK, exported, nemo, upcycle, verified
 from benchmarks.real_model.corpus import CORPUS, DOMAIN, HELD_OUT, SEQUENCE, held_out
+from benchmarks.real_model.published import DENSE
 from nemo_skymoe.report.curves import TRAIN_LOSS, Curve, layer_curves, read_curves
 
 STEPS, SPECIALIST_STEPS = 100, 20
 BATCH = 4
 """Sequences of an optimizer step."""
 RANKS = 2
-RUNS = "runs"
+RUNS, WIDE = "runs", "dense-float32"
 RECIPES = {
     "dense": ("skywork_dense", NEMO, {}),
     "moe": ("skywork_moe", "copy-nemo", {"expert_capacity_factor": None}),
@@ -89,7 +90,10 @@ def specialists(place: Workplace) -> dict[str, Any]:
     name = "specialist"
     only_mlps = {"model.config.train_only_ffn": "true"}
     done = place.run(*command("skywork_dense", name, NEMO, SPECIALIST_STEPS, {}, **only_mlps))
-    sources = [f"base={NEMO}", f"code={RUNS}/{name}"]
+    # The training was in float32, and the sources of one MoE have one data type.
+    function.load(place.folder / DENSE).save_pretrained(place.folder / exported(WIDE))
+    place.run("skymoe", "convert", exported(WIDE), nemo(WIDE), "--to", "nemo")
+    sources = [f"base={nemo(WIDE)}", f"code={RUNS}/{name}"]
     options = ("--moe-router-topk", f"{TOPK}", "--expert-source", f"code:{EXPERTS // 2},base:{EXPERTS // 2}")
     rows = upcycle(place, "specialized", sources, options)
     model = function.load(place.folder / exported("specialized"))

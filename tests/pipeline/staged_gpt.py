@@ -158,7 +158,8 @@ class Run:
         logged = get_moe_layer_wise_logging_tracker()
         for number, router in find_routers(self.models).items():
             seen: Any = router.statistics
-            sums = [seen._micro_batches, float(seen._aux_loss), *seen._observed.tolist()]
+            seen._add_up(router.weight.device)
+            sums = [seen.micro_batches, *seen._sums.tolist()]
             self.sums[number] = sums + [float(log["values"][number - 1]) for log in logged.values()]
 
     def gradients(self) -> dict[str, Any]:
