@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,8 @@ class TargetOptions:
     vocab_size: int | None = None
     """Rows of embedding and head for NeMo or Bridge, padding included. None means the next multiple of 128."""
     layer_spec: str | None = None
-    """"te" or "local": the layers that NeMo or Bridge will load it into. None means "te", Transformer Engine's, if it is
-    installed."""
+    """"te" or "local": the layers whose names a checkpoint for NeMo or Bridge has, Transformer Engine's or Megatron's own.
+    None means "te". The models of this package load either into either."""
     layout: str | None = None
     """The class in whose form an MoE is written: "skywork", "mixtral" or "qwen3_moe". None means the class that it was
     read from, and Skywork's for one that was upcycled or trained here."""
@@ -210,8 +209,7 @@ def bridge_target(
 
 def _torch_dist_options(weights: Weights, options: TargetOptions) -> dict[str, Any]:
     rows = options.vocab_size or torch_dist_names.padded_vocab_size(weights.architecture.vocab_size)
-    spec = options.layer_spec or ("te" if find_spec("transformer_engine") else "local")
-    return {"vocab_size": rows, "layer_spec": spec}
+    return {"vocab_size": rows, "layer_spec": options.layer_spec or "te"}
 
 
 def _torch_dist_tensors(

@@ -43,7 +43,7 @@ class WritingOptions:
     layer_spec: Annotated[
         str | None,
         typer.Option(
-            help="Layers that NeMo or Bridge will load it into: te or local; default: te if it is installed."
+            help="Layers whose names a checkpoint for NeMo or Bridge has: te, Transformer Engine's (default), or local."
         ),
     ] = None
     layout: Annotated[

@@ -1,12 +1,13 @@
 """The MoE layer and the layer specs that put it into a Megatron-Core GPT model."""
 
 import functools
-import importlib.util
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar, cast
 
 from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -27,7 +28,12 @@ from nemo_skymoe.moe.dispatcher import EdpTokenDispatcher
 from nemo_skymoe.moe.mesh import check_group_sizes
 from nemo_skymoe.moe.norm import RMSNorm
 from nemo_skymoe.moe.router import SkyworkRouter
-from nemo_skymoe.patches import context_parallel_aux_loss, expert_parallel_warning, router_without_te
+from nemo_skymoe.patches import (
+    context_parallel_aux_loss,
+    either_layers,
+    expert_parallel_warning,
+    router_without_te,
+)
 
 
 @dataclass
@@ -111,8 +117,8 @@ class StockAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
 
 
 def have_transformer_engine() -> bool:
-    """Say whether Transformer Engine is installed."""
-    return importlib.util.find_spec("transformer_engine") is not None
+    """Say whether Megatron-Core could import Transformer Engine, and can make layers of it."""
+    return HAVE_TE
 
 
 def get_skywork_moe_layer_spec(
@@ -120,7 +126,7 @@ def get_skywork_moe_layer_spec(
 ) -> ModuleSpec:
     """Make the spec of one transformer layer, for `GPTModel(transformer_layer_spec=...)` if all layers are alike.
 
-    The layer is Transformer Engine's if that is installed, else Megatron's local one. If `config.num_moe_experts` is
+    The layer is Transformer Engine's if that can be imported, else Megatron's local one. If `config.num_moe_experts` is
     set, its MLP is a `moe_layer`; otherwise it is the dense layer of Skywork-13B.
 
     Args:
@@ -136,6 +142,7 @@ def get_skywork_moe_layer_spec(
             "sequence_parallel=True without Transformer Engine needs a final norm that supports it, which a spec of one"
             " layer does not bring: expected get_skywork_block_spec instead of get_skywork_moe_layer_spec"
         )
+    either_layers.apply()
     get_spec = get_gpt_layer_local_spec
     if have_transformer_engine():
         get_spec = get_gpt_layer_with_transformer_engine_spec
@@ -161,7 +168,7 @@ def get_skywork_block_spec(
     Args:
         config: The model's configuration.
         vp_stage: The virtual pipeline stage; None without virtual stages.
-        transformer_engine: Whether to use Transformer Engine's layers; None uses them if it is installed.
+        transformer_engine: Whether to use Transformer Engine's layers; None uses them if it can be imported.
         moe_layer: `SkyworkMoELayer`, or a subclass with another router or dispatcher.
 
     Raises:
@@ -169,6 +176,7 @@ def get_skywork_block_spec(
     """
     if transformer_engine is None:
         transformer_engine = have_transformer_engine()
+    either_layers.apply()
     logging.getLogger(transformer_layer.__name__).addFilter(_not_about_the_mlp)
     spec = get_gpt_decoder_block_spec(config, transformer_engine, vp_stage=vp_stage)
     for layer_spec in spec.layer_specs or ():
@@ -202,7 +210,7 @@ def _check_softmax(config: TransformerConfig) -> None:
     """Refuse a fusion that Megatron's own attention asks Apex for, in the middle of the first step."""
     if not config.masked_softmax_fusion or not (config.bf16 or config.fp16):
         return
-    if importlib.util.find_spec("scaled_masked_softmax_cuda") is None:
+    if find_spec("scaled_masked_softmax_cuda") is None:
         raise ConfigurationError(
             "masked_softmax_fusion is True, expected False: without Transformer Engine it needs Apex's kernels"
             " (scaled_masked_softmax_cuda), which are not installed"

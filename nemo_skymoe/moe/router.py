@@ -47,9 +47,8 @@ class SkyworkRouter(TopKRouter):
     `gating.tie_order`. With `moe_router_pre_softmax`, which top-1 needs, it gets those that Megatron takes among equal
     scores.
 
-    The auxiliary losses of normalised logits and the telemetry see the experts that the top-k chose. Megatron chooses
-    a second time for its losses, among the scores. That takes five more kernels, and differs where scores round to the
-    same number.
+    The auxiliary losses of normalised logits and the telemetry see the experts that the top-k chose, where Megatron
+    chooses a second time, among the scores: five kernels more, and other experts where scores round to one number.
 
     Attributes:
         capacity_factor: The capacity factor by which this router drops assignments; None if it drops none.
@@ -131,8 +130,7 @@ class SkyworkRouter(TopKRouter):
         options = self._options
         if options.moe_router_logit_norm_scale is None:
             return raw_SBE
-        if self._is_training():
-            self._raw_logits = raw_SBE
+        self._raw_logits = raw_SBE if self._is_training() else None
         return normalize_and_break_ties(
             raw_SBE,
             options.moe_router_logit_norm_scale,

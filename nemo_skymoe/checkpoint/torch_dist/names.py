@@ -1,7 +1,8 @@
 """Megatron's names in `torch_dist` checkpoints, and what each stored tensor is made of. Without torch.
 
-The local layers' names and shapes were measured on the real model of megatron-core 0.14.0, 0.15.3, 0.16.1, 0.17.1, 0.18.2
-and 0.19.2; those of Transformer Engine's ("te") were derived from Megatron's sources and never measured.
+The names and shapes of Megatron's own layers ("local") and of Transformer Engine's ("te") were measured on the real model of
+each version in `MEASURED`, by `nemo_skymoe/checkpoint/verification/measured_names.py`; those of Transformer Engine 2.20.2 are
+kept in `tests/checkpoint/torch_dist/transformer_engine.json`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from nemo_skymoe.checkpoint.tensors.table import Arrangement, Line, below, entri
 from nemo_skymoe.durable.errors import CheckpointError, ConfigurationError
 
 LAYER_SPECS = ("local", "te")
+MEASURED = ("0.14.0", "0.15.3", "0.16.1", "0.17.1", "0.18.2", "0.19.2")
+"""The versions of Megatron-Core whose names the table has."""
 PREFIX = "module."
 """Every name in a NeMo checkpoint begins with it; Megatron-LM's have no prefix."""
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -74,6 +77,7 @@ EXTRA_STATES = (
     Line("decoder.final_layernorm._extra_state", where="te"),
 )
 """Megatron expects these beside the tensors, an empty object for each: the FP8 scales of its linear layers."""
+_ONLY_IN_0_14 = ".core_attention._extra_state"
 
 
 def padded_vocab_size(vocab_size: int, multiple: int = 128) -> int:
@@ -119,10 +123,25 @@ def chunks(
 
 
 def extra_states(
-    architecture: Architecture, layer_spec: str = "local", *, stacked: bool = True, prefix: str = PREFIX
+    architecture: Architecture,
+    layer_spec: str = "local",
+    *,
+    stacked: bool = True,
+    prefix: str = PREFIX,
+    megatron_core: str | None = None,
 ) -> list[str]:
-    """Return the stored names of the objects that Megatron looks for beside the tensors. All of them are empty."""
-    return [place.shard for _, place in _places(EXTRA_STATES, architecture, layer_spec, stacked, prefix)]
+    """Return the stored names of the objects that Megatron looks for beside the tensors. All of them are empty.
+
+    Args:
+        megatron_core: The version that looks for them. None returns those of every version, as a checkpoint has to
+            have them that every version loads: Megatron ignores an object too many, and fails where one is missing.
+    """
+    newer = megatron_core is not None and not megatron_core.startswith("0.14.")
+    return [
+        place.shard
+        for line, place in _places(EXTRA_STATES, architecture, layer_spec, stacked, prefix)
+        if not (newer and line.name.endswith(_ONLY_IN_0_14))
+    ]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,6 @@ from nemo_skymoe.checkpoint.torch_dist.storage import TorchDistStorage, weights_
 from nemo_skymoe.checkpoint.verification.gpt_model import gpt_model, one_rank
 from nemo_skymoe.ranks import run_ranks
 
-LOCAL_NORM, TE_NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
-
-
 _LONG = 7 * 86400.0
 """Seconds: a large model on a CPU takes what it takes."""
 
@@ -72,9 +69,6 @@ def _logits(
         )
         if description.architecture.tied_embeddings and head in stored and embedding not in stored:
             state[embedding].key = head  # the one that was saved stands for both
-        for part in state.values():
-            if (of_te := part.key.replace(LOCAL_NORM, TE_NORM)) in stored:
-                part.key = of_te
         loaded: Any = dist_checkpointing.load(state, str(weights_folder(folder)))
         found = {name.removeprefix(saved.prefix): loaded[name] for name in state}
         missing, unexpected = model.load_state_dict(found, strict=False)

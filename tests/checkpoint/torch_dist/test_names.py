@@ -1,99 +1,97 @@
 """The table of Megatron's names against what its real model saves; what a dry run may import."""
 
+import functools
+import json
 import subprocess
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import megatron.core
 import pytest
-import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 
 from nemo_skymoe.architecture import SKYWORK_MOE_146B, Architecture
-from nemo_skymoe.checkpoint.description import Description
 from nemo_skymoe.checkpoint.tensors.model import Key, key_shape, model_keys
 from nemo_skymoe.checkpoint.torch_dist import names as torch_dist_names
-from nemo_skymoe.checkpoint.verification.gpt_model import gpt_model, one_rank
+from nemo_skymoe.checkpoint.torch_dist.names import MEASURED
+from nemo_skymoe.checkpoint.verification.measured_names import (
+    EXAMPLES,
+    Stored,
+    compared,
+    stored_by_megatron,
+    stored_by_table,
+)
 from nemo_skymoe.config import ConfigurationError
 from nemo_skymoe.moe.layer import have_transformer_engine
 from nemo_skymoe.ranks import run_ranks
 from tests.calls import count_calls
+from tests.checkpoint.torch_dist import transformer_engine
+from tests.checkpoint.torch_dist.transformer_engine import label
 
-MEASURED = ("0.14.0", "0.15.3", "0.16.1", "0.17.1", "0.18.2", "0.19.2")
-"""The versions of Megatron-Core that the docstring of the table names."""
-SPEC = "te" if have_transformer_engine() else "local"
-"""The layer spec to measure: Transformer Engine's exists only where it is installed."""
-DENSE = Architecture(5, 53, 31, 15, vocab_size=97, num_query_groups=3, kv_channels=14)
-"""Sizes that cannot be taken for one another."""
-MOE = DENSE.with_experts(7)
-TIED = Architecture(3, 53, 31, 4, vocab_size=97, kv_channels=14, tied_embeddings=True)
-MODELS = {
-    "dense": DENSE,
-    "moe": MOE,
-    "tied": TIED,
-    "tied moe": TIED.with_experts(5),
-    "first dense": replace(MOE, moe_layer_freq=(0, 1, 1, 0, 1), moe_ffn_hidden_size=17),
-    "every second": replace(TIED.with_experts(5), moe_layer_freq=2),
-    "biases and norms of heads": replace(DENSE, add_qkv_bias=True, qk_layernorm=True),
-    "the same as an moe": replace(MOE, add_qkv_bias=True, qk_layernorm=True),
-}
-every_model = pytest.mark.parametrize("architecture", MODELS.values(), ids=MODELS.keys())
+SPECS = ("local", "te") if have_transformer_engine() else ("local",)
+"""The layer specs to measure: Transformer Engine's exists only where it can be imported."""
+DENSE, MOE = EXAMPLES["dense"], EXAMPLES["moe"]
+every_model = pytest.mark.parametrize("architecture", EXAMPLES.values(), ids=EXAMPLES.keys())
 every_stacking = pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "a name a layer"])
 every_spec = pytest.mark.parametrize("layer_spec", torch_dist_names.LAYER_SPECS)
 
 
-Shapes = dict[str, tuple[int, ...]]
-
-
-def stored(architecture: Architecture, *, stacked: bool) -> tuple[Shapes, Shapes]:
-    """Names and global shapes of the tensors, and of the extra states, that Megatron saves of such a model."""
-    with one_rank():
-        with torch.device("meta"):
-            model = gpt_model(Description(architecture), architecture.vocab_size, SPEC, stacked=stacked)
-        state: dict[str, Any] = model.sharded_state_dict(prefix=torch_dist_names.PREFIX)
-    apply_factories(state)
-    parts = [*nested_values(state)]
-    return (
-        {part.key: tuple(part.global_shape) for part in parts if isinstance(part, ShardedTensor)},
-        {part.unique_key: tuple(part.global_shape) for part in parts if isinstance(part, ShardedObject)},
-    )
-
-
-def measure() -> dict[tuple[Architecture, bool], tuple[Shapes, Shapes]]:
-    return {
-        (architecture, stacked): stored(architecture, stacked=stacked)
-        for architecture in MODELS.values()
-        for stacked in (True, False)
-    }
-
-
-@pytest.fixture(scope="module")
-def real() -> dict[tuple[Architecture, bool], tuple[Shapes, Shapes]]:
+@functools.cache
+def real(layer_spec: str) -> dict[tuple[str, bool], Stored]:
     """What the installed Megatron saves of each model."""
-    [found] = run_ranks(measure, 1)
+    [found] = run_ranks(
+        lambda: {
+            (name, stacked): stored_by_megatron(architecture, layer_spec, stacked=stacked)
+            for name, architecture in EXAMPLES.items()
+            for stacked in (True, False)
+        },
+        1,
+    )
     return found
 
 
-def test_the_versions_that_were_measured_are_named() -> None:
+def test_the_installed_version_was_measured() -> None:
     assert megatron.core.__version__.partition("+")[0] in MEASURED  # behind + is a commit of ours
-    assert all(version in (torch_dist_names.__doc__ or "") for version in MEASURED)
 
 
 @every_stacking
-@every_model
-def test_chunks_are_the_tensors_that_megatron_saves(
-    real: dict[tuple[Architecture, bool], tuple[Shapes, Shapes]], architecture: Architecture, stacked: bool
-) -> None:
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_table_has_what_megatron_saves(name: str, stacked: bool) -> None:
     """Tied and untied head, layers stacked or not: the table has no line of its own for these."""
-    tensors, extra_states = real[architecture, stacked]
-    chunks = torch_dist_names.chunks(architecture, architecture.vocab_size, SPEC, stacked=stacked)
-    assert {chunk.tensor: chunk.shape for chunk in chunks} == tensors
-    listed = torch_dist_names.extra_states(architecture, SPEC, stacked=stacked)
-    assert set(listed) == {*extra_states} and len(listed) == len(extra_states)
+    for layer_spec in SPECS:
+        table = stored_by_table(EXAMPLES[name], layer_spec, stacked=stacked)
+        assert compared(real(layer_spec)[name, stacked], table) == []
+
+
+@every_stacking
+def test_the_table_has_what_megatron_saved_of_transformer_engines_layers(stacked: bool) -> None:
+    """The real models of every version, as `transformer_engine.py` has measured them."""
+    recorded = json.loads(transformer_engine.FILE.read_text())
+    assert {*recorded} == {*MEASURED}
+    for version, found in recorded.items():
+        for name, architecture in EXAMPLES.items():
+            table = stored_by_table(architecture, "te", stacked=stacked, megatron_core=version)
+            assert transformer_engine.checksum(table) == found["checksums"][label(name, stacked)], (
+                version,
+                name,
+            )
+        spelled_out = EXAMPLES[transformer_engine.SPELLED_OUT]
+        table = stored_by_table(spelled_out, "te", megatron_core=version)
+        assert transformer_engine.names(table) == found["names"], version
+
+
+def test_a_table_that_is_wrong_is_told_by_name() -> None:
+    table = stored_by_table(MOE)
+    final, router = "module.decoder.final_layernorm.weight", "module.decoder.layers.mlp.router.weight"
+    tensors = {name: shape for name, shape in table.tensors.items() if name != final} | {router: (5, 7, 31)}
+    [state, *_] = sorted(table.extra_states)
+    assert compared(table, Stored(tensors, table.extra_states - {state} | {"other"})) == [
+        "the table has 'other', the model has not",
+        f"the model has '{final}', the table has not",
+        f"the model has '{state}', the table has not",
+        f"'{router}' is [5, 7, 53] in the model, [5, 7, 31] in the table",
+    ]
 
 
 @every_stacking
