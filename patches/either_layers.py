@@ -46,7 +46,7 @@ def as_stored(sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
         ShardedObject,
         ShardedTensor,
     )
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     if not Path(checkpoint_dir, ".metadata").is_file():
         return sharded_state_dict

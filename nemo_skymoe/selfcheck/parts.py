@@ -22,10 +22,11 @@ PARTS = {
 
 def check() -> list[Finding]:
     """Import every part; one that is installed and cannot be imported is wrong."""
-    return [_found(*part.split(":"), absence) for part, absence in PARTS.items()]
+    return [_found(part, absence) for part, absence in PARTS.items()]
 
 
-def _found(module: str, name: str, absence: str) -> Finding:
+def _found(part: str, absence: str) -> Finding:
+    module, _, name = part.partition(":")
     what = f"{module}.{name}"
     try:
         there = hasattr(importlib.import_module(module), name)

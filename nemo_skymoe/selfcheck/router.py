@@ -1,6 +1,5 @@
 """The router beside Megatron's: the kernels that a pass starts, and its time."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +85,7 @@ def build(
         params_dtype=dtype or (torch.bfloat16 if gpus.in_use() else torch.float32),
         **variant.options,
     )
-    make: Callable[..., Any] = variant.router
+    make: Any = variant.router
     if hasattr(moe_utils, "get_default_pg_collection"):
         router = make(config, pg_collection=moe_utils.get_default_pg_collection())
     else:  # Megatron 0.14

@@ -26,7 +26,8 @@ def check(folder: Path) -> list[Finding]:
         dist_checkpointing.save(saved.sharded_state_dict(), str(folder))
         for parameter in read.parameters():
             parameter.data.fill_(float("nan"))
-        read.load_state_dict(dist_checkpointing.load(read.sharded_state_dict(), str(folder)))
+        found: Any = dist_checkpointing.load(read.sharded_state_dict(), str(folder))
+        read.load_state_dict(found)
         pairs = list(zip(saved.named_parameters(), read.parameters(), strict=True))
         differing = [name for (name, before), after in pairs if not torch.equal(before, after)]
     what = f"a checkpoint of {len(pairs)} tensors a rank, saved and read by {ranks} ranks"

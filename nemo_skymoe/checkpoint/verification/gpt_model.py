@@ -32,9 +32,8 @@ def one_rank() -> Iterator[None]:
     if torch.distributed.is_initialized():
         yield
         return
-    torch.distributed.init_process_group(
-        gpus.backend(), store=torch.distributed.HashStore(), rank=0, world_size=1
-    )  # type: ignore[attr-defined]
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group(gpus.backend(), store=store, rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(0)
