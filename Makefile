@@ -18,13 +18,10 @@ BRIDGE_INSTALL = $(BRIDGE)/python $(PIP_INSTALL) --constraint $(BRIDGE_CONSTRAIN
 # One thread a process: ranks share the cores, and worlds are forked (OpenMP threads do not survive a fork).
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
-# One test more at a time than there are cores, because ranks wait for each other, and at most four; the tests of a file
-# stay together.
-WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile
-# Which lines of the package they run, and the first of their ranks.
-COVERAGE := --cov --cov-report=term
+# As many tests at a time as there are cores, and at most four; the tests of a file stay together.
+WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo demo-bridge test test-bridge test-long test-slurm versions compat imports docs lint clean
+.PHONY: demo demo-bridge test test-bridge test-long test-slurm coverage versions compat imports docs lint clean
 
 demo: $(STAMP)
 	@$(RUN) $(BIN)/skymoe demo
@@ -35,12 +32,16 @@ demo-bridge: $(BRIDGE_STAMP)
 test: $(STAMP)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/pyright & types=$$!; $(RUN) $(BIN)/pytest $(WORKERS) $(COVERAGE) -m "not long"; tests=$$?; \
+	@$(BIN)/pyright & types=$$!; $(RUN) $(BIN)/pytest $(WORKERS) -m "not long"; tests=$$?; \
 	    wait $$types && exit $$tests
 
 # What needs Megatron-Bridge: types and tests; writes tests/logs/test-bridge.log.
 test-bridge: $(BRIDGE_STAMP)
 	@$(RUN) bash tests/logged.sh test-bridge bash tests/bridge/all.sh
+
+# The same tests, and which lines of the package they and the first of their ranks run; twice as long.
+coverage: $(STAMP)
+	@$(RUN) $(BIN)/pytest $(WORKERS) --cov --cov-report=term -m "not long"
 
 # The full grids, which `make test` leaves out; writes tests/logs/test-long.log.
 test-long: $(STAMP)

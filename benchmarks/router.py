@@ -1,8 +1,8 @@
 """The cost of the Skywork router beside Megatron's: forward and backward of one router, in one process.
 
-`python -m benchmarks.router` prints the tables of benchmarks/router.md: the kernels that each router starts, counted as
-benchmarks/launches.py says, and times. Per case the routers take turns, so that whatever else the machine does meets them
-alike; compared are the fastest runs.
+`python -m benchmarks.router` prints the tables of benchmarks/router.md: the kernels that each router starts, counted by
+nemo_skymoe/selfcheck/launches.py, and times. Per case the routers take turns, so that whatever else the machine does meets
+them alike; compared are the fastest runs.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 
-from benchmarks.launches import launches
 from nemo_skymoe.moe import router as skywork_router
 from nemo_skymoe.moe.controller import AuxLossController
 from nemo_skymoe.moe.layer import SkyworkTransformerConfig
 from nemo_skymoe.moe.router import SkyworkRouter
 from nemo_skymoe.patches import cpu_runtime, router_without_te
+from nemo_skymoe.selfcheck.launches import launches
 
 TOKENS, HIDDEN, WARM_UP = 4096, 4608, 3
 

@@ -1,5 +1,6 @@
 """Work, counted: it is the same number on an idle machine and on a busy one."""
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -14,9 +15,12 @@ def count_calls(function: Callable[[], Any]) -> int:
     def count(frame: FrameType, event: str, argument: Any) -> None:
         counts[event] += 1
 
+    gc.collect()  # what earlier tests have left must not be cleared away meanwhile
+    gc.disable()
     sys.setprofile(count)
     try:
         function()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return counts["call"] + counts["c_call"]

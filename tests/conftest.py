@@ -41,11 +41,6 @@ def pytest_configure() -> None:
     ranks._report = saved
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Return the number of tests at a time."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say that the tests left GPUs alone, where there are any."""
     if HIDDEN:

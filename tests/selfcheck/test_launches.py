@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
-from benchmarks.launches import Launches, launches
 from nemo_skymoe.moe.router import SkyworkRouter
+from nemo_skymoe.selfcheck.launches import Launches, launches
 from tests.cases import every
 from tests.moe.worlds import configuration, groups, make_router, on_ranks
 
